@@ -1,0 +1,76 @@
+"""World models for reinforcement learning in JAX: DreamerV3 and TD-MPC2.
+
+The public names below are imported when first used, so that ``import worldloom`` costs little more than Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from worldloom._version import __version__
+from worldloom.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    FileFormatError,
+    MissingDependencyError,
+    NonFiniteError,
+    UnknownFieldError,
+    UnknownModelError,
+    WeightsError,
+    WorldloomError,
+)
+
+if TYPE_CHECKING:
+    from worldloom.models.base import WorldModel
+    from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
+    from worldloom.models.registry import create_world_model, from_pretrained, get_config, list_models
+    from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
+
+_LAZY = {
+    "DreamerV3Config": "worldloom.models.dreamer",
+    "DreamerV3WorldModel": "worldloom.models.dreamer",
+    "TDMPC2Config": "worldloom.models.tdmpc2",
+    "TDMPC2WorldModel": "worldloom.models.tdmpc2",
+    "WorldModel": "worldloom.models.base",
+    "create_world_model": "worldloom.models.registry",
+    "from_pretrained": "worldloom.models.registry",
+    "get_config": "worldloom.models.registry",
+    "list_models": "worldloom.models.registry",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DeviceError",
+    "DreamerV3Config",
+    "DreamerV3WorldModel",
+    "FileFormatError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "TDMPC2Config",
+    "TDMPC2WorldModel",
+    "UnknownFieldError",
+    "UnknownModelError",
+    "WeightsError",
+    "WorldModel",
+    "WorldloomError",
+    "__version__",
+    "create_world_model",
+    "from_pretrained",
+    "get_config",
+    "list_models",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'worldloom' has no attribute '{name}'")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

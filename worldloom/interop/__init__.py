@@ -1,0 +1,1 @@
+"""Weights of the official programs, in and out."""

@@ -1,0 +1,1 @@
+"""Pure mathematics: no weights, no configs, plain numbers as keyword arguments."""

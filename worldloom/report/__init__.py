@@ -1,0 +1,1 @@
+"""Curves, open-loop pictures and videos."""

@@ -1,0 +1,71 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from worldloom.config import BaseConfig, check, config_dataclass
+from worldloom.devices import check_device_name
+
+
+@config_dataclass
+class TrainingConfig(BaseConfig):
+    """How long, on what and how a model is trained. Steps are optimizer updates.
+
+    ``learning_rate``, ``warmup_steps``, ``weight_decay`` and ``grad_clip`` reach the optimizer of either family;
+    what else its optimizer needs (AGC, epsilon, groups) belongs to the model's config.
+    """
+
+    total_steps: int = 50_000
+    """Updates in all."""
+    batch_size: int = 16
+    """Windows per update."""
+    sequence_length: int = 50
+    """Rows per window that gradients run through."""
+    learning_rate: float = 3e-4
+    """Step size after warm-up; the reference programs use 4e-5 (DreamerV3) and 3e-4 (TD-MPC2)."""
+    weight_decay: float = 0.0
+    """Decoupled decay of kernels, multiplied by the learning rate; 0 is off."""
+    grad_clip: float = 100.0
+    """Largest global gradient norm; 0 is off. DreamerV3's adaptive clipping is a field of its own config."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    log_interval: int = 1_000
+    """Updates between two log records."""
+    eval_interval: int = 5_000
+    """Updates between two evaluations; 0 is never."""
+    save_interval: int = 10_000
+    """Updates between two checkpoints; 0 is only at the end."""
+    device: str = "cuda"
+    """``auto cpu cuda gpu tpu`` or numbered (``cuda:1``); ``cuda`` without a GPU trains on what JAX has."""
+    seed: int = 42
+    """Root of all randomness of the run: batches, sampling, dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "batch_size", "sequence_length", "log_interval"):
+            check(
+                _is_int(getattr(self, name)) and getattr(self, name) >= 1,
+                f"{name} must be an integer ≥ 1, not {getattr(self, name)!r}.",
+            )
+        for name in ("warmup_steps", "eval_interval", "save_interval"):
+            check(
+                _is_int(getattr(self, name)) and getattr(self, name) >= 0,
+                f"{name} must be an integer ≥ 0, not {getattr(self, name)!r}.",
+            )
+        check(
+            _is_int(self.seed) and 0 <= self.seed < 2**63, f"seed must be an integer in [0, 2^63), not {self.seed!r}."
+        )
+        check(
+            _is_number(self.learning_rate) and 0 < self.learning_rate < float("inf"),
+            f"learning_rate must be a number above 0, not {self.learning_rate!r}.",
+        )
+        for name in ("weight_decay", "grad_clip"):
+            value = getattr(self, name)
+            check(_is_number(value) and 0 <= value < float("inf"), f"{name} must be a number ≥ 0, not {value!r}.")
+        check_device_name(self.device)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
