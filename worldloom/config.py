@@ -126,9 +126,12 @@ class BaseConfig:
         """Build from a plain dict, such as a parsed ``config.json``; raises as the constructor does."""
         return cls(**dict(values))
 
-    def to_json(self, path: str | Path) -> None:
-        """Write all fields to ``path``, indented."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    def to_json(self, path: str | Path | None = None) -> str:
+        """All fields as indented JSON text, also written to ``path`` if one is given."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from worldloom.config import BaseConfig
 from worldloom.devices import compute_dtype, resolve_device
-from worldloom.errors import WeightsError
+from worldloom.errors import ConfigError, WeightsError
 
 F = TypeVar("F", bound=Callable[..., Any])
 Params = dict[str, Any]
@@ -89,28 +89,51 @@ class WorldModel(nnx.Module):
         """Trainable scalars; slow or target copies and statistics are not counted."""
         return count_parameters({k: v for k, v in self.params.items() if k not in self.untrained})
 
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` into the folder ``path`` and return it."""
+    def save_pretrained(self, path: str | Path | None = None, *, name: str | None = None) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` and return their folder.
+
+        Args:
+          path: the folder, created if needed.
+          name: instead of ``path``: a plain name under which ``create_world_model`` finds the model again; it is
+            kept in ``WORLDLOOM_CACHE_DIR``.
+        """
         from safetensors.numpy import save
 
-        folder = Path(path)
+        from worldloom.models.registry import named_folder
+
+        if (path is None) == (name is None):
+            raise TypeError("save_pretrained takes either a path or name=…")
+        folder = Path(path) if path is not None else named_folder(str(name))
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.ascontiguousarray(value) for name, value in flatten(jax.device_get(self.params)).items()}
+        arrays = {key: np.ascontiguousarray(value) for key, value in flatten(jax.device_get(self.params)).items()}
         _write_atomically(folder / "model.safetensors", save(arrays, metadata={"format": "worldloom"}))
-        self.config.to_json(folder / "config.json")
+        _write_atomically(folder / "config.json", self.config.to_json().encode())
         return folder
 
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
+        """Upload the saved model to a Hugging Face repository and return its address (extra ``hub``)."""
+        import tempfile
+
+        from worldloom.models.registry import hub
+
+        client = hub()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            address = client.create_repo(repo_id, token=token, private=private, exist_ok=True)
+            client.upload_folder(repo_id=repo_id, folder_path=folder, token=token)
+        return str(address)
+
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str = "auto", **overrides: Any) -> Self:
-        """Load what :meth:`save_pretrained` wrote; ``overrides`` change config fields that do not touch shapes.
+    def from_pretrained(cls, path_or_repo: str | Path, *, device: str = "auto", **options: Any) -> Self:
+        """Load what :meth:`save_pretrained` wrote; arguments and errors as in :func:`worldloom.from_pretrained`.
 
-        Raises ``UnknownModelError`` when the folder holds no model, ``FileFormatError`` when a file is damaged and
-        ``WeightsError`` when the arrays do not fit the config.
+        Raises ``ConfigError`` when the folder holds a model of the other family.
         """
-        from worldloom.models.registry import load_folder
+        from worldloom.models.registry import from_pretrained
 
-        model = load_folder(path, device=device, expected=cls, **overrides)
-        assert isinstance(model, cls)
+        model = from_pretrained(path_or_repo, device=device, **options)
+        if not isinstance(model, cls):
+            raise ConfigError(f"{path_or_repo} holds a {type(model).__name__}; load it with that class.")
         return model
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from worldloom.config import nearest, read_json_object
-from worldloom.errors import ConfigError, FileFormatError, UnknownModelError
+from worldloom.errors import ConfigError, FileFormatError, MissingDependencyError, UnknownModelError
 from worldloom.models.base import WorldModel, unflatten
 
 
@@ -98,12 +100,7 @@ def create_world_model(
             )
         config = get_config(text, obs_shape=obs_shape, action_dim=action_dim, **overrides)
         return FAMILIES[config.model_type].model_class()(config, seed=seed, device=device)
-    if _is_model_folder(Path(text)) or os.sep in text:
-        model = load_folder(text, device=device, **overrides)
-    elif _is_model_folder(cache_dir() / "models" / text):
-        model = load_folder(cache_dir() / "models" / text, device=device, **overrides)
-    else:
-        raise UnknownModelError(_unknown(text))
+    model = from_pretrained(text, device=device, **overrides)
     for field, wanted in (("obs_shape", obs_shape), ("action_dim", action_dim)):
         if wanted is not None and model.config != model.config.replace(**{field: wanted}):
             raise ConfigError(f"{text} was saved with {field}={getattr(model.config, field)}, not {wanted}.")
@@ -118,19 +115,79 @@ def config_from_dict(values: Mapping[str, Any]) -> Any:
     return FAMILIES[ALIASES[kind]].config_class().from_dict(values)
 
 
-def load_folder(
-    path: str | Path, *, device: str = "auto", expected: type[WorldModel] | None = None, **overrides: Any
+def from_pretrained(
+    path_or_repo: str | Path,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    **overrides: Any,
 ) -> WorldModel:
-    """Load what ``save_pretrained`` wrote. Raises as :meth:`WorldModel.from_pretrained` says."""
-    folder = Path(path)
+    """Load a saved model from a folder, from the cache by name, or from a Hugging Face repository.
+
+    Args:
+      path_or_repo: a folder written by ``save_pretrained``, a name saved with ``save_pretrained(name=…)``, or
+        ``"owner/repository"`` (extra ``hub``). They are tried in this order.
+      device: where the weights are put.
+      revision: branch, tag or commit of the repository.
+      cache_dir: folder of downloaded repositories instead of ``WORLDLOOM_CACHE_DIR``.
+      token: access token of the hub.
+      local_files_only: never ask the network.
+      **overrides: config fields to change; those that alter shapes do not fit the weights.
+
+    Raises:
+      UnknownModelError: nothing is found under that name.
+      FileFormatError: a file is damaged.
+      WeightsError: the arrays do not fit the config.
+    """
+    text = str(path_or_repo)
+    if Path(text).is_dir():
+        return _load_folder(Path(text), device, overrides)
+    if _is_plain_name(text):
+        if _is_model_folder(named_folder(text)):
+            return _load_folder(named_folder(text), device, overrides)
+        raise UnknownModelError(_unknown(text))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise UnknownModelError(f"{text} is not a folder with a saved model, nor the name of one.")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UnknownModelError(
+            f"There is no folder {text}. To load it as a Hugging Face repository: pip install 'worldloom[hub]'."
+        )
+    folder = hub().snapshot_download(
+        text,
+        revision=revision,
+        cache_dir=str(cache_dir or _default_hub_cache()),
+        token=token,
+        local_files_only=local_files_only,
+        allow_patterns=["config.json", "model.safetensors"],
+    )
+    return _load_folder(Path(folder), device, overrides)
+
+
+def named_folder(name: str) -> Path:
+    """Folder of the model saved as ``name`` in the cache. Raises ``ConfigError`` unless it is a plain name."""
+    if not _is_plain_name(name):
+        raise ConfigError(f"name={name!r} must be a plain name of letters, digits, '.', '_' and '-'.")
+    return cache_dir() / "models" / name
+
+
+def hub() -> Any:
+    """The ``huggingface_hub`` package, or ``MissingDependencyError`` naming the extra."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingDependencyError("Hugging Face repositories need: pip install 'worldloom[hub]'.") from error
+    return huggingface_hub
+
+
+def _load_folder(folder: Path, device: str, overrides: Mapping[str, Any]) -> WorldModel:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UnknownModelError(f"{folder} holds no saved model: {name} is missing.")
     config = config_from_dict(read_json_object(folder / "config.json"))
-    model_class = FAMILIES[config.model_type].model_class()
-    if expected is not None and not issubclass(model_class, expected):
-        raise ConfigError(f"{folder} holds a {config.model_type} model; load it with {model_class.__name__}.")
-    model = model_class(config.replace(**overrides) if overrides else config, device=device)
+    model = FAMILIES[config.model_type].model_class()(config.replace(**overrides), device=device)
     model.load_params(unflatten(read_safetensors(folder / "model.safetensors")))
     return model
 
@@ -145,6 +202,14 @@ def read_safetensors(path: Path) -> dict[str, Any]:
             return load_file(str(path))
     except (SafetensorError, ValueError, OSError) as error:
         raise FileFormatError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _default_hub_cache() -> Path:
+    return cache_dir() / "hub"
+
+
+def _is_plain_name(text: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*", text) is not None
 
 
 def _is_model_folder(path: Path) -> bool:

@@ -1,0 +1,238 @@
+"""Configs hold what the reference says of them, name by name, and refuse the rest with a sentence."""
+
+import dataclasses
+import inspect
+import json
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+import worldloom
+from worldloom import ConfigError, DreamerV3Config, TDMPC2Config, UnknownFieldError
+from worldloom.training import TrainingConfig
+from worldloom.training.callbacks import CheckpointCallback, EarlyStoppingCallback, LoggingCallback
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+# The users' own specification, as it was given, and the project's own page that grew from it.
+GIVEN = DATA / "config-reference.md"
+OWN = Path(worldloom.__file__).parent / "docs" / "configuration.md"
+DOCUMENTS = [pytest.param(GIVEN, id="given"), pytest.param(OWN, id="own")]
+CLASSES = {
+    "DreamerV3Config": DreamerV3Config,
+    "TDMPC2Config": TDMPC2Config,
+    "TrainingConfig": TrainingConfig,
+    "CheckpointCallback": CheckpointCallback,
+    "LoggingCallback": LoggingCallback,
+    "EarlyStoppingCallback": EarlyStoppingCallback,
+}
+# Where the given table says "varies", the plain constructor takes the values of the example beside it.
+VARIES = {
+    ("DreamerV3Config", "deter_dim"): 2048,
+    ("DreamerV3Config", "stoch_dim"): 1024,
+    ("DreamerV3Config", "hidden_dim"): 640,
+    ("TDMPC2Config", "latent_dim"): 512,
+    ("TDMPC2Config", "hidden_dim"): 512,
+}
+DREAMER = {"obs_shape": (4,), "action_dim": 2}
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def tables(path: Path) -> dict[str, list[list[str]]]:
+    """Rows of cells by the heading above the table."""
+    found: dict[str, list[list[str]]] = {}
+    heading = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ").strip()
+        elif line.startswith("| `"):
+            found.setdefault(heading, []).append([cell.strip() for cell in line.strip("|").split("|")])
+    return found
+
+
+def parameters(cls: type) -> dict[str, tuple[object, object]]:
+    """Constructor parameters of a class: name → (annotation, default)."""
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        return {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls.__init__)
+    signature = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: (hints.get(p.name), p.default) for p in signature if p.name != "self"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_snippet_runs_as_printed(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config_dict = json.loads(blocks(document, "json")[0])
+    (tmp_path / "config.json").write_text(json.dumps(config_dict))
+    namespace = {"config_dict": config_dict}
+    snippets = blocks(document, "python")
+    assert len(snippets) >= 8
+    for snippet in snippets:
+        exec(compile(snippet, str(document), "exec"), namespace)
+    model = namespace["model"]
+    assert model.config == DreamerV3Config(**config_dict)
+    assert model.num_parameters() > 30_000_000
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_row_names_a_field_its_type_and_its_default(document):
+    rows_by_class = {name: rows for name, rows in tables(document).items() if name in CLASSES}
+    assert set(rows_by_class) == set(CLASSES)
+    for name, rows in rows_by_class.items():
+        fields = parameters(CLASSES[name])
+        for field, kind, default, *_ in rows:
+            field, kind = field.strip("`"), kind.strip("`")
+            assert field in fields, f"{name}.{field}"
+            annotation, actual = fields[field]
+            assert kind in describe(annotation), f"{name}.{field} is annotated {annotation}"
+            if default == "required":
+                assert actual in (dataclasses.MISSING, inspect.Parameter.empty), f"{name}.{field}"
+            elif default == "varies":
+                assert actual == VARIES[name, field]
+            else:
+                assert actual == parse(default), f"{name}.{field}"
+                assert type(actual) is type(parse(default)), f"{name}.{field}"
+
+
+def describe(annotation: object) -> set[str]:
+    """Names of the types an annotation admits."""
+    members = typing.get_args(annotation) or (annotation,)
+    return {getattr(member, "__name__", str(member)) for member in members} | {
+        getattr(annotation, "__name__", str(annotation))
+    }
+
+
+def parse(text: str) -> object:
+    return eval(text.strip("`"), {})
+
+
+def test_own_page_lists_every_field_of_every_config():
+    rows = tables(OWN)
+    for name in ("DreamerV3Config", "TDMPC2Config", "TrainingConfig"):
+        listed = [row[0].strip("`") for heading in rows if heading.startswith(name) for row in rows[heading]]
+        fields = [f.name for f in dataclasses.fields(CLASSES[name]) if f.name != "model_type"]
+        assert sorted(listed) == sorted(fields), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DreamerV3Config(**DREAMER),
+        DreamerV3Config(obs_shape={"image": (64, 64, 3), "speed": (2,)}, action_dim=3, action_type="discrete"),
+        TDMPC2Config(obs_shape=(3,), action_dim=1),
+        TrainingConfig(total_steps=7),
+    ],
+)
+def test_json_round_trip_and_hash(config, tmp_path):
+    config.to_json(tmp_path / "config.json")
+    again = type(config).from_json(tmp_path / "config.json")
+    assert again == config
+    assert hash(again) == hash(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        again.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DreamerV3Config(obs_shape=(4,), action_dim=2, deter_dims=3), "Did you mean 'deter_dim'"),
+        (lambda: TDMPC2Config(obs_shape=(4,), action_dim=2, latent=3), "Did you mean 'latent_dim'"),
+        (lambda: TrainingConfig(learning_rat=3), "Did you mean 'learning_rate'"),
+        (lambda: TrainingConfig().replace(batchsize=3), "Did you mean 'batch_size'"),
+        (lambda: DreamerV3Config(action_dim=2), "needs obs_shape"),
+    ],
+)
+def test_unknown_and_missing_fields_are_answered(build, message):
+    with pytest.raises(UnknownFieldError, match=message) as caught:
+        build()
+    assert isinstance(caught.value, TypeError)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"obs_shape": ()},
+        {"obs_shape": (0,)},
+        {"obs_shape": (2, 3, 4, 5)},
+        {"obs_shape": "abc"},
+        {"action_dim": 0},
+        {"action_dim": 1.5},
+        {"deter_dim": 100},
+        {"stoch_dim": 33},
+        {"kl_balance": 1.5},
+        {"kl_free": -1.0},
+        {"mlp_layers": 0},
+        {"precision": "float12"},
+        {"action_type": "fuzzy"},
+        {"model_type": "tdmpc2"},
+    ],
+)
+def test_dreamer_values_out_of_range_are_refused(change):
+    with pytest.raises(ConfigError):
+        DreamerV3Config(**{**DREAMER, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"obs_shape": ()},
+        {"action_dim": 0},
+        {"latent_dim": 100},
+        {"num_q": 1},
+        {"hidden_dim": 0},
+        {"mlp_layers": 0},
+        {"precision": "float12"},
+        {"action_type": "fuzzy"},
+        {"model_type": "dreamerv3"},
+    ],
+)
+def test_tdmpc2_values_out_of_range_are_refused(change):
+    with pytest.raises(ConfigError):
+        TDMPC2Config(**{"obs_shape": (3,), "action_dim": 1, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"total_steps": 0},
+        {"total_steps": 1.5},
+        {"batch_size": True},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"grad_clip": -1.0},
+        {"warmup_steps": -1},
+        {"log_interval": 0},
+        {"device": "gpu1"},
+        {"seed": -1},
+    ],
+)
+def test_training_values_out_of_range_are_refused(change):
+    with pytest.raises(ConfigError):
+        TrainingConfig(**change)
+
+
+def test_configs_of_the_earlier_library_load():
+    old = {
+        "model_type": "dreamer",
+        "obs_shape": [3, 64, 64],
+        "action_dim": 6,
+        "deter_dim": 512,
+        "stoch_discrete": 16,
+        "stoch_classes": 8,
+        "num_hidden_layers": 2,
+        "use_cudnn_rnn": True,
+    }
+    with pytest.warns(UserWarning, match="use_cudnn_rnn"):
+        config = DreamerV3Config.from_dict(old)
+    assert (config.stoch_dim, config.num_categories, config.mlp_layers) == (128, 8, 2)
+    with pytest.warns(UserWarning, match="gate_type"):
+        config = TDMPC2Config.from_dict(
+            {"model_type": "tdmpc2", "obs_shape": [4], "action_dim": 2, "num_q_networks": 3, "gate_type": "x"}
+        )
+    assert config.num_q == 3
