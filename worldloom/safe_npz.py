@@ -1,0 +1,245 @@
+"""Zip archives of arrays, read as if a stranger had written them: ``.npz`` files, and the container of ``.pt`` files.
+
+Every size that an archive declares is checked against bytes that are really there before memory is taken for it, so
+a reader never holds more than ``max_bytes``, and a damaged or malicious file ends in one
+:class:`~worldloom.errors.FileFormatError`. Nothing is unpacked to disk and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import re
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from worldloom.errors import FileFormatError
+
+MAX_BYTES = 1 << 34
+"""Default bound of the readers, bytes: 16 GiB, three times the largest published checkpoint."""
+
+_MAX_DIMS = 32
+_MAX_DIRECTORY_BYTES = 1 << 20  # of a zip's table of contents: some 10,000 entries
+_MAX_DEFLATE_RATIO = 1032  # deflate codes at most 258 bytes in 2 bits; a larger declared ratio is a lie
+_ZIP_DAMAGE = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
+"""What :mod:`zipfile` raises on damaged input (NotImplementedError is a RuntimeError, decoding errors ValueErrors)."""
+
+
+def file_size(path: Path, max_bytes: int) -> int:
+    """Size in bytes of the regular file at ``path``.
+
+    Raises ``FileFormatError`` for a folder, pipe or device, and when the file has more than ``max_bytes``;
+    ``FileNotFoundError`` when there is none.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileFormatError(f"{path} is not a regular file; the path of a file is expected.")
+    if status.st_size > max_bytes:
+        raise FileFormatError(
+            f"{path} has {status.st_size} bytes, more than max_bytes={max_bytes}; raise max_bytes if you trust its source."
+        )
+    return status.st_size
+
+
+def array_from_bytes(
+    data: bytes, dtype: DTypeLike, shape: Sequence[int], *, order: str = "C", offset: int = 0, source: str = "the file"
+) -> NDArray:
+    """A read-only array of ``shape`` over ``data[offset:]``, which must have exactly its bytes; nothing is copied
+    unless the bytes are in foreign order.
+
+    Raises ``FileFormatError`` when the sizes differ, when a bool is neither 0 nor 1, or a character is not Unicode.
+    """
+    dtype = np.dtype(dtype)
+    if len(shape) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in shape):
+        raise FileFormatError(f"{source} declares an array whose shape is not that of an array.")
+    # Zeros count as one: numpy wants the product of the other axes to fit an integer as well.
+    fits = math.prod(max(n, 1) for n in shape) * max(dtype.itemsize, 1) < 1 << 62
+    if not fits or math.prod(shape) * dtype.itemsize != len(data) - offset:
+        raise FileFormatError(
+            f"{source} declares an array of shape {shorten(tuple(shape))} and type {dtype}, "
+            f"but holds {len(data) - offset} bytes for it."
+        )
+    flat = np.frombuffer(data, dtype, count=math.prod(shape), offset=offset) if math.prod(shape) else np.empty(0, dtype)
+    check_values(flat, source)
+    if not dtype.isnative:
+        flat = flat.astype(dtype.newbyteorder("="))
+    flat.flags.writeable = False
+    return flat.reshape(tuple(shape), order="F" if order == "F" else "C")
+
+
+def check_values(array: NDArray, source: str) -> None:
+    """Raise ``FileFormatError`` if bools or characters have bit patterns that numpy never writes (and misreads)."""
+    if array.size == 0:
+        return
+    if array.dtype.kind == "b" and array.view(np.uint8).max() > 1:
+        raise FileFormatError(f"{source} holds a bool array with values other than 0 and 1; it is damaged.")
+    if array.dtype.kind == "U" and array.view(array.dtype.str[0] + "u4").max() > 0x10FFFF:
+        raise FileFormatError(f"{source} holds text that is not Unicode; it is damaged.")
+
+
+def shorten(value: object, length: int = 100) -> str:
+    """``repr`` of something small from a hostile file, for a message: printable ASCII and not endless."""
+    text = ascii(value)
+    return text if len(text) <= length else text[:length] + "…"
+
+
+class Archive:
+    """An open zip archive whose table of contents has been checked; made by :func:`open_archive`."""
+
+    def __init__(self, file: zipfile.ZipFile, source: str):
+        self.source = source
+        self._file = file
+        self._entries = {info.filename: info for info in file.infolist()}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all entries, in the order of the table of contents."""
+        return list(self._entries)
+
+    def size(self, name: str) -> int:
+        """Unpacked size of entry ``name`` in bytes, as declared; :meth:`read` holds it to that."""
+        return self._entries[name].file_size
+
+    def is_compressed(self, name: str) -> bool:
+        """Whether entry ``name`` is deflated rather than stored."""
+        return self._entries[name].compress_type != zipfile.ZIP_STORED
+
+    def read(self, name: str) -> bytes:
+        """The bytes of entry ``name``, exactly as many as declared and with the right checksum."""
+        size = self.size(name)
+        with _damage_reported(self.source), self._file.open(self._entries[name]) as entry:
+            # Not ZipFile.read: without a size it inflates up to 2 GiB before it looks at the declared one.
+            data = entry.read(size)
+        if len(data) != size:
+            raise FileFormatError(f"{self.source}: entry {shorten(name)} is truncated; fetch or save the file again.")
+        return data
+
+
+@contextlib.contextmanager
+def open_archive(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Iterator[Archive]:
+    """Open a zip archive after checking its table of contents.
+
+    Raises ``FileFormatError`` when the file is no zip archive, when the file or all its entries together exceed
+    ``max_bytes``, when entries overlap, are encrypted or repeat a name, or when a name leads out of the archive.
+    """
+    path = Path(path)
+    size = file_size(path, max_bytes)
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(_TableOfContentsFirst(io.FileIO(path)))
+        with _damage_reported(str(path)):
+            file = stack.enter_context(zipfile.ZipFile(raw))
+        raw.limit = size
+        _check_entries(file.infolist(), size, max_bytes, str(path))
+        yield Archive(file, str(path))
+
+
+class _TableOfContentsFirst(io.BufferedReader):
+    """Refuses the one large read with which :mod:`zipfile` takes in a table of contents of unreasonable size."""
+
+    limit = _MAX_DIRECTORY_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size > self.limit:
+            raise FileFormatError(f"{self.name} has a table of contents of more than {self.limit} bytes.")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def _damage_reported(source: str) -> Iterator[None]:
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except _ZIP_DAMAGE as error:
+        reason = shorten(str(error), 200)
+        raise FileFormatError(f"{source} is not an intact zip archive ({reason}); fetch or save it again.") from error
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], size: int, max_bytes: int, source: str) -> None:
+    seen: set[str] = set()
+    for entry in entries:
+        name = shorten(entry.filename)
+        parts = PurePosixPath(entry.filename).parts
+        if not parts or parts[0] == "/" or ".." in parts or re.search(r"[\\:\0]", entry.filename):
+            raise FileFormatError(f"{source}: the name of entry {name} leads out of the archive.")
+        if entry.filename in seen:
+            raise FileFormatError(f"{source} has two entries named {name}.")
+        seen.add(entry.filename)
+        if entry.flag_bits & 0x1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise FileFormatError(f"{source}: entry {name} is encrypted or compressed by something other than deflate.")
+        ratio = 1 if entry.compress_type == zipfile.ZIP_STORED else _MAX_DEFLATE_RATIO
+        if entry.file_size > entry.compress_size * ratio:
+            raise FileFormatError(f"{source}: entry {name} declares more bytes than its contents can give.")
+    if sum(entry.compress_size for entry in entries) > size:
+        raise FileFormatError(f"{source}: its entries overlap or reach beyond the end of the file.")
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > max_bytes:
+        raise FileFormatError(
+            f"{source} unpacks to {unpacked} bytes, more than max_bytes={max_bytes}; raise max_bytes if you trust it."
+        )
+
+
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|=])([biufcSU])(\d{1,9})', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *\} *\n?"
+)
+_NPY_SIZES = {"b": (1,), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "f": (2, 4, 8), "c": (8, 16)}
+
+
+def read_npz(path: str | Path, *, max_bytes: int = MAX_BYTES) -> dict[str, NDArray]:
+    """Read all arrays of an ``.npz`` file (``numpy.savez``, compressed or not) as read-only arrays.
+
+    Numbers, bools and fixed-length text are read; object arrays, which are pickles, and structured arrays are not.
+    The file and all its arrays together may each take at most ``max_bytes``. Raises ``FileFormatError`` otherwise,
+    or when the file is damaged; ``FileNotFoundError`` when there is none.
+    """
+    with open_archive(path, max_bytes=max_bytes) as archive:
+        arrays = {}
+        for name in archive.names:
+            if not name.endswith(".npy"):
+                raise FileFormatError(f"{path}: entry {shorten(name)} is not an array (.npy) as numpy.savez writes it.")
+            arrays[name.removesuffix(".npy")] = _parse_npy(archive.read(name), f"{path}: array {shorten(name)}")
+    return arrays
+
+
+def _parse_npy(data: bytes, source: str) -> NDArray:
+    """The array in the bytes of a ``.npy`` file (numpy's format versions 1 to 3)."""
+    # The header is a Python literal; this pattern of what numpy writes needs no evaluation, and no limit on nesting.
+    width = {1: 2, 2: 4, 3: 4}.get(data[6], 0) if data[:6] == b"\x93NUMPY" and len(data) >= 12 else 0
+    if not width:
+        raise FileFormatError(f"{source} does not start as a .npy file of version 1 to 3 does.")
+    start = 8 + width
+    stop = start + int.from_bytes(data[8:start], "little")
+    header = _NPY_HEADER.fullmatch(data, start, min(stop, start + 10_000, len(data)))
+    if header is None:
+        raise FileFormatError(
+            f"{source} is truncated, or neither numbers nor text (object and structured arrays are not read)."
+        )
+    order, kind, size, fortran, shape = (part.decode() for part in header.groups())
+    if int(size) not in _NPY_SIZES.get(kind, range(1 << 20)):
+        raise FileFormatError(f"{source} has element type {kind}{size}, which is not read.")
+    try:
+        dims = tuple(int(n) for n in shape.split(",") if n.strip())
+    except ValueError:
+        raise FileFormatError(f"{source} has the malformed shape ({shorten(shape)}).") from None
+    dtype = np.dtype(f"{order}{kind}{size}")
+    if dtype.itemsize == 0:  # the numpy type of empty text has no bytes, so its header could claim any length
+        raise FileFormatError(f"{source} has elements without bytes.")
+    return array_from_bytes(data, dtype, dims, order="F" if fortran == "True" else "C", offset=stop, source=source)
