@@ -54,7 +54,7 @@ def file_size(path: Path, max_bytes: int) -> int:
         raise FileFormatError(f"{path} is not a regular file; the path of a file is expected.")
     if status.st_size > max_bytes:
         raise FileFormatError(
-            f"{path} has {status.st_size} bytes, more than max_bytes={max_bytes}; raise max_bytes if you trust its source."
+            f"{path} has {status.st_size} bytes, more than max_bytes={max_bytes}; raise max_bytes if you trust it."
         )
     return status.st_size
 
