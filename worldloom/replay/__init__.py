@@ -1,1 +1,5 @@
 """Episodes in, sequence windows out."""
+
+from worldloom.replay.buffer import ReplayBuffer
+
+__all__ = ["ReplayBuffer"]
