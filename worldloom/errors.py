@@ -41,5 +41,9 @@ class NonFiniteError(WorldloomError, FloatingPointError):
     """A loss or gradient became NaN or infinite; the message names step, term and the last good checkpoint."""
 
 
+class EnvError(WorldloomError, RuntimeError):
+    """An environment failed and restarting it did not help, or it was used after ``close``; the message says why."""
+
+
 class MissingDependencyError(WorldloomError, ImportError):
     """An optional package is needed; the message says which extra brings it."""
