@@ -15,7 +15,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, KeysView, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -97,7 +97,7 @@ def check_values(array: NDArray, source: str) -> None:
 
 def shorten(value: object, length: int = 100) -> str:
     """``repr`` of something small from a hostile file, for a message: printable ASCII and not endless."""
-    text = ascii(value)
+    text = ascii(value[: length + 1] if isinstance(value, str | bytes) else value)
     return text if len(text) <= length else text[:length] + "…"
 
 
@@ -110,9 +110,9 @@ class Archive:
         self._entries = {info.filename: info for info in file.infolist()}
 
     @property
-    def names(self) -> list[str]:
+    def names(self) -> KeysView[str]:
         """Names of all entries, in the order of the table of contents."""
-        return list(self._entries)
+        return self._entries.keys()
 
     def size(self, name: str) -> int:
         """Unpacked size of entry ``name`` in bytes, as declared; :meth:`read` holds it to that."""

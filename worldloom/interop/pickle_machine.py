@@ -292,11 +292,12 @@ class PickleReader:
             return self.refuse("has text that is not UTF-8; it is damaged")
 
     def _push_global(self, module: str, name: str) -> None:
+        self.check(len(module) + len(name) < 256, "global")
         # As Python itself maps the names of Python 2, which protocol 2 uses, and numpy those of numpy 1.
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         module = re.sub(r"^numpy\.core(?=\.|$)", "numpy._core", module)
         full = f"{module}.{name}"
-        if re.fullmatch(r"[\w.<>]{1,200}", full, re.ASCII) is None:
+        if re.fullmatch(r"[\w.<>]+", full, re.ASCII) is None:
             self.refuse(f"names the malformed global {shorten(full)}")
         if full not in self._calls and full not in self._names:
             if not self._stub_unknown:
