@@ -77,7 +77,7 @@ def clip_by_norm(maximum: float) -> optax.GradientTransformation:
 
     def update(updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None) -> tuple:
         del params
-        scale = jnp.minimum(1.0, maximum / (optax.global_norm(updates) + 1e-6))
+        scale = jnp.minimum(1.0, maximum / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * scale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update) if maximum else optax.identity()
