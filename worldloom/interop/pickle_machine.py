@@ -293,7 +293,9 @@ class PickleReader:
 
     def _push_global(self, module: str, name: str) -> None:
         self.check(len(module) + len(name) < 256, "global")
-        # As Python itself maps the names of Python 2, which protocol 2 uses, and numpy those of numpy 1.
+        # As Python itself maps the names of Python 2, which protocol 2 uses, and numpy 2 those of numpy 1.
+        if module == "__builtin__":
+            name = {"long": "int", "unicode": "str"}.get(name, name)
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         module = re.sub(r"^numpy\.core(?=\.|$)", "numpy._core", module)
         full = f"{module}.{name}"
