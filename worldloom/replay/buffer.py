@@ -359,7 +359,7 @@ class ReplayBuffer:
         Raises:
           DataError: a row is not held (any more), or no latents are stored.
         """
-        ids = np.asarray(row_ids, np.int64)
+        ids = door.numbers(row_ids, "row_ids", "iu").astype(np.int64)
         if len(self) == 0:
             raise DataError("The buffer is empty; add episodes first.")
         if ids.size == 0 or ids.min() < self._rows.first or ids.max() >= self._rows.end:
@@ -432,7 +432,7 @@ class ReplayBuffer:
         Raises:
           DataError: unknown names, wrong shapes, NaN, or row numbers that were never given; then nothing is written.
         """
-        ids = np.asarray(row_ids, np.int64)
+        ids = door.numbers(row_ids, "row_ids", "iu").astype(np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self._rows.end):
             raise DataError(f"row_ids must lie in 0 … {self._rows.end - 1}; got {ids.min()} … {ids.max()}.")
         values = self._convert_latents(latents, ids.shape)

@@ -91,12 +91,12 @@ def step(
     received = convert_rewards(rewards, count)
     names = ("is_first", "is_last", "is_terminal")
     first, last, terminal = (convert_bools(v, count, n) for n, v in zip(names, flags, strict=True))
-    numbers = np.arange(count, dtype=INT32) if streams is None else convert_integers(streams, count, "streams")
+    places = np.arange(count, dtype=INT32) if streams is None else convert_integers(streams, count, "streams")
     tasks = None if task is None else convert_integers(task, count, "task")
-    _check_step(numbers, received, first, last, terminal)
+    _check_step(places, received, first, last, terminal)
     schema = schema or infer_schema(declared, observations, chosen, tasks is not None)
     schema, columns = convert(schema, observations, chosen, last, tasks)
-    return schema, columns | {"rewards": received, "flags": flag_bits(first, last, terminal), "stream": numbers}
+    return schema, columns | {"rewards": received, "flags": flag_bits(first, last, terminal), "stream": places}
 
 
 def _check_step(
@@ -188,14 +188,21 @@ def arrays(value: Any, what: str) -> Arrays:
     return found
 
 
-def as_array(value: Any, what: str) -> np.ndarray:
-    """A numeric array with at least one axis."""
+def numbers(value: Any, what: str, kinds: str = "biuf") -> np.ndarray:
+    """Anything array-like as an array of numbers of these NumPy kinds, of any rank."""
     try:
         array = np.asarray(value)
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{what} is not an array: {error}") from error
-    if array.dtype.kind not in "biuf":
-        raise DataError(f"{what} has dtype {array.dtype}; numbers are needed (uint8, int, float32 or float64).")
+    if array.dtype.kind not in kinds:
+        wanted = "integers" if kinds == "iu" else "numbers (uint8, int, float32 or float64)"
+        raise DataError(f"{what} has dtype {array.dtype}; {wanted} are needed.")
+    return array
+
+
+def as_array(value: Any, what: str) -> np.ndarray:
+    """A numeric array with at least one axis."""
+    array = numbers(value, what)
     if array.ndim == 0:
         raise DataError(f"{what} is a single number; an array with one row per step is needed.")
     return array
@@ -290,6 +297,10 @@ def convert_actions(array: np.ndarray, action: Action, idle: np.ndarray, what: s
     bad = (index >= action.dim) | (index < 0) & ~(idle & (index == -1))
     if bad.any():
         step = int(np.argmax(bad))
+        if not action.fixed and index[step] >= 0:
+            raise DataError(
+                f"{what}[{step}] is {index[step]}; to have that many actions, say action_dim when creating."
+            )
         raise DataError(
             f"{what}[{step}] is {index[step]}; with {action.dim} discrete actions it must lie in 0 … {action.dim - 1}."
         )
@@ -355,9 +366,9 @@ def convert_bools(value: Any, count: int, what: str) -> np.ndarray:
 
 def convert_integers(value: Any, count: int, what: str) -> np.ndarray:
     """Integers ≥ 0 as int32 [count] from one integer or [count]."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu" or array.shape not in ((), (count,)):
-        raise DataError(f"{what} is {value!r}; an integer ≥ 0 (or {count} of them) is needed.")
+    array = numbers(value, what, "iu")
+    if array.shape not in ((), (count,)):
+        raise DataError(f"{what} has shape {array.shape}; one integer, or {count} of them, is needed.")
     if array.size and not (array.min() >= 0 and array.max() <= np.iinfo(np.int32).max):
         raise DataError(f"{what} must lie in 0 … {np.iinfo(np.int32).max}, not {array.min()} … {array.max()}.")
     return np.broadcast_to(array.astype(INT32), (count,))
@@ -385,7 +396,7 @@ def ends_in_terminal(dones: Any, terminated: Any, truncated: Any, *, steps: int)
 
 
 def _last_step(value: Any, steps: int, what: str) -> bool:
-    array = np.asarray(value)
+    array = numbers(value, what)
     flags = convert_bools(array[None] if array.ndim == 0 else array, 1 if array.ndim == 0 else steps, what)
     if flags[:-1].any():
         raise DataError(

@@ -1,0 +1,273 @@
+"""Saving and loading, and files that are not what they seem."""
+
+import io
+import json
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from worldloom.errors import FileFormatError
+from worldloom.replay import ReplayBuffer
+from worldloom.replay.buffer import uniform
+
+
+def mixed_buffer(capacity=40):
+    """Everything at once: dicts, images, discrete actions, tasks, latents, interleaved streams, a crash, eviction."""
+    buffer = ReplayBuffer(capacity, action_type={"aim": "discrete", "move": "continuous"}, latents={"deter": (3,)})
+    rng = np.random.default_rng(0)
+
+    def data(n):
+        obs = {"image": rng.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8), "vector": rng.normal(size=(n, 2))}
+        return obs, {"aim": rng.integers(0, 3, n), "move": rng.uniform(-1, 1, (n, 2))}
+
+    for n in range(3):
+        obs, _ = data(8)
+        buffer.add_episode(obs, data(7)[1], rng.normal(size=7), terminated=n == 1, task=n)
+    for step in range(12):
+        first = np.array([step == 0, step in (0, 6)])
+        buffer.add_rows(
+            *data(2), np.where(first, 0, step), first, [step == 11, False], [step == 11, False], task=[0, 1]
+        )
+    buffer.write_latents(np.arange(20, 48), {"deter": rng.normal(size=(28, 3))})
+    return buffer
+
+
+def flat(batch, prefix=""):
+    for key, value in batch.items():
+        yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def assert_equal_content(left, right):
+    assert repr(left) == repr(right)
+    assert left.summary() == right.summary()
+    for kwargs in ({}, {"cross_episodes": True}):
+        for update in range(3):
+            pairs = zip(
+                *(flat(b.sample(8, 4, seed=5, update=update, latents=True, **kwargs)) for b in (left, right)),
+                strict=True,
+            )
+            for (name, a), (other, b) in pairs:
+                assert name == other
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return mixed_buffer().save(tmp_path / "replay.npz")
+
+
+def test_round_trip_keeps_content_order_and_batches(saved):
+    before, after = mixed_buffer(), ReplayBuffer.load(saved)
+    assert before.state_dict() == after.state_dict() == {"first_row": 8, "next_row": 48}
+    assert_equal_content(before, after)
+    for buffer in (before, after):
+        obs = {"image": np.zeros((2, 4, 4, 3), np.uint8), "vector": np.zeros((2, 2))}
+        actions = {"aim": [0, 0], "move": np.zeros((2, 2))}
+        buffer.add_rows(obs, actions, [0, 1], [True, False], [False] * 2, [False] * 2, task=[0, 1])
+        buffer.write_latents([48], {"deter": np.ones((1, 3))})
+    assert_equal_content(before, after)
+
+
+def test_saving_twice_gives_the_same_bytes_and_numpy_can_read_them(saved, tmp_path):
+    again = ReplayBuffer.load(saved).save(tmp_path / "again.npz")
+    assert saved.read_bytes() == again.read_bytes()
+    with np.load(saved, allow_pickle=False) as arrays:
+        assert arrays["obs/image"].shape == (40, 4, 4, 3)
+        assert arrays["obs/image"].dtype == np.uint8
+
+
+def test_small_blocks_change_nothing(saved, monkeypatch):
+    expected = ReplayBuffer.load(saved)
+    monkeypatch.setattr("worldloom.replay.rows.BLOCK_BYTES", 1000)
+    buffer = ReplayBuffer.load(saved)
+    assert len(buffer._rows._blocks) > 3
+    assert_equal_content(buffer, expected)
+    assert buffer.save(saved.with_name("small.npz")).read_bytes() == saved.read_bytes()
+
+
+def test_an_empty_buffer_keeps_what_was_declared(tmp_path):
+    path = ReplayBuffer(7, obs_shape={"a": (2,)}, action_dim=3, latents={"deter": (2,)}).save(
+        tmp_path / "sub" / "x.npz"
+    )
+    buffer = ReplayBuffer.load(path)
+    assert (buffer.capacity, buffer.obs_shape, buffer.action_dim, buffer.latents, len(buffer)) == (
+        7,
+        {"a": (2,)},
+        3,
+        {"deter": (2,)},
+        0,
+    )
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_litter(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("worldloom.replay.files._write_npy", full)
+    with pytest.raises(OSError, match="No space"):
+        mixed_buffer().save(saved)
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == ["replay.npz"]
+
+
+def test_an_absent_file_and_a_folder_are_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ReplayBuffer.load(tmp_path / "nothing.npz")
+    with pytest.raises(OSError, match=r".*"):
+        ReplayBuffer.load(tmp_path)
+
+
+def members(path):
+    with zipfile.ZipFile(path) as archive:
+        return {info.filename: archive.read(info) for info in archive.infolist()}
+
+
+def rewrite(path, changes, compression=zipfile.ZIP_STORED):
+    """The same file with some members replaced (None removes one)."""
+    contents = {**members(path), **changes}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in contents.items():
+            if data is not None:
+                archive.writestr(name, data)
+
+
+def npy(array, **kwargs):
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.asarray(array), **kwargs)
+    return out.getvalue()
+
+
+def header_only(shape, descr="<f4"):
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": descr, "fortran_order": False, "shape": shape})
+    return out.getvalue()
+
+
+def meta_with(path, **changes):
+    meta = json.loads(np.load(io.BytesIO(members(path)["meta.npy"])).tobytes())
+    return {"meta.npy": npy(np.frombuffer(json.dumps({**meta, **changes}).encode(), np.uint8))}
+
+
+def changed(path, name, position, value):
+    array = np.load(io.BytesIO(members(path)[f"{name}.npy"]))
+    array[position] = value
+    return {f"{name}.npy": npy(array)}
+
+
+class Boom:
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled",))
+
+
+HOSTILE = {
+    "pickled member": lambda p: {"rewards.npy": npy(np.array([Boom()] * 40, object), allow_pickle=True)},
+    "header larger than the file": lambda p: {"rewards.npy": header_only((10**12,)) + bytes(160)},
+    "overflowing shape": lambda p: {"rewards.npy": header_only((2**62, 2**62))},
+    "negative shape": lambda p: {"rewards.npy": header_only((-1,))},
+    "short member": lambda p: {"rewards.npy": header_only((40,)) + bytes(100)},
+    "long member": lambda p: {"rewards.npy": header_only((40,)) + bytes(1000)},
+    "wrong dtype": lambda p: {"rewards.npy": npy(np.zeros(40))},
+    "big-endian": lambda p: {"rewards.npy": npy(np.zeros(40, ">f4"))},
+    "later npy format": lambda p: {"rewards.npy": npy(np.zeros(40, np.float32), version=(2, 0))},
+    "text": lambda p: {"rewards.npy": b"not an array"},
+    "header of code": lambda p: {"rewards.npy": b"\x93NUMPY\x01\x00\x20\x00__import__('os').abort()      \n"},
+    "missing member": lambda p: {"rewards.npy": None},
+    "additional member": lambda p: {"../evil.npy": npy(np.zeros(3))},
+    "missing meta": lambda p: {"meta.npy": None},
+    "meta of floats": lambda p: {"meta.npy": npy(np.zeros(3))},
+    "meta not json": lambda p: {"meta.npy": npy(np.frombuffer(b"{", np.uint8))},
+    "meta nested": lambda p: {"meta.npy": npy(np.frombuffer(b"[" * 100_000, np.uint8))},
+    "meta huge": lambda p: {"meta.npy": npy(np.zeros(2 << 20, np.uint8))},
+    "another format": lambda p: meta_with(p, format="other"),
+    "another version": lambda p: meta_with(p, version=2),
+    "capacity below the rows": lambda p: meta_with(p, capacity=10),
+    "capacity a text": lambda p: meta_with(p, capacity="10"),
+    "more rows": lambda p: meta_with(p, next_row=10**15, capacity=10**15),
+    "fewer rows": lambda p: meta_with(p, next_row=47),
+    "rows but no schema": lambda p: meta_with(p, schema=None),
+    "schema of text": lambda p: meta_with(p, schema="x"),
+    "schema dtype": lambda p: meta_with(p, schema={"obs": [["", [2], "object"]], "actions": [], "has_task": False}),
+    "schema huge": lambda p: meta_with(
+        p, schema={"obs": [["", [2**60], "uint8"]], "actions": [["", "discrete", 2, True]], "has_task": False}
+    ),
+    "huge latents": lambda p: meta_with(p, latents={"deter": [10**12]}),
+    "nan reward": lambda p: changed(p, "rewards", 3, np.nan),
+    "infinite obs": lambda p: changed(p, "obs/vector", (3, 1), np.inf),
+    "nan latent": lambda p: changed(p, "latents/deter", (3, 1), np.nan),
+    "action beyond 1": lambda p: changed(p, "actions/move", (3, 1), 2),
+    "index beyond the actions": lambda p: changed(p, "actions/aim", 3, 9),
+    "index below -1": lambda p: changed(p, "actions/aim", 3, -2),
+    "impossible flags": lambda p: changed(p, "flags", 3, 255),
+    "terminal but not last": lambda p: changed(p, "flags", 3, 4),
+    "last in the middle": lambda p: changed(p, "flags", 3, 2),
+    "negative task": lambda p: changed(p, "task", 3, -1),
+    "negative stream": lambda p: changed(p, "stream", 3, -2),
+}
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_without_taking_memory(name, saved):
+    rewrite(saved, HOSTILE[name](saved))
+    size = saved.stat().st_size
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileFormatError, match=r"replay\.npz"):
+            ReplayBuffer.load(saved)
+        assert tracemalloc.get_traced_memory()[1] < 33 * 2**20 + 4 * size
+    finally:
+        tracemalloc.stop()
+
+
+def test_compressed_files_are_refused(saved):
+    rewrite(saved, {}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(FileFormatError, match="compressed"):
+        ReplayBuffer.load(saved)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name_are_refused(saved):
+    with zipfile.ZipFile(saved, "a") as archive:
+        archive.writestr("rewards.npy", npy(np.zeros(40, np.float32)))
+    with pytest.raises(FileFormatError, match="same name"):
+        ReplayBuffer.load(saved)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b"\x80\x04K\x01.", bytes(1000), b"PK\x05\x06" + bytes(18)])
+def test_other_files_are_refused(data, tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match=r"x\.npz"):
+        ReplayBuffer.load(path)
+
+
+@pytest.mark.filterwarnings("default")
+def test_damaged_files_are_refused_or_hold_what_was_saved(saved):
+    """A flipped byte where no checksum looks (a date, padding) may go unnoticed, but then nothing is different."""
+    good = saved.read_bytes()
+    expected = ReplayBuffer.load(saved)
+    unnoticed = 0
+    for n, (where, what) in enumerate(zip(uniform(1, 0, (400,)), uniform(1, 1, (400,)), strict=True)):
+        data = bytearray(good)
+        place = int(where * len(data))
+        if n % 4 == 0:
+            del data[place:]
+        elif n % 4 == 1:
+            data[place : place + 8] = b"\xff" * 8
+        else:
+            data[place] ^= 1 + int(what * 255)
+        if bytes(data) == good:
+            continue
+        saved.write_bytes(bytes(data))
+        try:
+            buffer = ReplayBuffer.load(saved)
+        except FileFormatError:
+            continue
+        unnoticed += 1
+        assert_equal_content(buffer, expected)
+    assert unnoticed < 100

@@ -1,0 +1,124 @@
+"""Readers of recorded datasets. Their packages are extras and imported when a reader is called."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from worldloom.errors import DataError, FileFormatError, MissingDependencyError
+from worldloom.replay.buffer import ReplayBuffer
+
+HDF5_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+
+
+def from_minari(dataset: Any, *, capacity: int | None = None, download: bool = True) -> ReplayBuffer:
+    """A buffer with all episodes of a Minari dataset (https://minari.farama.org).
+
+    Actions of a bounded ``Box`` are scaled to [−1, 1] by its bounds; ``Discrete`` ones become indices from 0.
+
+    Args:
+      dataset: its name, such as ``"mujoco/pusher/expert-v0"``, or a loaded (and perhaps filtered) ``MinariDataset``.
+      capacity: rows of the buffer; None is as many as the dataset has.
+      download: whether a dataset that is not on this machine may be downloaded.
+
+    Raises:
+      MissingDependencyError: Minari is not installed.
+      DataError: the episodes hold something a buffer cannot, such as unbounded actions beyond [−1, 1].
+    """
+    if isinstance(dataset, str):
+        dataset = _extra("minari").load_dataset(dataset, download=download)
+    described, prepare = _actions_of(dataset.action_space)
+    episodes = (
+        {
+            "obs": episode.observations,
+            "actions": prepare(episode.actions),
+            "rewards": episode.rewards,
+            "terminated": episode.terminations,
+            "truncated": episode.truncations,
+        }
+        for episode in dataset.iterate_episodes()
+    )
+    return ReplayBuffer.from_episodes(episodes, capacity, **described)
+
+
+def _actions_of(space: Any) -> tuple[dict[str, Any], Callable[[Any], np.ndarray]]:
+    """What to tell the buffer about actions of a Gymnasium space, and how to bring them into its form."""
+    if hasattr(space, "n"):
+        start = int(getattr(space, "start", 0))
+        return {"action_type": "discrete", "action_dim": int(space.n)}, lambda actions: np.asarray(actions) - start
+    if not hasattr(space, "low") or len(space.shape) != 1:
+        raise DataError(f"Actions of the space {space} are not read; a one-dimensional Box or a Discrete one is.")
+    low, high = np.asarray(space.low, np.float64), np.asarray(space.high, np.float64)
+    described = {"action_type": "continuous", "action_dim": len(low)}
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        return described, np.asarray
+    return described, lambda actions: 2 * (np.asarray(actions) - low) / (high - low) - 1
+
+
+def from_hdf5(path: str | Path, *, capacity: int | None = None) -> ReplayBuffer:
+    """A buffer with the episodes of a D4RL file: flat ``observations, actions, rewards, terminals, timeouts``.
+
+    Steps are cut into episodes after each terminal or timeout. The observation an episode's last action led to is
+    taken from ``next_observations``. Where the file has none, it was not recorded: that step is left out and the
+    episode ends, not terminal, one row earlier. Actions must lie in [−1, 1].
+
+    Args:
+      path: the file.
+      capacity: rows of the buffer; None is as many as the file has.
+
+    Raises:
+      MissingDependencyError: h5py is not installed.
+      FileFormatError: this is not an HDF5 file, or not laid out like this.
+      DataError: the episodes hold something a buffer cannot.
+    """
+    h5py = _extra("h5py")
+    Path(path).open("rb").close()  # an absent file is an OSError of its own, not a damaged one
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise FileFormatError(f"{path} is not an HDF5 file, or it is damaged: {error}.") from error
+    with file:
+        return ReplayBuffer.from_episodes(flat_episodes(file, str(path)), capacity)
+
+
+def flat_episodes(file: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """Cut flat D4RL arrays into the arguments of ``ReplayBuffer.add_episode``; see :func:`from_hdf5`."""
+    missing = [key for key in HDF5_KEYS if key not in file]
+    if missing:
+        raise FileFormatError(f"{name} has no {', '.join(missing)}; a D4RL file has {', '.join(HDF5_KEYS)}.")
+    terminals, timeouts = (np.asarray(file[key]).ravel().astype(bool) for key in ("terminals", "timeouts"))
+    lengths = {key: len(file[key]) for key in HDF5_KEYS}
+    if len(set(lengths.values())) != 1:
+        raise FileFormatError(f"The arrays of {name} have different lengths: {lengths}.")
+    ends = np.flatnonzero(terminals | timeouts) + 1
+    for start, stop in zip([0, *ends], [*ends, len(terminals)], strict=True):
+        # Without the last step's outcome, two steps give the shortest episode there is: one action, two rows.
+        steps = stop - start if "next_observations" in file else stop - start - 1
+        if steps < 1:
+            continue
+        obs = file["observations"][start : start + steps]
+        final = (
+            file["next_observations"][stop - 1 : stop]
+            if "next_observations" in file
+            else file["observations"][stop - 1 : stop]
+        )
+        yield {
+            "obs": np.concatenate([obs, final]),
+            "actions": file["actions"][start : start + steps],
+            "rewards": file["rewards"][start : start + steps],
+            "terminated": bool(terminals[stop - 1]) and "next_observations" in file,
+        }
+
+
+def _extra(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{module} is not installed; pip install 'worldloom[minari]' brings it."
+        ) from error
