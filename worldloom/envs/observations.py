@@ -1,0 +1,139 @@
+"""Observation spaces of Gymnasium as the arrays that models take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+
+from worldloom.envs.rows import Arrays
+from worldloom.errors import ConfigError, DataError
+
+PLAIN = "obs"
+"""Name under which an observation that is no dict travels inside this package."""
+
+
+class _Leaf(NamedTuple):
+    """One array of an observation: its place in the space, and its shape and dtype as models see it."""
+
+    path: tuple[str, ...]
+    space: spaces.Space[Any]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.path) or PLAIN
+
+
+class ObservationSpec:
+    """How observations of a Gymnasium space become arrays.
+
+    ============================================  ===========================================================
+    space                                         array
+    ============================================  ===========================================================
+    ``Box``, uint8, three axes                    image, kept: uint8 ``[H, W, C]`` or ``[C, H, W]``, 0–255
+    ``Box``, uint8, two axes, up to 255           image with one channel, uint8 ``[H, W, 1]``
+    ``Box``, float or bool, three axes, in [0,1]  image, float32
+    other ``Box`` up to two axes                  vector, float32 ``[n]``
+    ``Discrete``                                  one-hot, float32 ``[n]``
+    ``MultiDiscrete``                             one-hots side by side, float32
+    ``MultiBinary``                               vector, float32
+    ``Dict``                                      dict of the above; nested names are joined with ``/``
+    ============================================  ===========================================================
+
+    Everything else (``Tuple``, ``Text``, …) raises ``ConfigError``.
+
+    Attributes:
+      shape: shape of the array, or a dict of shapes: what configs take as ``obs_shape``.
+      dtype: likewise ``numpy.dtype`` or a dict of them.
+    """
+
+    def __init__(self, space: spaces.Space[Any]):
+        self._is_dict = isinstance(space, spaces.Dict)
+        self._leaves = list(_leaves(space, ()))
+        if not self._leaves:
+            raise ConfigError("The observation space is an empty dict; at least one array is needed.")
+        shapes = {leaf.name: leaf.shape for leaf in self._leaves}
+        dtypes = {leaf.name: leaf.dtype for leaf in self._leaves}
+        self.shape: tuple[int, ...] | dict[str, tuple[int, ...]] = shapes if self._is_dict else shapes[PLAIN]
+        self.dtype: np.dtype[Any] | dict[str, np.dtype[Any]] = dtypes if self._is_dict else dtypes[PLAIN]
+
+    def flatten(self, obs: Any, lead: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+        """An observation of the space, with leading axes ``lead``, as ``{name: array}``; the arrays are copies.
+
+        Raises ``DataError`` when an array does not have the shape that the space promises.
+        """
+        flat = {}
+        for leaf in self._leaves:
+            value = obs
+            for key in leaf.path:
+                value = value[key]
+            flat[leaf.name] = _convert(leaf, np.asarray(value), lead)
+        return flat
+
+    def structure(self, flat: dict[str, np.ndarray]) -> Arrays:
+        """The form that models take: the dict itself for dict spaces, else its only array."""
+        return flat if self._is_dict else flat[PLAIN]
+
+
+def _leaves(space: spaces.Space[Any], path: tuple[str, ...]) -> Iterator[_Leaf]:
+    if isinstance(space, spaces.Dict):
+        for key, inner in space.spaces.items():
+            yield from _leaves(inner, (*path, str(key)))
+        return
+    vector = np.dtype(np.float32)
+    if isinstance(space, spaces.Discrete):
+        yield _Leaf(path, space, (int(space.n),), vector)
+    elif isinstance(space, spaces.MultiDiscrete):
+        yield _Leaf(path, space, (int(space.nvec.sum()),), vector)
+    elif isinstance(space, spaces.MultiBinary):
+        yield _Leaf(path, space, (int(np.prod(space.shape)),), vector)
+    elif isinstance(space, spaces.Box):
+        yield _Leaf(path, space, *_box_form(space, "/".join(path)))
+    else:
+        raise ConfigError(
+            f"Observation space {type(space).__name__} ({'/'.join(path) or 'the whole observation'}) is not supported; "
+            "use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of these "
+            "(an ObservationWrapper can turn a Tuple into a Dict)."
+        )
+
+
+def _box_form(space: spaces.Box, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype in which models see a Box."""
+    axes = len(space.shape)
+    if space.dtype == np.uint8 and axes == 3:
+        return space.shape, np.dtype(np.uint8)
+    if space.dtype == np.uint8 and axes == 2 and space.high.max(initial=0) == 255:
+        return (*space.shape, 1), np.dtype(np.uint8)
+    if axes <= 2:
+        return (int(np.prod(space.shape)),), np.dtype(np.float32)
+    if axes == 3 and space.low.min() >= 0 and space.high.max() <= 1:
+        return space.shape, np.dtype(np.float32)
+    raise ConfigError(
+        f"Observation {name + ' ' if name else ''}has shape {space.shape}, dtype {space.dtype} and bounds "
+        f"[{space.low.min():g}, {space.high.max():g}]; images need three axes and uint8 (0–255) or floats in [0, 1], "
+        "vectors at most two axes. Convert it in an ObservationWrapper."
+    )
+
+
+def _convert(leaf: _Leaf, value: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+    """``value`` ``[*lead, *space.shape]`` as ``[*lead, *leaf.shape]`` of the leaf's dtype, always a new array."""
+    expected = lead + (leaf.space.shape or ())
+    if value.shape != expected:
+        raise DataError(
+            f"The environment returned an observation '{leaf.name}' of shape {value.shape}; its space says {expected}."
+        )
+    if isinstance(leaf.space, spaces.Discrete):
+        return _one_hot(value - leaf.space.start, int(leaf.space.n))
+    if isinstance(leaf.space, spaces.MultiDiscrete):
+        digits = (value - leaf.space.start).reshape(*lead, -1)
+        sizes = leaf.space.nvec.ravel()
+        return np.concatenate([_one_hot(digits[..., i], int(n)) for i, n in enumerate(sizes)], -1)
+    return np.array(value, leaf.dtype).reshape(lead + leaf.shape)
+
+
+def _one_hot(index: np.ndarray, size: int) -> np.ndarray:
+    return (np.asarray(index)[..., None] == np.arange(size)).astype(np.float32)

@@ -1,0 +1,59 @@
+"""The process of one subprocess environment: builds it, then answers requests until the pipe closes.
+
+Imported by a bare interpreter (see :mod:`worldloom.envs.workers`), so nothing here may import JAX.
+
+Answers are ``(kind, value)``: ``"ready"`` with (observation space, action space, time limit) once at the start, then
+one answer per request: ``"row"`` with an ``Arrival``, ``"frame"`` with a picture, or ``"error"`` with
+(sentence, exception or ``None``), after which the process ends: an environment that raised is in no known state.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from worldloom.envs.player import Player
+
+
+def main(file_descriptor: int) -> None:
+    """Serve the parent at the other end of a socket. Returns when it closes its end, dies, or an error was sent."""
+    connection = Connection(file_descriptor)
+    player = None
+    try:
+        build = pickle.loads(connection.recv_bytes())
+        player = Player(build())
+        connection.send(("ready", (player.env.observation_space, player.env.action_space, player.time_limit)))
+        while True:
+            connection.send(_answer(player, *connection.recv()))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # The parent closed its end.
+    except BaseException as error:
+        connection.send(("error", (_sentence(error), _picklable(error))))
+    finally:
+        if player is not None:
+            player.env.close()
+        connection.close()
+
+
+def _answer(player: Player, request: str, arguments: Any) -> tuple[str, Any]:
+    if request == "step":
+        return "row", player.step(arguments)
+    if request == "reset":
+        return "row", player.reset(arguments)
+    if request == "replay":
+        return "row", player.replay(*arguments)
+    return "frame", player.env.render()
+
+
+def _sentence(error: BaseException) -> str:
+    return f"raised {type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}".rstrip()
+
+
+def _picklable(error: BaseException) -> BaseException | None:
+    """The exception itself if it survives the way, so that the parent can raise what the environment raised."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return None

@@ -1,0 +1,248 @@
+"""N environments in N processes, replaced when they crash or hang.
+
+Workers are fresh interpreters started with ``subprocess``, not forks: JAX runs threads, which a fork would break, and
+not ``multiprocessing`` either, whose children import the main script again, JAX included. POSIX only (the pipe is an
+inherited socket).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+import gymnasium as gym
+import numpy as np
+
+from worldloom.envs.player import check_alike
+from worldloom.envs.rows import Arrival, Arrivals, WorkerRestart, pick
+from worldloom.errors import ConfigError, EnvError
+
+START_TIMEOUT = 120.0
+"""Seconds that a worker may take to import and build its environment."""
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds that a worker may take to close its environment before it is killed."""
+
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from worldloom.envs.worker import main; main({fd})"
+
+
+class WorkerCrash(Exception):
+    """A worker died, raised or gave no answer in time; ``cause`` is what it raised, if that could be sent."""
+
+    def __init__(self, reason: str, cause: BaseException | None = None):
+        super().__init__(reason)
+        self.cause = cause
+
+
+class Worker:
+    """One process with one environment, and the pipe to it."""
+
+    def __init__(self, payload: bytes):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT.format(fd=theirs.fileno()), json.dumps(sys.path)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=_environment(),
+                # Its own group: Ctrl-C is the parent's business, and a kill takes the environment's children along.
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self._ready = False
+        self._send_bytes(payload)
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def spaces(self) -> tuple[gym.Space[Any], gym.Space[Any], int | None]:
+        """Wait until the environment is built; its observation space, action space and time limit."""
+        self._ready = True
+        return self._answer(START_TIMEOUT)
+
+    def send(self, request: str, arguments: Any = None) -> None:
+        """Ask for something; a worker that is dead by then shows in :meth:`receive`."""
+        with contextlib.suppress(OSError):
+            self._connection.send((request, arguments))
+
+    def receive(self, deadline: float) -> Any:
+        """The answer, until ``deadline`` (``time.monotonic``). Raises ``WorkerCrash``."""
+        if not self._ready:
+            self.spaces()
+        return self._answer(max(0.0, deadline - time.monotonic()))
+
+    def kill(self) -> None:
+        """End the process group at once and collect it."""
+        self._connection.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def hang_up(self) -> None:
+        """Close the pipe, which asks the worker to close its environment and leave."""
+        self._connection.close()
+
+    def wait(self, deadline: float) -> None:
+        """Collect the process after :meth:`hang_up`; kill it at ``deadline``."""
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def _send_bytes(self, payload: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send_bytes(payload)
+
+    def _answer(self, timeout: float) -> Any:
+        try:
+            if not self._connection.poll(timeout):
+                raise WorkerCrash(f"gave no answer within {timeout:.0f} s")
+            kind, value = self._connection.recv()
+        except (EOFError, OSError):
+            raise WorkerCrash(self._obituary()) from None
+        if kind == "error":
+            raise WorkerCrash(*value)
+        return value
+
+    def _obituary(self) -> str:
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+
+
+class Workers:
+    """N environments, each in a worker process, stepped in parallel.
+
+    A worker that dies, raises or gives no answer within ``timeout`` seconds is replaced; the episode it was in is
+    closed as truncated (last observation repeated, reward 0) and a ``WorkerRestart`` reported. After ``max_crashes``
+    of one environment without a completed step between them ``EnvError`` is raised: restarting does not help then.
+    """
+
+    def __init__(self, build: Callable[[], gym.Env[Any, Any]], num_envs: int, *, timeout: float, max_crashes: int = 3):
+        if os.name != "posix":
+            raise ConfigError("parallel='subprocess' needs a POSIX system; use parallel='sync' here.")
+        self.num_envs = num_envs
+        self._timeout, self._max_crashes = timeout, max_crashes
+        self._payload = cloudpickle.dumps(build)
+        self._workers = [Worker(self._payload) for _ in range(num_envs)]
+        # Also runs when this object is forgotten without close, and at interpreter exit: no process stays behind.
+        self._finalizer = weakref.finalize(self, _close_all, self._workers)
+        self._restarts = [0] * num_envs
+        self._crashes_in_a_row = [0] * num_envs
+        self._obs: dict[str, np.ndarray] = {}
+        try:
+            spaces = [worker.spaces() for worker in self._workers]
+            check_alike([pair[:2] for pair in spaces])
+        except WorkerCrash as crash:
+            self.close()
+            if crash.cause is not None:
+                raise crash.cause from crash
+            raise EnvError(f"A worker could not build its environment: it {crash}.") from None
+        except BaseException:
+            self.close()
+            raise
+        self.observation_space, self.action_space, self.time_limit = spaces[0]
+
+    def advance(self, actions: Any, starting: np.ndarray, seeds: Sequence[int | None]) -> Arrivals:
+        """See :class:`worldloom.envs.rows.Backend`."""
+        for i, worker in enumerate(self._workers):
+            if starting[i]:
+                worker.send("reset", seeds[i])
+            else:
+                worker.send("step", pick(actions, i))
+        deadline = time.monotonic() + self._timeout
+        rows, restarts = [], []
+        for i in range(self.num_envs):
+            try:
+                row = self._workers[i].receive(deadline)
+                self._crashes_in_a_row[i] *= bool(starting[i])
+            except WorkerCrash as crash:
+                restarts.append(self._replace(i, crash))
+                row = self._restarted(i, int(seeds[i] or 0)) if starting[i] else self._cut(i)
+            rows.append(row)
+        return self._remember(Arrivals.stack(rows, restarts))
+
+    def replay(self, seeds: Sequence[int], actions: Sequence[Any], lengths: np.ndarray) -> Arrivals | None:
+        """See :class:`worldloom.envs.rows.Backend`; a worker that crashes is replaced and ``None`` returned."""
+        for i, worker in enumerate(self._workers):
+            worker.send("replay", (seeds[i], actions[i], int(lengths[i])))
+        deadline = time.monotonic() + min(self._timeout * (1 + int(lengths.max())), 86_400)
+        rows = []
+        for i, worker in enumerate(self._workers):
+            try:
+                rows.append(worker.receive(deadline))
+            except WorkerCrash as crash:
+                self._replace(i, crash)
+        return self._remember(Arrivals.stack(rows)) if len(rows) == self.num_envs else None
+
+    def render(self) -> Any:
+        """See :class:`worldloom.envs.rows.Backend`. Raises ``EnvError`` if the worker fails to draw."""
+        self._workers[0].send("frame")
+        try:
+            return self._workers[0].receive(time.monotonic() + self._timeout)
+        except WorkerCrash as crash:
+            self._replace(0, crash)
+            raise EnvError(f"Environment 0 could not draw itself: its worker {crash}.") from None
+
+    def close(self) -> None:
+        """See :class:`worldloom.envs.rows.Backend`. A worker that does not leave in time is killed."""
+        self._finalizer()
+
+    def _replace(self, env: int, crash: WorkerCrash) -> WorkerRestart:
+        """Start a new worker; it builds its environment while the others go on."""
+        self._workers[env].kill()
+        self._restarts[env] += 1
+        self._crashes_in_a_row[env] += 1
+        if self._crashes_in_a_row[env] > self._max_crashes:
+            raise EnvError(
+                f"Environment {env} crashed {self._crashes_in_a_row[env]} times without completing a step; "
+                f"the last time its worker {crash}."
+            ) from crash.cause
+        self._workers[env] = Worker(self._payload)
+        return WorkerRestart(env, f"The worker of environment {env} {crash}.", self._restarts[env])
+
+    def _restarted(self, env: int, seed: int) -> Arrival:
+        """First row of an episode whose reset crashed, from other seeds in case the first one was the reason."""
+        while True:
+            seed = (seed + 1) % 2**31
+            self._workers[env].send("reset", seed)
+            try:
+                return self._workers[env].receive(time.monotonic() + self._timeout)
+            except WorkerCrash as crash:
+                self._replace(env, crash)
+
+    def _cut(self, env: int) -> Arrival:
+        """Close an episode that cannot go on: a truncation where it last was."""
+        return Arrival({name: value[env] for name, value in self._obs.items()}, 0.0, last=True, terminal=False)
+
+    def _remember(self, arrivals: Arrivals) -> Arrivals:
+        self._obs = arrivals.obs
+        return arrivals
+
+
+def _close_all(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        worker.hang_up()
+    deadline = time.monotonic() + CLOSE_TIMEOUT
+    for worker in workers:
+        worker.wait(deadline)
+
+
+def _environment() -> dict[str, str]:
+    """The parent's variables, with defaults that keep N workers from taking its accelerator and all its cores."""
+    return {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", **os.environ}

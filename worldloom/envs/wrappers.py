@@ -1,0 +1,129 @@
+"""Gymnasium wrappers: action repeat, image size, frames over time."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from worldloom.errors import ConfigError
+
+
+class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
+    """Takes each action ``repeat`` times and sums the rewards; stops when the episode ends on the way."""
+
+    def __init__(self, env: gym.Env[Any, Any], repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """The last observation, the sum of rewards, the flags and info of the last step."""
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
+    """Makes every image (uint8 ``[H, W, C]``) of the observation ``[size, size, C]``.
+
+    Raises ``ConfigError`` if there is no such image.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], size: int):
+        super().__init__(env)
+        inner = env.observation_space
+        self._size = size
+        self._alone = _is_image(inner)
+        self._keys = (
+            [key for key, space in inner.spaces.items() if _is_image(space)] if isinstance(inner, spaces.Dict) else []
+        )
+        if not self._alone and not self._keys:
+            raise ConfigError(f"image_size={size} was given, but {inner} holds no uint8 image [H, W, C] to resize.")
+        if self._alone:
+            self.observation_space = _square(inner, size)
+        else:
+            self.observation_space = spaces.Dict(
+                {key: _square(space, size) if key in self._keys else space for key, space in inner.items()}
+            )
+
+    def observation(self, observation: Any) -> Any:
+        """The observation with its images resized."""
+        if self._alone:
+            return resize(observation, self._size)
+        return {**observation, **{key: resize(observation[key], self._size) for key in self._keys}}
+
+
+class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
+    """The last ``frames`` images (uint8 ``[H, W, C]``), oldest first, as one channel-first ``[frames·C, H, W]``.
+
+    An episode starts with its first image repeated (TD-MPC2 from pixels stacks three). Raises ``ConfigError`` unless
+    the observation is a single image.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], frames: int):
+        super().__init__(env)
+        if not _is_image(env.observation_space):
+            raise ConfigError(f"frame_stack={frames} needs one uint8 image [H, W, C], not {env.observation_space}.")
+        height, width, channels = env.observation_space.shape or ()
+        self.observation_space = spaces.Box(0, 255, (frames * channels, height, width), np.uint8)
+        self._frames: collections.deque[np.ndarray] = collections.deque(maxlen=frames)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Fill the stack with the first image."""
+        image, info = self.env.reset(seed=seed, options=options)
+        self._frames.extend([_channel_first(image)] * (self._frames.maxlen or 1))
+        return self._stacked(), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Push one image."""
+        image, reward, terminated, truncated, info = self.env.step(action)
+        self._frames.append(_channel_first(image))
+        return self._stacked(), reward, terminated, truncated, info
+
+    def _stacked(self) -> np.ndarray:
+        return np.concatenate(list(self._frames))
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """``image`` uint8 [H, W, C] as [size, size, C], by an antialiased triangle filter (Pillow's ``BILINEAR``)."""
+    rows, columns = _triangle(image.shape[0], size), _triangle(image.shape[1], size)
+    wide = image.astype(np.float32)
+    narrow = np.einsum("hwc,vw->hvc", wide, columns, optimize=True)
+    small = np.einsum("hvc,uh->uvc", narrow, rows, optimize=True)
+    return np.clip(np.rint(small), 0, 255).astype(np.uint8)
+
+
+@functools.cache
+def _triangle(old: int, new: int) -> np.ndarray:
+    """Weights [new, old] of a triangle as wide as one output pixel, each row summing to 1."""
+    scale = old / new
+    centers = (np.arange(new) + 0.5) * scale
+    distance = np.abs(np.arange(old) + 0.5 - centers[:, None]) / max(scale, 1.0)
+    weights = np.maximum(0.0, 1.0 - distance)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _is_image(space: spaces.Space[Any]) -> bool:
+    return (
+        isinstance(space, spaces.Box)
+        and space.dtype == np.uint8
+        and len(space.shape) == 3
+        and space.shape[-1] in (1, 3, 4)
+    )
+
+
+def _square(space: spaces.Space[Any], size: int) -> spaces.Box:
+    return spaces.Box(0, 255, (size, size, (space.shape or ())[-1]), np.uint8)
+
+
+def _channel_first(image: np.ndarray) -> np.ndarray:
+    """A copy, since an environment may draw its next frame into the same array."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1)).copy()
