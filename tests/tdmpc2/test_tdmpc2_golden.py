@@ -1,0 +1,150 @@
+"""The reference program's recorded numbers: components, planner stages, a whole plan, three updates."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from worldloom.interop import load_official_tdmpc2, to_official_tdmpc2
+from worldloom.models.tdmpc2 import LOSS_TERMS, init_state, planner, update
+from worldloom.training.config import TrainingConfig
+
+VARIANTS = ("single", "episodic")
+VALUES = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def recorded(request, golden):
+    return golden(f"tdmpc2-{request.param}-s0")
+
+
+@pytest.fixture(scope="module")
+def settings(recorded):
+    return json.loads(str(recorded["config"]))
+
+
+def overrides(settings):
+    """Config fields that the arrays do not tell, from the reference's settings."""
+    names = (
+        "horizon num_samples num_elites num_pi_trajs iterations temperature min_std max_std episode_length simnorm_dim"
+        " rho tau entropy_coef"
+    )
+    return {name: settings[name] for name in names.split()} | {"encoder_lr_scale": settings["enc_lr_scale"]}
+
+
+@pytest.fixture(scope="module")
+def model(recorded, settings):
+    return load_official_tdmpc2(recorded, precision="float32", **overrides(settings))
+
+
+@pytest.fixture(scope="module")
+def batch(recorded):
+    """Rows [B, H+1] by the arrival rule from the recorded transitions [H, B]."""
+    arrived = lambda x: np.concatenate([np.zeros_like(x[:1]), x])[..., 0].T  # noqa: E731
+    actions = recorded["input/actions"]
+    return {
+        "obs": recorded["input/obs"].swapaxes(0, 1),
+        "actions": np.concatenate([actions, np.zeros_like(actions[:1])]).swapaxes(0, 1),
+        "rewards": arrived(recorded["input/rewards"]),
+        "is_terminal": arrived(recorded["input/terminated"]),
+    }
+
+
+def test_components(model, recorded):
+    expect = {name[7:]: value for name, value in recorded.items() if name.startswith("expect/")}
+    state = model.encode(recorded["input/obs"][0])
+    action = jnp.asarray(recorded["input/actions"][0])
+    np.testing.assert_allclose(state.z, expect["z"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.predict(state, action).z, expect["next_z"], rtol=1e-5, atol=1e-6)
+    logits = model.reward_logits(state.z, action, None)
+    np.testing.assert_allclose(logits, expect["reward_logits"], **VALUES)
+    np.testing.assert_allclose(model.decode_scalar(logits), expect["reward"][:, 0], **VALUES)
+    np.testing.assert_allclose(model.q_logits(state.z, action, None), expect["q_logits"], **VALUES)
+    every = jnp.arange(model.config.num_q)
+    for name, target in (("q", False), ("q_target", True)):
+        values = model.q_values(state.z, action, None, every, target=target)
+        np.testing.assert_allclose(values, expect[name][..., 0], **VALUES)
+    if model.config.episodic:
+        ended = model.decode(state)["termination"]
+        np.testing.assert_allclose(ended, expect["termination"][:, 0], **VALUES)
+
+
+def test_policy_prior(model, recorded):
+    sample = model.prior(model.encode(recorded["input/obs"][0]).z, None, noise=jnp.asarray(recorded["input/eps"]))
+    for name in ("action", "mean", "log_std", "entropy", "scaled_entropy"):
+        expected = recorded[f"expect/pi_{name}"]
+        np.testing.assert_allclose(
+            getattr(sample, name), expected.squeeze(-1) if "entropy" in name else expected, **VALUES
+        )
+
+
+def test_planner_stages(model, recorded):
+    z = model.encode(recorded["input/obs"][0, :1]).z[0]
+    actions, c = jnp.asarray(recorded["input/plan_actions"]), model.config
+    values = planner.score(model, z, actions)
+    np.testing.assert_allclose(values, recorded["expect/plan_values"][:, 0], **VALUES)
+    mean, std, elites, weights = planner.refit(
+        actions,
+        values,
+        num_elites=c.num_elites,
+        temperature=c.temperature,
+        min_std=c.min_std,
+        max_std=c.max_std,
+    )
+    np.testing.assert_array_equal(elites, recorded["expect/plan_elites"])
+    np.testing.assert_allclose(weights, recorded["expect/plan_weights"][:, 0], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(mean, recorded["expect/plan_mean"], **VALUES)
+    np.testing.assert_allclose(std, recorded["expect/plan_std"], **VALUES)
+
+
+def test_whole_plan(model, recorded):
+    z = model.encode(recorded["input/obs"][0, :1]).z[0]
+    previous, noise = jnp.asarray(recorded["input/plan_prev_mean"]), jnp.asarray(recorded["input/plan_noise"])
+    action, mean = planner.plan(model, z, previous, None, noise=noise)
+    np.testing.assert_allclose(action, recorded["expect/plan_action"], **VALUES)
+    np.testing.assert_allclose(mean, recorded["expect/plan_new_mean"], **VALUES)
+    # Two environments in one call are planned for as each alone.
+    both = planner.plan(model, jnp.stack([z, z]), jnp.stack([previous] * 2), None, noise=jnp.stack([noise] * 2))
+    np.testing.assert_allclose(both[0], jnp.stack([action] * 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(model, batch, settings):
+    training = TrainingConfig(
+        learning_rate=settings["lr"], grad_clip=settings["grad_clip_norm"], batch_size=settings["batch"]
+    )
+    state = init_state(model, training, jax.random.key(0))
+    step, metrics = jax.jit(lambda state: update(state, batch, None)), []
+    for _ in range(3):
+        state, now = step(state)
+        metrics.append(now)
+    return state, {name: np.array([now[name] for now in metrics]) for name in metrics[0]}
+
+
+def test_three_updates_report_the_recorded_metrics(trained, recorded):
+    names = {"total_loss": "loss", "pi_loss": "policy"}
+    for name in (name for name in recorded if name.startswith("expect/metrics/")):
+        official = name.removeprefix("expect/metrics/")
+        ours = names.get(official, official.removesuffix("_loss"))
+        np.testing.assert_allclose(trained[1][ours], recorded[name], rtol=1e-4, err_msg=official)
+
+
+def test_three_updates_leave_the_recorded_parameters(trained, recorded):
+    weights = to_official_tdmpc2(trained[0])
+    expected = {name.removeprefix("after3/"): value for name, value in recorded.items() if name.startswith("after3/")}
+    assert set(expected) <= set(weights)
+    errors = {name: np.abs(weights[name] - value).ravel() for name, value in expected.items()}
+    targets = np.concatenate([error for name, error in errors.items() if name.startswith("_target")])
+    others = np.concatenate([error for name, error in errors.items() if not name.startswith("_target")])
+    assert targets.max() < 3e-6
+    assert others.max() < 1e-4
+    assert np.mean(others < 1e-5) > 0.999
+
+
+def test_losses_before_an_update_are_the_first_metrics(model, batch, trained):
+    losses = model.compute_loss(batch)
+    assert set(losses) == set(LOSS_TERMS)
+    for name in LOSS_TERMS[:-1]:
+        np.testing.assert_allclose(losses[name], trained[1][name][0], rtol=1e-5)

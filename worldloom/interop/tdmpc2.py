@@ -1,0 +1,293 @@
+"""Weights of ``nicklashansen/tdmpc2``, in and out.
+
+Its files come in three layouts (specification of the names in :func:`to_official_tdmpc2`):
+
+- today's (since October 2024), which is the one written here;
+- the published files of 2023: the Q ensembles are flat lists, ``_Qs.params.0`` … ``_Qs.params.9``;
+- a few files from before the release: Linear and LayerNorm are separate modules with indices of their own. Those
+  models were trained on symlog observations, which ``symlog_obs`` turns on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from worldloom.config import nearest
+from worldloom.errors import ConfigError, WeightsError
+from worldloom.interop.torch_file import read_torch
+from worldloom.models.base import flatten, unflatten
+from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
+from worldloom.safe_npz import read_npz
+from worldloom.state import TrainState
+
+Arrays = dict[str, NDArray[Any]]
+
+_PARTS_OF_A_LAYER = ("weight", "bias", "ln.weight", "ln.bias")
+_OLDEST = "_dynamics.0.0.weight"  # There only in the layout from before the release.
+_BUFFERS = ("log_std_min", "log_std_dif", "_action_masks")
+
+# Of the tasks: decision steps per episode, and action dimensions of the domains in the multitask sets.
+_DMCONTROL_STEPS, _OTHER_STEPS = 500, 100
+_MANISKILL = ("lift-cube", "pick-cube", "stack-cube", "pick-ycb", "turn-faucet")
+_ACTIONS = {
+    "walker": 6, "cheetah": 6, "reacher": 2, "reacher-three": 3, "acrobot": 1, "pendulum": 1, "cartpole": 1, "cup": 2,
+    "finger": 2, "fish": 5, "hopper": 4, "mw": 4,
+}  # fmt: skip
+_MT30 = [
+    "walker-stand", "walker-walk", "walker-run", "cheetah-run", "reacher-easy", "reacher-hard", "acrobot-swingup",
+    "pendulum-swingup", "cartpole-balance", "cartpole-balance-sparse", "cartpole-swingup", "cartpole-swingup-sparse",
+    "cup-catch", "finger-spin", "finger-turn-easy", "finger-turn-hard", "fish-swim", "hopper-stand", "hopper-hop",
+    "walker-walk-backwards", "walker-run-backwards", "cheetah-run-backwards", "cheetah-run-front", "cheetah-run-back",
+    "cheetah-jump", "hopper-hop-backwards", "reacher-three-easy", "reacher-three-hard", "cup-spin", "pendulum-spin",
+]  # fmt: skip
+_METAWORLD_TASKS = 50
+
+
+def load_official_tdmpc2(
+    path_or_state_dict: str | Path | Mapping[str, Any], *, task: str | None = None, **overrides: Any
+) -> TDMPC2WorldModel:
+    """A world model with the weights of the reference program; sizes are inferred from the arrays.
+
+    Args:
+      path_or_state_dict: a ``.pt`` file (read without PyTorch, tensors only), an ``.npz`` file, or a mapping of names
+        to arrays. The weights may lie under ``"model"``, and names may carry the prefix ``params/``.
+      task: what the weights were trained on, in the reference's names: one task such as ``"walker-run"`` or
+        ``"mw-assembly"``, or ``"mt30"`` or ``"mt80"``. Sets what the arrays do not tell: episode lengths, from which
+        the discount follows, and the action dimensions of each task.
+      **overrides: further config fields.
+
+    The value scale of the policy's loss is not in these files; it starts at 1. Missing target networks are copies.
+
+    Raises:
+      FileFormatError: the file is damaged or holds more than tensors and plain containers.
+      WeightsError: arrays are missing, unexpected or misshapen.
+      ConfigError: ``task`` is not known, or overrides contradict the arrays.
+    """
+    oldest, arrays = _to_current_layout(_read(path_or_state_dict))
+    inferred = _infer(arrays) | {"symlog_obs": oldest}
+    config = TDMPC2Config(**{**inferred, **_facts_of(task), **overrides})
+    model = TDMPC2WorldModel(config)
+    expected = dict(_layout(config))
+    _check_fit(expected, flatten(model.params), arrays)
+    own = {ours: _ours(arrays[official], ours) for official, ours in expected.items()}
+    model.load_params(unflatten({**own, "scale.value": np.ones((), np.float32)}))
+    return model
+
+
+def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState) -> Arrays:
+    """All weights in the reference program's names, orientation and today's layout, target networks included.
+
+    ``_encoder.state.{i}``, ``_dynamics.{i}``, ``_reward.{i}``, ``_pi.{i}``, ``_termination.{i}``, ``_Qs.params.{i}``
+    and ``_target_Qs_params.{i}`` with ``weight`` (out, in), ``bias``, ``ln.weight`` and ``ln.bias``;
+    ``_encoder.rgb.{2,4,6,8}`` with ``weight`` (out, in, height, width) for images; ``_task_emb.weight``; and the
+    buffers ``log_std_min``, ``log_std_dif``, ``_action_masks``. The duplicates ``_detach_Qs_params`` are left out.
+    """
+    config = model.config
+    weights = flatten(jax.device_get(model.params))
+    arrays = {official: _official(weights[ours], ours) for official, ours in _layout(config)}
+    arrays["log_std_min"] = _exact(config.log_std_min)
+    arrays["log_std_dif"] = _exact(config.log_std_max - config.log_std_min)
+    if config.multitask:
+        dimensions = np.arange(config.action_dim)
+        arrays["_action_masks"] = (dimensions < np.array(config.valid_actions)[:, None]).astype(np.float32)
+    return arrays
+
+
+def _layout(config: TDMPC2Config) -> Iterator[tuple[str, str]]:
+    """Pairs of official name (today's layout) and our flat name, for all weights but the value scale."""
+
+    def mlp(official: str, ours: str, hidden: int, *, normed_head: bool = False) -> Iterator[tuple[str, str]]:
+        for i in range(hidden + normed_head):
+            layer = f"{ours}.hidden.{i}" if i < hidden else f"{ours}.head"
+            leaves = ("affine.kernel", "affine.bias", "norm.scale", "norm.bias")
+            yield from (
+                (f"{official}.{i}.{part}", f"{layer}.{leaf}")
+                for part, leaf in zip(_PARTS_OF_A_LAYER, leaves, strict=True)
+            )
+        if not normed_head:
+            yield f"{official}.{hidden}.weight", f"{ours}.head.kernel"
+            yield f"{official}.{hidden}.bias", f"{ours}.head.bias"
+
+    if config.is_image:
+        for i in range(4):
+            yield f"_encoder.rgb.{2 * i + 2}.weight", f"encoder.convs.{i}.kernel"
+            yield f"_encoder.rgb.{2 * i + 2}.bias", f"encoder.convs.{i}.bias"
+    else:
+        yield from mlp("_encoder.state", "encoder.mlp", max(config.encoder_layers - 1, 1), normed_head=True)
+    yield from mlp("_dynamics", "dynamics", config.mlp_layers, normed_head=True)
+    yield from mlp("_reward", "reward", config.mlp_layers)
+    if config.episodic:
+        yield from mlp("_termination", "termination", config.mlp_layers)
+    yield from mlp("_pi", "policy.mlp", config.mlp_layers)
+    yield from mlp("_Qs.params", "q.members", config.mlp_layers)
+    yield from mlp("_target_Qs_params", "target_q.members", config.mlp_layers)
+    if config.multitask:
+        yield "_task_emb.weight", "task_embedding.table"
+
+
+def _ours(array: NDArray[Any], name: str) -> NDArray[Any]:
+    if not name.endswith("kernel"):
+        return array
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.swapaxes(-1, -2)
+
+
+def _official(array: NDArray[Any], name: str) -> NDArray[Any]:
+    if name.endswith("kernel"):
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.swapaxes(-1, -2)
+    return np.array(array, order="C")
+
+
+def _exact(number: float) -> NDArray[Any]:
+    # The reference makes these buffers from the integers of its config.
+    return np.array(int(number), np.int64) if float(number).is_integer() else np.array(number, np.float32)
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> Arrays:
+    if isinstance(source, Mapping):
+        values: Any = source
+    elif Path(source).suffix == ".npz":
+        values = read_npz(source)
+    else:
+        # Multitask files keep the run's configuration beside the weights: objects that become inert stubs.
+        values = read_torch(source, stub_unknown=True)
+    if isinstance(values, Mapping) and isinstance(values.get("model"), Mapping):
+        values = values["model"]
+    if not isinstance(values, Mapping):
+        raise WeightsError(f"{source} holds a {type(values).__name__}; a mapping of names to arrays is expected.")
+    if any(str(name).startswith("params/") for name in values):
+        values = {name.removeprefix("params/"): v for name, v in values.items() if str(name).startswith("params/")}
+    # Bookkeeping of tensordict, and copies of the online Q networks.
+    ignored = re.compile(r"\.module\.|__|^_detach_Qs")
+    return {str(name): _array(value) for name, value in values.items() if not ignored.search(str(name))}
+
+
+def _array(value: Any) -> NDArray[Any]:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()  # a PyTorch tensor
+    return np.asarray(value)
+
+
+def _to_current_layout(arrays: Arrays) -> tuple[bool, Arrays]:
+    """Whether the arrays were in the layout from before the release, and the arrays in today's."""
+    oldest = _OLDEST in arrays
+    if oldest:
+        arrays = {_from_oldest(name): value for name, value in arrays.items()}
+    arrays = {_from_2023(name): value for name, value in arrays.items()}
+    for name in [name for name in arrays if name.startswith("_Qs.params.")]:
+        arrays.setdefault(name.replace("_Qs.params.", "_target_Qs_params."), arrays[name])
+    return oldest, arrays
+
+
+def _from_oldest(name: str) -> str:
+    """Sequentials of (Linear, LayerNorm, activation): module 3i is layer i, module 3i + 1 its norm.
+
+    The encoder starts with a module without weights (symlog); the dynamics nest the Sequential, its last norm outside.
+    """
+    name = re.sub(r"^_dynamics\.1\.", "_dynamics.0.7.", name)
+    found = re.fullmatch(r"(_encoder\.state|_dynamics\.0|_reward|_pi|_termination)\.(\d+)\.(weight|bias)", name)
+    if not found:
+        return name
+    module, index, leaf = found[1], int(found[2]) - (found[1] == "_encoder.state"), found[3]
+    layer, is_norm = divmod(index, 3)
+    return f"{module.removesuffix('.0')}.{layer}.{'ln.' if is_norm else ''}{leaf}"
+
+
+def _from_2023(name: str) -> str:
+    """``_Qs.params.{4·layer + part}``, without the norm's two parts in the last layer."""
+    found = re.fullmatch(r"(_Qs|_target_Qs)\.params\.(\d+)", name)
+    if not found:
+        return name
+    layer, part = divmod(int(found[2]), 4)
+    prefix = "_Qs.params" if found[1] == "_Qs" else "_target_Qs_params"
+    return f"{prefix}.{layer}.{_PARTS_OF_A_LAYER[part]}"
+
+
+def _infer(arrays: Arrays) -> dict[str, Any]:
+    """Config fields that the arrays tell."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in arrays:
+            raise WeightsError(f"{name} is missing: these are not the weights of a TD-MPC2 reference model.")
+        return tuple(arrays[name].shape)
+
+    def layers(prefix: str) -> int:
+        return sum(re.fullmatch(re.escape(prefix) + r"\.\d+\.weight", name) is not None for name in arrays)
+
+    last = layers("_reward") - 1
+    members, num_bins, hidden_dim = shape(f"_Qs.params.{last}.weight")
+    fields: dict[str, Any] = {
+        "action_dim": shape(f"_pi.{last}.weight")[0] // 2,
+        "latent_dim": shape(f"_dynamics.{last}.weight")[0],
+        "hidden_dim": hidden_dim,
+        "mlp_layers": last,
+        "num_q": members,
+        "num_bins": num_bins,
+        "episodic": "_termination.0.weight" in arrays,
+    }
+    if "_task_emb.weight" in arrays:
+        fields["num_tasks"], fields["task_dim"] = shape("_task_emb.weight")
+    if "_action_masks" in arrays:
+        fields["action_dims"] = tuple(int(n) for n in arrays["_action_masks"].sum(-1))
+    if "log_std_min" in arrays and "log_std_dif" in arrays:
+        fields["log_std_min"] = float(arrays["log_std_min"])
+        fields["log_std_max"] = float(arrays["log_std_min"] + arrays["log_std_dif"])
+    if "_encoder.rgb.2.weight" in arrays:
+        return fields | {"obs_shape": (shape("_encoder.rgb.2.weight")[1], 64, 64)}
+    encoder_dim, inputs = shape("_encoder.state.0.weight")
+    return fields | {
+        "obs_shape": (inputs - fields.get("task_dim", 0),),
+        "encoder_dim": encoder_dim,
+        "encoder_layers": layers("_encoder.state"),
+    }
+
+
+def _facts_of(task: str | None) -> dict[str, Any]:
+    """Config fields that follow from the name of a task or set of tasks."""
+    if task is None:
+        return {}
+    if task in ("mt30", "mt80"):
+        names = _MT30 + (["mw"] * _METAWORLD_TASKS if task == "mt80" else [])
+        return {
+            "episode_lengths": tuple(_episode_length(name) for name in names),
+            "action_dims": tuple(
+                _ACTIONS.get(name.rpartition("-")[0]) or _ACTIONS[name.split("-")[0]] for name in names
+            ),
+        }
+    if re.fullmatch(r"mt\d+", task):
+        raise ConfigError(
+            f"The tasks of '{task}' are not published; give episode_lengths and action_dims, or task='mt30' or 'mt80'."
+        )
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", task):
+        raise ConfigError(f"task='{task}' is not a task name such as 'walker-run'.{nearest(task, _MT30)}")
+    return {"episode_length": _episode_length(task)}
+
+
+def _episode_length(task: str) -> int:
+    return _OTHER_STEPS if task.split("-")[0] in ("mw", "myo") or task in _MANISKILL else _DMCONTROL_STEPS
+
+
+def _check_fit(expected: Mapping[str, str], own: Mapping[str, Any], arrays: Arrays) -> None:
+    shapes = {official: _official_shape(own[ours].shape, ours) for official, ours in expected.items()}
+    problems = [f"{name} is missing" for name in shapes if name not in arrays]
+    problems += [f"{name} is unexpected" for name in arrays if name not in shapes and name not in _BUFFERS]
+    problems += [
+        f"{name} has shape {arrays[name].shape}, {shape} is expected"
+        for name, shape in shapes.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise WeightsError(f"These weights do not fit together: {'; '.join(problems[:5])}{more}.")
+
+
+def _official_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    if not name.endswith("kernel"):
+        return shape
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else (*shape[:-2], shape[-1], shape[-2])

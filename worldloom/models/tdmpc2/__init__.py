@@ -1,0 +1,18 @@
+"""TD-MPC2: a decoder-free world model that acts by planning in its latent space."""
+
+from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.models.tdmpc2.model import LatentState, TDMPC2WorldModel, Trajectory
+from worldloom.models.tdmpc2.update import LOSS_TERMS, act, init_state, initial_carry, update, window
+
+__all__ = [
+    "LOSS_TERMS",
+    "LatentState",
+    "TDMPC2Config",
+    "TDMPC2WorldModel",
+    "Trajectory",
+    "act",
+    "init_state",
+    "initial_carry",
+    "update",
+    "window",
+]

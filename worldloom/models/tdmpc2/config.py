@@ -1,0 +1,339 @@
+"""Config of TD-MPC2."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, Self
+
+from worldloom.config import BaseConfig, check, config_dataclass, nearest
+from worldloom.errors import ConfigError
+
+IMAGE_SIZE = 64
+"""Height and width of images: the reference's convolutions take no other."""
+IMAGE_LATENT = 512
+"""Latent size that those convolutions end in: 32 channels of 4×4."""
+
+# The reference program's `model_size` table.
+_SIZE_FIELDS = ("encoder_dim", "hidden_dim", "latent_dim", "encoder_layers", "num_q")
+_SIZES = {
+    "1m": (256, 384, 128, 2, 2),
+    "5m": (256, 512, 512, 2, 5),
+    "19m": (1024, 1024, 768, 3, 5),
+    "48m": (1792, 1792, 768, 4, 5),
+    "317m": (4096, 4096, 1376, 5, 8),
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    # Ours, for tests and laptops: planning at every step must be cheap on two cores.
+    "tiny": dict(zip(_SIZE_FIELDS, (64, 64, 64, 2, 2), strict=True))
+    | {"num_samples": 64, "num_elites": 12, "num_pi_trajs": 8, "iterations": 3},
+    **{size: dict(zip(_SIZE_FIELDS, values, strict=True)) for size, values in _SIZES.items()},
+}
+
+# Names of the earlier PyTorch library: renamed here, or without meaning here.
+_RENAMED = {"num_q_networks": "num_q", "num_hidden_layers": "mlp_layers", "gamma": "discount"}
+_DROPPED = (
+    "model_name", "latent_type", "deter_dim", "stoch_dim", "dynamics_type", "learning_rate", "grad_clip", "device",
+    "dtype", "momentum", "use_decoder",
+)  # fmt: skip
+
+
+@config_dataclass
+class TDMPC2Config(BaseConfig):
+    """Sizes, loss and planner of TD-MPC2 (Hansen, Su, Wang 2024, arXiv 2310.16828).
+
+    Defaults are those of the reference program's 5M model. Learning rate, gradient clip (20 in the reference), batch
+    size and weight decay belong to ``TrainingConfig``.
+    """
+
+    obs_shape: tuple[int, ...]
+    """Shape of one observation: ``(D,)`` for vectors; ``(C, 64, 64)`` or ``(64, 64, C)`` for (stacked) images."""
+    action_dim: int
+    """Width A of a continuous action in [−1, 1], or number of discrete actions."""
+    latent_dim: int = 512
+    """Latent size L, a multiple of ``simnorm_dim``; images need 512."""
+    num_q: int = 5
+    """Q networks N, at least 2: two are drawn for each use."""
+    mlp_layers: int = 2
+    """Hidden layers of dynamics, reward, termination, policy and Q networks."""
+    hidden_dim: int = 512
+    """Width M of these hidden layers (``mlp_dim``)."""
+    encoder_dim: int = 256
+    """Width of the vector encoder's hidden layers (``enc_dim``)."""
+    encoder_layers: int = 2
+    """Layers of the vector encoder including its last; below 2 counts as 2 (``num_enc_layers``)."""
+    simnorm_dim: int = 8
+    """Features V per simplex of the latent."""
+    num_bins: int = 101
+    """Bins K of reward and value."""
+    vmin: float = -10.0
+    """Symlog of the lowest bin: returns below −(e¹⁰ − 1) = −22025 saturate."""
+    vmax: float = 10.0
+    """Symlog of the highest bin."""
+    dropout: float = 0.01
+    """Dropout rate in the first layer of the Q networks; on in value and policy loss."""
+    action_type: str = "continuous"
+    """``continuous`` or ``discrete``; the latter has no counterpart in the reference, see ``networks``."""
+    symlog_obs: bool = False
+    """Feed symlog of vector observations to the encoder (what the oldest published checkpoints expect)."""
+    episodic: bool = False
+    """Learn terminations: a head, its loss, and plans that end. Without it episodes only ever hit time limits."""
+
+    num_tasks: int = 0
+    """Tasks of a multitask model; 0 is a single-task model, without embedding."""
+    task_dim: int = 96
+    """Width E of the task embedding (the reference: 96, or 64 for the 30-task models 5m, 19m and 48m)."""
+    action_dims: tuple[int, ...] = ()
+    """Valid action dimensions per task; further ones are masked. Empty: all ``action_dim``."""
+    episode_lengths: tuple[int, ...] = ()
+    """Decision steps of an episode per task; empty: ``episode_length`` for all."""
+
+    episode_length: int = 500
+    """Decision steps T of an episode, from which the discount follows."""
+    discount: float | None = None
+    """γ; None follows from the episode length: clip((f − 1) / f, discount_min, discount_max) with f = T / 5."""
+    discount_denom: float = 5.0
+    """The 5 of that rule."""
+    discount_min: float = 0.95
+    """Lower end of that rule."""
+    discount_max: float = 0.995
+    """Upper end of that rule."""
+
+    horizon: int = 3
+    """Steps H of the latent rollout, in the loss and in plans."""
+    rho: float = 0.5
+    """ρ: weight ρᵗ of step t in the losses."""
+    tau: float = 0.01
+    """Step of the target Q networks and of the value scale towards their newest values."""
+    consistency_coef: float = 20.0
+    """Weight of the latent consistency loss."""
+    reward_coef: float = 0.1
+    """Weight of the reward loss."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    termination_coef: float = 1.0
+    """Weight of the termination loss."""
+    entropy_coef: float = 1e-4
+    """Weight β of the policy's (scaled) entropy beside its normalised value."""
+    encoder_lr_scale: float = 0.3
+    """Factor on the learning rate of the encoder."""
+    pi_adam_eps: float = 1e-5
+    """Adam's ε of the policy; the model's is 1e-8."""
+    log_std_min: float = -10.0
+    """Lower bound of the policy's log standard deviation."""
+    log_std_max: float = 2.0
+    """Upper bound of the policy's log standard deviation."""
+
+    mpc: bool = True
+    """Act by planning; False acts by the policy prior alone."""
+    iterations: int | None = None
+    """Refinements of a plan; None is 6, or 8 from 20 action dimensions on. See ``planner_iterations``."""
+    num_samples: int = 512
+    """Candidate action sequences per iteration, policy trajectories included."""
+    num_elites: int = 64
+    """Best candidates that the next distribution is fitted to."""
+    num_pi_trajs: int = 24
+    """Candidates drawn from the policy prior, kept in every iteration."""
+    temperature: float = 0.5
+    """Elite i weighs exp(temperature · (valueᵢ − best value))."""
+    min_std: float = 0.05
+    """Lower bound of the plan's standard deviation; for discrete actions, the share of uniform candidates."""
+    max_std: float = 2.0
+    """Initial and largest standard deviation of the plan (continuous actions)."""
+
+    precision: str = "auto"
+    """Dtype of matrix products: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on GPU and TPU."""
+    model_type: str = "tdmpc2"
+    """Always ``tdmpc2``; says in a ``config.json`` which family it belongs to."""
+
+    def __post_init__(self) -> None:
+        check(self.model_type == "tdmpc2", f"model_type must be 'tdmpc2', not {self.model_type!r}.")
+        self._check_numbers()
+        self._check_observations()
+        self._check_tasks()
+        check(
+            self.latent_dim % self.simnorm_dim == 0,
+            f"latent_dim={self.latent_dim} must be a multiple of simnorm_dim={self.simnorm_dim}.",
+        )
+        check(self.vmin < self.vmax, f"vmin={self.vmin} must be below vmax={self.vmax}.")
+        check(self.log_std_min < self.log_std_max, "log_std_min must be below log_std_max.")
+        check(self.discount_min <= self.discount_max, "discount_min must not exceed discount_max.")
+        check(self.min_std <= self.max_std, f"min_std={self.min_std} must not exceed max_std={self.max_std}.")
+        check(
+            self.num_elites <= self.num_samples,
+            f"num_elites={self.num_elites} must not exceed num_samples={self.num_samples}.",
+        )
+        check(
+            self.num_pi_trajs < self.num_samples,
+            f"num_pi_trajs={self.num_pi_trajs} must be below num_samples={self.num_samples}.",
+        )
+        for name, allowed in (("action_type", ("continuous", "discrete")), ("precision", _PRECISIONS)):
+            value = getattr(self, name)
+            check(value in allowed, f"{name}={value!r} is not known; use one of {', '.join(allowed)}.")
+
+    def _check_numbers(self) -> None:
+        for name, least in _LEAST_INTEGERS.items():
+            value = getattr(self, name)
+            if name == "iterations" and value is None:
+                continue
+            check(_is_int(value) and value >= least, f"{name} must be an integer ≥ {least}, not {value!r}.")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if name == "discount" and value is None:
+                continue
+            good = _is_number(value) and math.isfinite(value) and low <= value <= high
+            check(good, f"{name} must be a number in [{low}, {high}], not {value!r}.")
+        for name in ("symlog_obs", "episodic", "mpc"):
+            check(isinstance(getattr(self, name), bool), f"{name} must be True or False, not {getattr(self, name)!r}.")
+
+    def _check_observations(self) -> None:
+        shape = self.obs_shape
+        check(
+            isinstance(shape, tuple) and len(shape) in (1, 3) and all(_is_int(n) and n > 0 for n in shape),
+            f"obs_shape={shape!r} must be (D,) for vectors, or (C, 64, 64) or (64, 64, C) for images.",
+        )
+        if not self.is_image:
+            return
+        check(
+            shape[:2] == (IMAGE_SIZE, IMAGE_SIZE) or shape[1:] == (IMAGE_SIZE, IMAGE_SIZE),
+            f"obs_shape={shape}: TD-MPC2's image encoder takes 64×64 pixels, as (C, 64, 64) or (64, 64, C).",
+        )
+        check(
+            self.latent_dim == IMAGE_LATENT,
+            f"Images need latent_dim={IMAGE_LATENT}, where the image encoder ends; {self.latent_dim} was given.",
+        )
+        check(not self.multitask, "A multitask model takes vector observations; give obs_shape=(D,).")
+        check(not self.symlog_obs, "symlog_obs is for vector observations.")
+
+    def _check_tasks(self) -> None:
+        if not (self.action_dims or self.episode_lengths or self.num_tasks > 1):
+            return
+        tasks = max(self.num_tasks, 1)
+        check(tasks == 1 or self.task_dim > 0, f"{tasks} tasks need task_dim ≥ 1.")
+        check(
+            all(_is_int(n) and 1 <= n <= self.action_dim for n in self.action_dims),
+            f"action_dims={self.action_dims} must lie in [1, action_dim={self.action_dim}].",
+        )
+        check(
+            all(_is_int(n) and n >= 1 for n in self.episode_lengths),
+            f"episode_lengths={self.episode_lengths} must be integers ≥ 1.",
+        )
+        for name in ("action_dims", "episode_lengths"):
+            given = getattr(self, name)
+            check(not given or len(given) == tasks, f"{name} has {len(given)} entries for {tasks} tasks.")
+        check(
+            self.multitask or not self.action_dims or self.action_dims == (self.action_dim,),
+            f"action_dims={self.action_dims} needs num_tasks; a single-task model uses all of action_dim.",
+        )
+        check(not (self.multitask and self.episodic), "A multitask model has no terminations; leave episodic=False.")
+
+    @property
+    def multitask(self) -> bool:
+        """Whether there is a task embedding; then ``task`` is needed wherever the model is used."""
+        return self.num_tasks > 0 and self.task_dim > 0
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the task embedding in the networks' inputs, 0 for one task."""
+        return self.task_dim if self.multitask else 0
+
+    @property
+    def is_image(self) -> bool:
+        """Whether observations are images."""
+        return len(self.obs_shape) == 3
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether images are (C, 64, 64)."""
+        return self.is_image and self.obs_shape[:2] != (IMAGE_SIZE, IMAGE_SIZE)
+
+    @property
+    def planner_iterations(self) -> int:
+        """Refinements of a plan: ``iterations``, or 6, or 8 from 20 action dimensions on."""
+        if self.iterations is not None:
+            return self.iterations
+        return 8 if self.action_dim >= 20 else 6
+
+    @property
+    def discounts(self) -> tuple[float, ...]:
+        """γ of every task (one for a single-task model)."""
+        lengths = self.episode_lengths or (self.episode_length,) * max(self.num_tasks, 1)
+        return tuple(self._discount(length) for length in lengths)
+
+    def _discount(self, episode_length: int) -> float:
+        if self.discount is not None:
+            return self.discount
+        fraction = episode_length / self.discount_denom
+        return min(max((fraction - 1) / fraction, self.discount_min), self.discount_max)
+
+    @property
+    def valid_actions(self) -> tuple[int, ...]:
+        """Valid action dimensions of every task (one entry for a single-task model)."""
+        return self.action_dims or (self.action_dim,) * max(self.num_tasks, 1)
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Sizes that :meth:`from_size` knows."""
+        return tuple(_PRESETS)
+
+    @classmethod
+    def from_size(cls, size: str, *, obs_shape: Any, action_dim: int, **overrides: Any) -> Self:
+        """A preset: ``tiny``, or one of the reference program's ``1m 5m 19m 48m 317m``.
+
+        The published 30-task models differ in ``task_dim`` (see there), and their 19m has ``latent_dim=512``.
+
+        Raises:
+          ConfigError: no such size.
+        """
+        if size not in _PRESETS:
+            raise ConfigError(
+                f"There is no TD-MPC2 size '{size}'.{nearest(size, _PRESETS)} Known: {', '.join(_PRESETS)}."
+            )
+        return cls(**{"obs_shape": obs_shape, "action_dim": action_dim, **_PRESETS[size], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a plain dict such as a parsed ``config.json``.
+
+        A dict of the earlier PyTorch library is recognised by its field names: those with a counterpart are renamed,
+        the others named in a ``UserWarning``. Raises as the constructor does.
+        """
+        given = dict(values)
+        if not any(name in given for name in (*_RENAMED, *_DROPPED)):
+            return cls(**given)
+        renamed = {_RENAMED.get(name, name): value for name, value in given.items()}
+        if renamed.get("num_tasks") == 1:
+            renamed["num_tasks"] = 0  # There, one task had no embedding.
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        dropped = sorted(name for name in renamed if name not in known)
+        if dropped:
+            warnings.warn(f"Fields without meaning in TDMPC2Config were dropped: {', '.join(dropped)}.", stacklevel=2)
+        return cls(**{name: value for name, value in renamed.items() if name in known})
+
+
+_PRECISIONS = ("auto", "float32", "bfloat16")
+_LEAST_INTEGERS = {
+    "action_dim": 1, "latent_dim": 1, "num_q": 2, "mlp_layers": 1, "hidden_dim": 1, "encoder_dim": 1,
+    "encoder_layers": 1, "simnorm_dim": 1, "num_bins": 2, "num_tasks": 0, "task_dim": 0, "episode_length": 1,
+    "horizon": 1, "iterations": 1, "num_samples": 1, "num_elites": 1, "num_pi_trajs": 0,
+}  # fmt: skip
+_UNBOUNDED = float("inf")
+_RANGES = {
+    "vmin": (-_UNBOUNDED, _UNBOUNDED), "vmax": (-_UNBOUNDED, _UNBOUNDED), "dropout": (0.0, 0.99),
+    "discount": (0.0, 1.0), "discount_denom": (1e-6, _UNBOUNDED), "discount_min": (0.0, 1.0),
+    "discount_max": (0.0, 1.0), "rho": (0.0, 1.0), "tau": (0.0, 1.0), "consistency_coef": (0.0, _UNBOUNDED),
+    "reward_coef": (0.0, _UNBOUNDED), "value_coef": (0.0, _UNBOUNDED), "termination_coef": (0.0, _UNBOUNDED),
+    "entropy_coef": (0.0, _UNBOUNDED), "encoder_lr_scale": (0.0, _UNBOUNDED), "pi_adam_eps": (0.0, _UNBOUNDED),
+    "log_std_min": (-_UNBOUNDED, _UNBOUNDED), "log_std_max": (-_UNBOUNDED, _UNBOUNDED),
+    "temperature": (0.0, _UNBOUNDED), "min_std": (0.0, _UNBOUNDED), "max_std": (0.0, _UNBOUNDED),
+}  # fmt: skip
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

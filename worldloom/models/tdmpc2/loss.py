@@ -1,0 +1,185 @@
+"""Losses of TD-MPC2, in the order of the reference's ``_update``.
+
+Time runs first in here: a batch of B windows with T rows holds S = T − H latent rollouts of H steps per window,
+stacked as [H, B, S, …]. T = H + 1 is the published update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from worldloom.errors import DataError
+from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.ops.keys import split_key
+from worldloom.ops.symlog_twohot import cross_entropy
+
+if TYPE_CHECKING:
+    from worldloom.models.tdmpc2.model import TDMPC2WorldModel
+
+Metrics = dict[str, jax.Array]
+sg = jax.lax.stop_gradient
+
+
+class Rows(NamedTuple):
+    """Windows of rows by the arrival rule: ``rewards[:, t]`` and ``terminated[:, t]`` belong to reaching row t.
+
+    Attributes:
+      obs: [B, T, *obs_shape].
+      actions: [B, T, A], chosen at each row.
+      rewards: [B, T].
+      terminated: [B, T], 1 where the row is terminal.
+      task: [B, 1] integers that broadcast against rows, or None.
+    """
+
+    obs: jax.Array
+    actions: jax.Array
+    rewards: jax.Array
+    terminated: jax.Array
+    task: jax.Array | None
+
+
+def model_loss(
+    model: TDMPC2WorldModel, rows: Rows, key: jax.Array | None
+) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+    """Consistency, reward, value and termination losses (TD-MPC2, equation 3).
+
+    Returns:
+      total: weighted sum, a scalar.
+      terms: each loss before its weight; for episodic configs the rate of terminations and the F1 score too.
+      zs: latents of the rollouts [H+1, B, S, L], for the policy.
+    """
+    c, task = model.config, rows.task
+    next_key, encode_key, prior_key, pair_key, dropout_key = split_key(key, 5)
+    starts = rows.rewards.shape[1] - c.horizon
+    actions, rewards = _unfold(rows.actions[:, :-1], c.horizon), _unfold(rows.rewards[:, 1:], c.horizon)
+    terminated = _unfold(rows.terminated[:, 1:], c.horizon)
+
+    # Next latents and TD targets, from the observations themselves and without gradient. No entropy bonus.
+    next_z = sg(model.latent(rows.obs[:, 1:], task, next_key))
+    next_action = model.prior(next_z, task, prior_key).action
+    next_q = model.q_values(next_z, next_action, task, model.q_pair(pair_key), target=True).min(0)
+    continues = model.gamma(task) * (1.0 - rows.terminated[:, 1:])
+    td_target = _unfold(sg(rows.rewards[:, 1:] + continues * next_q), c.horizon)
+
+    # Latent rollout, through which the gradient flows.
+    zs = [model.latent(rows.obs[:, :starts], task, encode_key)]
+    for action in actions:
+        zs.append(model.next_latent(zs[-1], action, task))
+    z, z_after = jnp.stack(zs[:-1]), jnp.stack(zs[1:])
+
+    # Losses. ρ discounts the steps of the rollout; the sum is divided by H, not by Σρᵗ.
+    consistency = jnp.square(z_after - _unfold(next_z, c.horizon)).mean(-1)
+    reward = cross_entropy(model.reward_logits(z, actions, task), model.two_hot(rewards))
+    value = cross_entropy(model.q_logits(z, actions, task, dropout_key), model.two_hot(td_target)).mean(0)
+    terms = {
+        "consistency": _over_steps(consistency, c.rho),
+        "reward": _over_steps(reward, c.rho),
+        "value": _over_steps(value, c.rho),
+        "termination": jnp.zeros(()),
+    }
+    if c.episodic:
+        logits = model.termination_logits(z_after)
+        terms["termination"] = optax.sigmoid_binary_cross_entropy(logits, terminated).mean()
+        terms |= _termination_scores(logits[-1] > 0, terminated[-1] > 0)
+    total = (
+        c.consistency_coef * terms["consistency"]
+        + c.reward_coef * terms["reward"]
+        + c.value_coef * terms["value"]
+        + c.termination_coef * terms["termination"]
+    )
+    return total, (terms, jnp.stack(zs))
+
+
+def policy_loss(
+    model: TDMPC2WorldModel, zs: jax.Array, task: jax.Array | None, key: jax.Array | None
+) -> tuple[jax.Array, Metrics]:
+    """Maximise value plus entropy along the rollouts (TD-MPC2, equation 5).
+
+    Args:
+      model: with the Q networks that the model's step left behind.
+      zs: [H+1, B, S, L] latents from before that step; no gradient reaches them.
+      task: as in :class:`Rows`.
+      key: of actions, the Q pair and its dropout, which is on here.
+
+    Returns:
+      loss: −mean_t ρᵗ · (q / scale + β · entropy), a scalar.
+      metrics: ``pi_entropy``, ``pi_scaled_entropy`` and the new ``pi_scale``.
+    """
+    c, zs = model.config, sg(zs)
+    action_key, pair_key, dropout_key = split_key(key, 3)
+    members = model.q_pair(pair_key)
+    sample = model.prior(zs, task, action_key)
+    q = sample.expect(lambda action: model.q_values(zs, action, task, members, dropout_key).mean(0))
+
+    # The newest width enters the running scale first, clamped before the average; then the scale is used.
+    low, high = jnp.percentile(sg(q[0]), jnp.array([5.0, 95.0]))
+    scale = model.scale.value[...]
+    scale = scale + c.tau * (jnp.maximum(high - low, 1.0) - scale)
+
+    loss = -_over_steps(q / scale + c.entropy_coef * sample.scaled_entropy, c.rho)
+    return loss, {
+        "pi_entropy": sample.entropy.mean(),
+        "pi_scaled_entropy": sample.scaled_entropy.mean(),
+        "pi_scale": scale,
+    }
+
+
+def read_rows(config: TDMPC2Config, batch: Mapping[str, Any]) -> Rows:
+    """Rows of a public batch: actions as vectors, terminations from ``is_terminal`` or ``continues``.
+
+    Raises:
+      DataError: a key is missing, a shape does not fit, or there are not more rows than ``horizon``.
+    """
+    missing = [name for name in ("obs", "actions", "rewards") if name not in batch]
+    if missing or not ("is_terminal" in batch or "continues" in batch):
+        raise DataError(
+            f"A batch needs obs, actions, rewards and is_terminal (or continues); this one has {', '.join(batch)}."
+        )
+    rewards = jnp.asarray(batch["rewards"], jnp.float32)
+    if rewards.ndim != 2 or rewards.shape[1] <= config.horizon:
+        raise DataError(f"rewards has shape {rewards.shape}; [B, T] with T > horizon={config.horizon} is needed.")
+    if "is_terminal" in batch:
+        terminated = jnp.asarray(batch["is_terminal"]).astype(jnp.float32)
+    else:
+        terminated = 1.0 - jnp.asarray(batch["continues"]).astype(jnp.float32)
+    actions = jnp.asarray(batch["actions"])
+    if config.action_type == "discrete" and actions.ndim == 2:
+        actions = jax.nn.one_hot(actions, config.action_dim)
+    shapes = {
+        "obs": (jnp.shape(batch["obs"]), (*rewards.shape, *config.obs_shape)),
+        "actions": (actions.shape, (*rewards.shape, config.action_dim)),
+        "is_terminal": (terminated.shape, rewards.shape),
+    }
+    for name, (given, needed) in shapes.items():
+        if given != needed:
+            raise DataError(f"{name} has shape {given}; {needed} is needed beside rewards of shape {rewards.shape}.")
+    task = batch.get("task")
+    if config.multitask and (task is None or jnp.shape(task) != rewards.shape[:1]):
+        raise DataError(f"A multitask batch needs task, integers of shape {rewards.shape[:1]}.")
+    column = jnp.asarray(task)[:, None] if config.multitask else None
+    return Rows(jnp.asarray(batch["obs"]), actions.astype(jnp.float32), rewards, terminated, column)
+
+
+def _unfold(x: jax.Array, horizon: int) -> jax.Array:
+    """[B, T−1, …] → [H, B, S, …]: entry (h, b, s) is ``x[b, s + h]``."""
+    starts = x.shape[1] + 1 - horizon
+    return jnp.stack([x[:, h : h + starts] for h in range(horizon)])
+
+
+def _over_steps(x: jax.Array, rho: float) -> jax.Array:
+    """Mean over steps of ρᵗ · (mean over the batch): [steps, B, S] → scalar."""
+    return jnp.mean(rho ** jnp.arange(x.shape[0]) * x.mean((1, 2)))
+
+
+def _termination_scores(predicted: jax.Array, terminated: jax.Array) -> Metrics:
+    """Rate of terminations and F1 score of their prediction, both [B, S] booleans of the last step."""
+    hits = jnp.sum(predicted & terminated)
+    recall = hits / (jnp.sum(terminated) + 1e-9)
+    precision = hits / (jnp.sum(predicted) + 1e-9)
+    f1 = 2.0 * recall * precision / (recall + precision + 1e-9)
+    return {"termination_rate": terminated.mean(), "termination_f1": f1}

@@ -1,0 +1,337 @@
+"""The TD-MPC2 world model: latent dynamics without decoder, reward, values and a policy prior to plan with."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from worldloom.errors import DataError
+from worldloom.models.base import WorldModel, compiled
+from worldloom.models.tdmpc2 import loss, planner
+from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.models.tdmpc2.networks import (
+    CategoricalPolicy,
+    CategoricalSample,
+    GaussianPolicy,
+    GaussianSample,
+    ImageEncoder,
+    SimNorm,
+    TaskEmbedding,
+    ValueScale,
+    VectorEncoder,
+)
+from worldloom.nn.ensemble import Ensemble
+from worldloom.nn.normed import NormedMLP
+from worldloom.ops import symlog_twohot
+from worldloom.ops.keys import split_key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentState:
+    """A latent ``z`` [..., L]: L / ``simnorm_dim`` simplices side by side."""
+
+    z: jax.Array
+
+    @property
+    def features(self) -> jax.Array:
+        """[..., L], what heads read."""
+        return self.z
+
+
+class Trajectory(NamedTuple):
+    """An imagined rollout, time first.
+
+    Attributes:
+      states: latents [H+1, B, L]; the first is the state it started from.
+      rewards: [H, B] expected reward of each step, in the units of the data.
+      continues: [H, B] probability that the episode goes on after each step; 1 unless the config is ``episodic``.
+    """
+
+    states: LatentState
+    rewards: jax.Array
+    continues: jax.Array
+
+
+class TDMPC2WorldModel(WorldModel):
+    """TD-MPC2 (Hansen, Su, Wang 2024): see :class:`TDMPC2Config` for sizes and :class:`WorldModel` for arguments.
+
+    Continuous actions are float [..., A] in [−1, 1]; discrete ones integers [...] or one-hots [..., A]. A multitask
+    model takes ``task``, integers with the batch axes, in every method; others take none. Wherever ``key`` is None,
+    every draw takes its mode: mean actions, the first two Q networks, no dropout, no image shift.
+    """
+
+    config: TDMPC2Config
+    config_class = TDMPC2Config
+    untrained = ("target_q", "scale")
+
+    encoder: VectorEncoder | ImageEncoder
+    dynamics: NormedMLP
+    reward: NormedMLP
+    termination: NormedMLP
+    policy: GaussianPolicy | CategoricalPolicy
+    q: Ensemble
+    target_q: Ensemble
+    task_embedding: TaskEmbedding
+    scale: ValueScale
+
+    @staticmethod
+    def build(config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """Parts: encoder, dynamics, reward, policy, q, target_q, scale; termination and task_embedding if needed."""
+        c = config
+        z, za = c.latent_dim + c.embedding_dim, c.latent_dim + c.embedding_dim + c.action_dim
+        hidden = [c.hidden_dim] * c.mlp_layers
+        q_key = rngs.params()
+
+        def q_network(rngs: nnx.Rngs) -> NormedMLP:
+            return NormedMLP(za, hidden, c.num_bins, dropout=c.dropout, zero_head=True, dtype=dtype, rngs=rngs)
+
+        parts: dict[str, nnx.Module] = {
+            "encoder": (ImageEncoder if c.is_image else VectorEncoder)(c, dtype, rngs),
+            "dynamics": NormedMLP(
+                za, hidden, c.latent_dim, out_activation=SimNorm(c.simnorm_dim), dtype=dtype, rngs=rngs
+            ),
+            "reward": NormedMLP(za, hidden, c.num_bins, zero_head=True, dtype=dtype, rngs=rngs),
+            "policy": (CategoricalPolicy if c.action_type == "discrete" else GaussianPolicy)(c, dtype, rngs),
+            "q": Ensemble(q_network, c.num_q, key=q_key),
+            "target_q": Ensemble(q_network, c.num_q, key=q_key),
+            "scale": ValueScale(),
+        }
+        if c.episodic:
+            parts["termination"] = NormedMLP(z, hidden, 1, dtype=dtype, rngs=rngs)
+        if c.multitask:
+            parts["task_embedding"] = TaskEmbedding(c, rngs)
+        return parts
+
+    @property
+    def algorithm(self) -> types.ModuleType:
+        """:mod:`worldloom.models.tdmpc2`."""
+        from worldloom.models import tdmpc2
+
+        return tdmpc2
+
+    # The interface that both families share.
+
+    def initial_state(self, batch_size: int) -> LatentState:
+        """The latent of no information: uniform simplices, [batch_size, L]."""
+        shape = (batch_size, self.config.latent_dim)
+        return LatentState(jnp.full(shape, 1.0 / self.config.simnorm_dim, jnp.float32))
+
+    @compiled
+    def encode(self, obs: jax.Array, key: jax.Array | None = None, *, task: jax.Array | None = None) -> LatentState:
+        """Observations [B, *obs_shape] → latents. ``key`` shifts images at random, as in training."""
+        return LatentState(self.latent(obs, task, key))
+
+    @compiled
+    def observe(
+        self,
+        state: LatentState,
+        action: jax.Array,
+        obs: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        task: jax.Array | None = None,
+    ) -> LatentState:
+        """Latent after acting and seeing ``obs``: TD-MPC2 has no memory, so this encodes ``obs`` alone."""
+        del state, action
+        return LatentState(self.latent(obs, task, key))
+
+    @compiled
+    def predict(
+        self, state: LatentState, action: jax.Array, key: jax.Array | None = None, *, task: jax.Array | None = None
+    ) -> LatentState:
+        """One imagined step; the dynamics are deterministic and use no key."""
+        del key
+        return LatentState(self.next_latent(state.z, self.as_vectors(action, state.z.ndim), task))
+
+    @compiled
+    def imagine(
+        self, state: LatentState, actions: jax.Array, key: jax.Array | None = None, *, task: jax.Array | None = None
+    ) -> Trajectory:
+        """Roll ``actions`` [H, B, A] (or integers [H, B]) out from ``state``; one scan."""
+        del key
+        actions = self.as_vectors(actions, state.z.ndim + 1)
+
+        def step(z: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+            z = self.next_latent(z, action, task)
+            return z, z
+
+        _, later = jax.lax.scan(step, state.z, actions)
+        zs = jnp.concatenate([state.z[None], later])
+        rewards = self.decode_scalar(self.reward_logits(zs[:-1], actions, task))
+        ended = jax.nn.sigmoid(self.termination_logits(later)) if self.config.episodic else jnp.zeros_like(rewards)
+        return Trajectory(LatentState(zs), rewards, 1.0 - ended)
+
+    @compiled
+    def decode(self, state: LatentState, *, task: jax.Array | None = None) -> dict[str, jax.Array]:
+        """What can be read off a latent alone: ``value`` [...] of the prior's mean action, in the units of the data.
+
+        With terminations also ``continue`` and ``termination`` [...], probabilities that sum to 1. There is no
+        decoder, and rewards need an action: :meth:`imagine` returns them.
+        """
+        action = self.prior(state.z, task).mean
+        decoded = {"value": self.q_values(state.z, action, task, self.q_pair(None)).mean(0)}
+        if self.config.episodic:
+            ended = jax.nn.sigmoid(self.termination_logits(state.z))
+            decoded |= {"termination": ended, "continue": 1.0 - ended}
+        return decoded
+
+    @compiled
+    def compute_loss(self, batch: dict[str, Any], key: jax.Array | None = None) -> dict[str, jax.Array]:
+        """``loss consistency reward value termination policy`` of a batch [B, T, …] with T > ``horizon``.
+
+        ``loss`` is the model's total. ``policy`` has its own step and is not part of it; it is taken with the current
+        Q networks and value scale. Raises ``DataError`` for batches that do not fit the config.
+        """
+        rows = loss.read_rows(self.config, batch)
+        model_key, policy_key = split_key(key, 2)
+        total, (terms, zs) = loss.model_loss(self, rows, model_key)
+        policy, _ = loss.policy_loss(self, zs, rows.task, policy_key)
+        names = ("consistency", "reward", "value", "termination")
+        return {"loss": total, **{name: terms[name] for name in names}, "policy": policy}
+
+    @compiled
+    def act(
+        self,
+        carry: jax.Array | None,
+        obs: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        task: jax.Array | None = None,
+        is_first: jax.Array | None = None,
+        explore: bool | jax.Array = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Plan one action for each environment.
+
+        Args:
+          carry: [B, H, A] means of the previous plans, the warm start; None at the first step of all episodes.
+          obs: [B, *obs_shape].
+          key: of candidates, prior, choice and exploration; None gives the mode of each, hence no exploration.
+          task: [B] for multitask models.
+          is_first: [B], True where an episode starts: that plan starts cold.
+          explore: add exploration noise, as when collecting data; False for evaluation with sampled elites.
+
+        Returns:
+          carry: for the next call.
+          action: [B, A] in [−1, 1], or integers [B].
+        """
+        encode_key, plan_key = split_key(key, 2)
+        z = self.latent(obs, task, encode_key)
+        if carry is None:
+            carry = jnp.zeros((z.shape[0], self.config.horizon, self.config.action_dim), jnp.float32)
+        if is_first is not None:
+            carry = jnp.where(is_first[:, None, None], 0.0, carry)
+        if self.config.mpc:
+            action, carry = planner.plan(self, z, carry, plan_key, task=task, explore=explore)
+        else:
+            sample = self.prior(z, task, plan_key)
+            action = jnp.where(explore, sample.action, sample.mean)
+        return carry, jnp.argmax(action, axis=-1) if self.config.action_type == "discrete" else action
+
+    # Pieces for loss and planner. Latents are plain arrays [..., L]; ``task`` broadcasts against their batch axes.
+
+    def latent(self, obs: jax.Array, task: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
+        """Observations [..., *obs_shape] → [..., L]."""
+        shape = self.config.obs_shape
+        obs = jnp.asarray(obs)
+        if obs.shape[max(obs.ndim - len(shape), 0) :] != shape:
+            raise DataError(
+                f"Observations have shape {obs.shape}; the model takes [..., {', '.join(map(str, shape))}]."
+            )
+        return self.encoder(obs, self.embed(task, obs.shape[: obs.ndim - len(shape)]), key)
+
+    def next_latent(self, z: jax.Array, action: jax.Array, task: jax.Array | None) -> jax.Array:
+        """[..., L] after ``action`` [..., A]."""
+        return self.dynamics(self._join(z, task, action))
+
+    def reward_logits(self, z: jax.Array, action: jax.Array, task: jax.Array | None) -> jax.Array:
+        """[..., K] of the reward for ``action`` at ``z``."""
+        return self.reward(self._join(z, task, action))
+
+    def termination_logits(self, z: jax.Array) -> jax.Array:
+        """[...] of ``z`` being terminal; for ``episodic`` configs only, which have one task."""
+        return self.termination(z)[..., 0]
+
+    def prior(
+        self, z: jax.Array, task: jax.Array | None, key: jax.Array | None = None, noise: jax.Array | None = None
+    ) -> GaussianSample | CategoricalSample:
+        """A sample of the policy prior at ``z``; ``noise`` replaces its draw."""
+        return self.policy(self._join(z, task), self.action_mask(task), key, noise)
+
+    def q_logits(
+        self,
+        z: jax.Array,
+        action: jax.Array,
+        task: jax.Array | None,
+        key: jax.Array | None = None,
+        *,
+        members: jax.Array | None = None,
+        target: bool = False,
+    ) -> jax.Array:
+        """[N, ..., K] of all Q networks, or of ``members`` [n]; a key turns their dropout on."""
+        return (self.target_q if target else self.q)(self._join(z, task, action), key, members=members)
+
+    def q_values(
+        self,
+        z: jax.Array,
+        action: jax.Array,
+        task: jax.Array | None,
+        members: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        target: bool = False,
+    ) -> jax.Array:
+        """[n, ...] values of ``members`` [n] in the units of the data."""
+        return self.decode_scalar(self.q_logits(z, action, task, key, members=members, target=target))
+
+    def q_pair(self, key: jax.Array | None) -> jax.Array:
+        """Indices [2] of two different Q networks, uniform over pairs; the first two without a key."""
+        return jnp.arange(2) if key is None else jax.random.permutation(key, self.config.num_q)[:2]
+
+    def decode_scalar(self, logits: jax.Array) -> jax.Array:
+        """Logits [..., K] of a reward or value → [...] in the units of the data."""
+        return symlog_twohot.decode(logits, vmin=self.config.vmin, vmax=self.config.vmax)
+
+    def two_hot(self, x: jax.Array) -> jax.Array:
+        """Rewards or values [...] → target weights [..., K]."""
+        c = self.config
+        return symlog_twohot.two_hot(x, num_bins=c.num_bins, vmin=c.vmin, vmax=c.vmax)
+
+    def gamma(self, task: jax.Array | None) -> jax.Array:
+        """Discount: a scalar, or one for every entry of ``task``."""
+        discounts = jnp.asarray(self.config.discounts, jnp.float32)
+        return discounts[task] if self.config.multitask else discounts[0]
+
+    def action_mask(self, task: jax.Array | None) -> jax.Array:
+        """[A], or [..., A] with the axes of ``task``: 1 for valid dimensions."""
+        valid = jnp.asarray(self.config.valid_actions)[task if self.config.multitask else 0]
+        return (jnp.arange(self.config.action_dim) < valid[..., None]).astype(jnp.float32)
+
+    def embed(self, task: jax.Array | None, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Task embedding for every entry of a batch, [*batch_shape, E]; width 0 for a single-task model."""
+        if not self.config.multitask:
+            if task is not None:
+                raise DataError("This model has one task; leave task out, or build it with num_tasks.")
+            return jnp.zeros((*batch_shape, 0), jnp.float32)
+        if task is None:
+            raise DataError(f"This model has {self.config.num_tasks} tasks; give task=, integers of shape [B].")
+        return jnp.broadcast_to(self.task_embedding(jnp.asarray(task)), (*batch_shape, self.config.embedding_dim))
+
+    def as_vectors(self, actions: jax.Array, ndim: int) -> jax.Array:
+        """Actions as [..., A] float32 with ``ndim`` axes; integers of discrete actions become one-hots."""
+        actions = jnp.asarray(actions)
+        if self.config.action_type == "discrete" and actions.ndim == ndim - 1:
+            return jax.nn.one_hot(actions, self.config.action_dim, dtype=jnp.float32)
+        if actions.ndim != ndim or actions.shape[-1] != self.config.action_dim:
+            raise DataError(
+                f"Actions have shape {actions.shape}; {ndim} axes, the last of {self.config.action_dim}, are needed."
+            )
+        return actions.astype(jnp.float32)
+
+    def _join(self, z: jax.Array, task: jax.Array | None, *action: jax.Array) -> jax.Array:
+        return jnp.concatenate([z, self.embed(task, z.shape[:-1]), *action], axis=-1)

@@ -1,0 +1,279 @@
+"""Networks of TD-MPC2: encoders, task embedding, policy priors, the value scale.
+
+Inputs are concatenated as in the reference: [observation | task] for the encoder, [latent | task] for the policy and
+the termination head, [latent | task | action] for dynamics, reward and Q networks.
+
+Discrete actions are not in the reference. Here the policy prior is a categorical over one-hot actions, learned like
+the discrete soft actor-critic of Christodoulou (2019): value and entropy are exact sums over the actions instead of
+reparameterised samples. The planner's part of it is described in ``planner``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from worldloom.models.base import Statistic
+from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.nn.normed import NormedMLP
+from worldloom.ops.random_shift import random_shift
+from worldloom.ops.simnorm import simnorm
+from worldloom.ops.symlog import symlog
+
+# Of the standard normal's log density, to the reference's digits.
+_HALF_LOG_2PI = 0.9189385175704956
+
+
+@dataclasses.dataclass(frozen=True)
+class SimNorm:
+    """:func:`worldloom.ops.simnorm.simnorm` as an activation that compares by value."""
+
+    group: int
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., L] → [..., L]."""
+        return simnorm(x, self.group)
+
+
+class VectorEncoder(nnx.Module):
+    """Vector observation and task embedding → latent."""
+
+    def __init__(self, config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.symlog_obs = config.symlog_obs
+        self.mlp = NormedMLP(
+            config.obs_shape[0] + config.embedding_dim,
+            [config.encoder_dim] * max(config.encoder_layers - 1, 1),
+            config.latent_dim,
+            out_activation=SimNorm(config.simnorm_dim),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, obs: jax.Array, embedding: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """[..., D] and [..., E] → [..., L]. Nothing is random here; ``key`` is for images."""
+        del key
+        obs = obs.astype(jnp.float32)
+        return self.mlp(jnp.concatenate([symlog(obs) if self.symlog_obs else obs, embedding], axis=-1))
+
+
+class ImageEncoder(nnx.Module):
+    """64×64 images → latent: random shift, four valid convolutions, SimNorm; no linear layer, no norm.
+
+    The shift is part of the encoder, in training and in acting alike (data augmentation of Kostrikov et al. 2020).
+    """
+
+    def __init__(self, config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.channels_first = config.channels_first
+        self.simnorm = SimNorm(config.simnorm_dim)
+        channels = config.obs_shape[0] if config.channels_first else config.obs_shape[-1]
+        layers = ((channels, 7, 2), (32, 5, 2), (32, 3, 2), (32, 3, 1))
+        self.convs = nnx.List(_convolution(inputs, size, stride, dtype, rngs) for inputs, size, stride in layers)
+
+    def __call__(self, obs: jax.Array, embedding: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """[..., C, 64, 64] or [..., 64, 64, C] (uint8 0–255, or float 0–1) → [..., 512].
+
+        ``embedding`` is empty: image models have one task. Without a key images are not shifted.
+        """
+        del embedding
+        x = obs.reshape(-1, *obs.shape[-3:])
+        x = x.transpose(0, 2, 3, 1) if self.channels_first else x
+        x = x if key is None else random_shift(x, key)
+        x = (x / jnp.float32(255) if x.dtype == jnp.uint8 else x.astype(jnp.float32)) - 0.5
+        for conv in self.convs[:-1]:
+            x = nnx.relu(conv(x))
+        x = self.convs[-1](x).astype(jnp.float32)
+        # Channel-major, as PyTorch flattens: a simplex is eight neighbouring pixels of one channel.
+        return self.simnorm(x.transpose(0, 3, 1, 2).reshape(*obs.shape[:-3], -1))
+
+
+def _convolution(inputs: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    bound = (inputs * size * size) ** -0.5  # PyTorch's default: uniform up to 1 / √fan-in, the bias too.
+    init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
+    return nnx.Conv(
+        inputs,
+        32,
+        (size, size),
+        strides=stride,
+        padding="VALID",
+        kernel_init=init,
+        bias_init=init,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class TaskEmbedding(nnx.Module):
+    """One learned vector per task, of norm at most 1."""
+
+    def __init__(self, config: TDMPC2Config, rngs: nnx.Rngs):
+        shape = (config.num_tasks, config.task_dim)
+        self.table = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -0.02, 0.02))
+
+    def __call__(self, task: jax.Array) -> jax.Array:
+        """Integers [...] → [..., E]."""
+        rows = self.table[...][task]
+        return rows * jax.lax.stop_gradient(_shrink_to_unit(rows))
+
+
+def project_rows(table: jax.Array, task: jax.Array) -> jax.Array:
+    """``table`` [num_tasks, E] with the rows of ``task`` shrunk to norm 1 where they are longer.
+
+    PyTorch's ``max_norm`` does so in place at every lookup: the shrunk rows are what the optimizer steps from.
+    """
+    used = jnp.zeros(table.shape[0], bool).at[task].set(True)
+    return jnp.where(used[:, None], table * _shrink_to_unit(table), table)
+
+
+def _shrink_to_unit(rows: jax.Array) -> jax.Array:
+    norm = jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(rows)), axis=-1, keepdims=True))
+    return jnp.where(norm > 1.0, 1.0 / (norm + 1e-7), 1.0)
+
+
+class ValueScale(nnx.Module):
+    """Running width of the values that the policy maximises: the 5th to 95th percentile of a batch, at least 1."""
+
+    def __init__(self) -> None:
+        self.value = Statistic(jnp.ones((), jnp.float32))
+
+
+class GaussianSample(NamedTuple):
+    """A draw of the continuous prior.
+
+    Attributes:
+      action: [..., A] in (−1, 1).
+      mean: [..., A] the mode, tanh of the Gaussian's mean.
+      log_std: [..., A] of the Gaussian before tanh.
+      entropy: [...] minus the log density of ``action``.
+      scaled_entropy: [...] what the policy loss uses: the Gaussian's part of it times the number of dimensions.
+    """
+
+    action: jax.Array
+    mean: jax.Array
+    log_std: jax.Array
+    entropy: jax.Array
+    scaled_entropy: jax.Array
+
+    def expect(self, value: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Estimate of E[value(action)] that carries a gradient to the policy: reparameterised, one sample."""
+        return value(self.action)
+
+
+class GaussianPolicy(nnx.Module):
+    """Policy prior of continuous actions: tanh of a diagonal Gaussian."""
+
+    def __init__(self, config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.log_std_range = (config.log_std_min, config.log_std_max)
+        self.mlp = _policy_mlp(config, 2 * config.action_dim, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, key: jax.Array | None = None, noise: jax.Array | None = None
+    ) -> GaussianSample:
+        """Sample one action per latent.
+
+        Args:
+          x: [..., L + E] latent and task embedding.
+          mask: [..., A], 1 for dimensions that the task has.
+          key: of the noise; None is noise 0, the mode.
+          noise: [..., A] instead of a key.
+
+        The entropy follows the reference program since October 2024: the literal ratio of its code reduces to
+        −size · Gaussian log density, without the tanh term.
+        """
+        mean, raw = jnp.split(self.mlp(x), 2, axis=-1)
+        low, high = self.log_std_range
+        log_std = (low + 0.5 * (high - low) * (jnp.tanh(raw) + 1.0)) * mask
+        if noise is None:
+            noise = jnp.zeros_like(mean) if key is None else jax.random.normal(key, mean.shape, mean.dtype)
+        mean, noise = mean * mask, noise * mask
+        action = jnp.tanh(mean + noise * jnp.exp(log_std))
+        gaussian = jnp.sum(-0.5 * jnp.square(noise) - log_std - _HALF_LOG_2PI, axis=-1)
+        squash = jnp.sum(jnp.log(nnx.relu(1.0 - jnp.square(action)) + 1e-6), axis=-1)
+        size = jnp.sum(mask, axis=-1)
+        return GaussianSample(action, jnp.tanh(mean), log_std, squash - gaussian, -size * gaussian)
+
+
+class CategoricalSample(NamedTuple):
+    """A draw of the discrete prior.
+
+    Attributes:
+      action: [..., A] one-hot.
+      mean: [..., A] one-hot of the most probable action.
+      probs: [..., A].
+      entropy: [...] in nats, exact.
+    """
+
+    action: jax.Array
+    mean: jax.Array
+    probs: jax.Array
+    entropy: jax.Array
+
+    @property
+    def scaled_entropy(self) -> jax.Array:
+        """The entropy; one categorical counts as one dimension."""
+        return self.entropy
+
+    def expect(self, value: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """E[value(action)], the exact sum over actions. The gradient runs through the probabilities alone."""
+        every_action = jnp.eye(self.probs.shape[-1], dtype=self.probs.dtype)
+        values = jax.vmap(lambda action: value(jnp.broadcast_to(action, self.probs.shape)))(every_action)
+        return jnp.sum(self.probs * jnp.moveaxis(values, 0, -1), axis=-1)
+
+
+class CategoricalPolicy(nnx.Module):
+    """Policy prior of discrete actions."""
+
+    def __init__(self, config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.mlp = _policy_mlp(config, config.action_dim, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, key: jax.Array | None = None, noise: jax.Array | None = None
+    ) -> CategoricalSample:
+        """As :class:`GaussianPolicy`; ``noise`` [..., A] is Gumbel noise on the log probabilities."""
+        log_probs = jax.nn.log_softmax(jnp.where(mask > 0, self.mlp(x), -1e9), axis=-1)
+        if noise is None:
+            noise = jnp.zeros_like(log_probs) if key is None else jax.random.gumbel(key, log_probs.shape)
+        one_hot = lambda scores: jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])  # noqa: E731
+        probs = jnp.exp(log_probs)
+        entropy = -jnp.sum(probs * jnp.where(mask > 0, log_probs, 0.0), axis=-1)
+        return CategoricalSample(one_hot(log_probs + noise), one_hot(log_probs), probs, entropy)
+
+
+def _policy_mlp(config: TDMPC2Config, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> NormedMLP:
+    inputs = config.latent_dim + config.embedding_dim
+    return NormedMLP(inputs, [config.hidden_dim] * config.mlp_layers, outputs, dtype=dtype, rngs=rngs)
+
+
+class Transition:
+    """Dynamics and reward of the same latent and action, for the planner: one product for both first layers.
+
+    The product is split by input, so that a latent shared by all candidates is multiplied once: its term
+    broadcasts against the candidates' actions.
+
+    Args:
+      dynamics: [latent | task | action] → next latent.
+      reward: [latent | task | action] → logits, of the same hidden width.
+      embedding: [E] task embedding, common to all candidates.
+      latent_dim: L.
+    """
+
+    def __init__(self, dynamics: NormedMLP, reward: NormedMLP, embedding: jax.Array, latent_dim: int):
+        self.dynamics, self.reward = dynamics, reward
+        first = [dynamics.hidden[0].affine, reward.hidden[0].affine]
+        self.dtype = first[0].dtype
+        kernel = jnp.concatenate([layer.kernel[...] for layer in first], axis=1).astype(self.dtype)
+        bias = jnp.concatenate([jnp.asarray(layer.bias) for layer in first])
+        of_latent, of_task, of_action = jnp.split(kernel, [latent_dim, latent_dim + embedding.shape[-1]])
+        self.of_latent, self.of_action = of_latent, of_action
+        self.constant = bias + (embedding.astype(self.dtype) @ of_task).astype(jnp.float32)
+
+    def __call__(self, z: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """z [N, L] or [L], action [N, A] → next latent [N, L] and reward logits [N, K]."""
+        first = (z.astype(self.dtype) @ self.of_latent).astype(jnp.float32) + self.constant
+        first = first + (action.astype(self.dtype) @ self.of_action).astype(jnp.float32)
+        for_dynamics, for_reward = jnp.split(first, 2, axis=-1)
+        return self.dynamics.after_first_affine(for_dynamics), self.reward.after_first_affine(for_reward)

@@ -1,0 +1,154 @@
+"""One update of TD-MPC2: a step of the model, a step of the policy against it, the targets' average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from worldloom.models.base import Params, merge
+from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.models.tdmpc2.loss import model_loss, policy_loss, read_rows
+from worldloom.models.tdmpc2.model import TDMPC2WorldModel
+from worldloom.models.tdmpc2.networks import project_rows
+from worldloom.ops.keys import split_key
+from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
+from worldloom.state import TrainState, WindowSpec
+
+LOSS_TERMS = ("loss", "consistency", "reward", "value", "termination", "policy")
+"""Names of the losses in metrics; ``loss`` is the model's total and leaves ``policy`` out."""
+
+_NOT_OF_THE_MODEL = ("policy", "target_q", "scale")
+
+
+def init_state(model: TDMPC2WorldModel, training: Any, key: jax.Array) -> TrainState:
+    """A fresh state that trains ``model``'s weights under a ``TrainingConfig``; ``key`` is the root of the run."""
+    params = model.params
+    opt_state = {
+        "model": _model_optimizer(model.config, training).init(_model_part(params)),
+        "policy": _policy_optimizer(model.config, training).init(params["policy"]),
+        "policy_grad_of_tasks": jax.tree.map(jnp.zeros_like, _tasks(params)),
+    }
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, model.config, training)
+
+
+def update(
+    state: TrainState, batch: Mapping[str, Any], key: jax.Array | None
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update, pure and jittable.
+
+    The order is the reference's: targets and model losses with the old weights; the model's step; the policy's step
+    on the *old* latents against the *new* Q networks; the target networks last.
+
+    Args:
+      state: from :func:`init_state` or the last update.
+      batch: rows [B, T, …], T > ``horizon``, within one episode each; see ``loss.read_rows``.
+      key: of this update's draws; None takes their modes.
+
+    Returns:
+      state: the next one.
+      metrics: float32 scalars: ``LOSS_TERMS``, gradient norms before clipping, policy statistics, learning rate.
+    """
+    config, training = state.config, state.training
+    model_key, policy_key = split_key(key, 2)
+    rows = read_rows(config, batch)
+    params = _project_tasks(state.params, rows.task)
+    rebuild = lambda trained: merge(TDMPC2WorldModel, config, {**params, **trained})  # noqa: E731
+
+    # 1. Encoder, dynamics, reward, Q networks, termination, task embedding.
+    def model_objective(trained: Params) -> Any:
+        return model_loss(rebuild(trained), rows, model_key)
+
+    (loss, (terms, zs)), grads = jax.value_and_grad(model_objective, has_aux=True)(_model_part(params))
+    # The policy's last backward pass is still in the embedding's gradient, as in the reference: there the policy's
+    # optimizer clears only the policy's own gradients, and the model's are cleared before that pass, not after.
+    leftover = state.opt_state["policy_grad_of_tasks"]
+    grads |= jax.tree.map(jnp.add, _tasks(grads), leftover)
+    optimizer = _model_optimizer(config, training)
+    steps, model_opt = optimizer.update(grads, state.opt_state["model"], _model_part(params))
+    params |= optax.apply_updates(_model_part(params), steps)
+    params = _project_tasks(params, rows.task)
+
+    # 2. Policy prior.
+    def policy_objective(trained: Params) -> Any:
+        return policy_loss(rebuild(trained), zs, rows.task, policy_key)
+
+    of_policy = {"policy": params["policy"], **_tasks(params)}
+    (policy, pi_metrics), pi_grads = jax.value_and_grad(policy_objective, has_aux=True)(of_policy)
+    optimizer = _policy_optimizer(config, training)
+    steps, policy_opt = optimizer.update(pi_grads["policy"], state.opt_state["policy"], params["policy"])
+    params["policy"] = optax.apply_updates(params["policy"], steps)
+    params["scale"] = {"value": pi_metrics["pi_scale"]}
+
+    # 3. Target networks.
+    params["target_q"] = optax.incremental_update(params["q"], params["target_q"], config.tau)
+
+    metrics = {
+        "loss": loss,
+        **terms,
+        "policy": policy,
+        "grad_norm": optax.tree.norm(grads),
+        "pi_grad_norm": optax.tree.norm(pi_grads["policy"]),
+        **pi_metrics,
+        "lr": warmup_schedule(training.learning_rate, training.warmup_steps)(state.step),
+    }
+    opt_state = {"model": model_opt, "policy": policy_opt, "policy_grad_of_tasks": _tasks(pi_grads)}
+    metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def act(
+    state: TrainState, carry: jax.Array | None, obs: jax.Array, key: jax.Array | None, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """:meth:`TDMPC2WorldModel.act` with the weights of ``state``: pure. With a key it explores unless told not to."""
+    return merge(TDMPC2WorldModel, state.config, state.params).act(carry, obs, key, **options)
+
+
+def initial_carry(config: TDMPC2Config, batch_size: int) -> jax.Array:
+    """What :func:`act` carries before the first step: previous means of zero, [batch_size, H, A]."""
+    return jnp.zeros((batch_size, config.horizon, config.action_dim), jnp.float32)
+
+
+def window(config: TDMPC2Config, training: Any) -> WindowSpec:
+    """Rows of one episode: ``sequence_length``, at least ``horizon`` + 1, which is the published update."""
+    return WindowSpec(rows=max(training.sequence_length, config.horizon + 1), cross_episodes=False, latents={})
+
+
+def _model_optimizer(config: TDMPC2Config, training: Any) -> optax.GradientTransformation:
+    """Adam over all parts together; the encoder's learning rate is ``encoder_lr_scale`` times the others'."""
+    return optax.chain(_adam(training, eps=1e-8), _scale_part("encoder", config.encoder_lr_scale))
+
+
+def _policy_optimizer(config: TDMPC2Config, training: Any) -> optax.GradientTransformation:
+    return _adam(training, eps=config.pi_adam_eps)
+
+
+def _adam(training: Any, *, eps: float) -> optax.GradientTransformation:
+    return optax.chain(
+        clip_by_norm(training.grad_clip),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=eps),
+        decay_kernels(training.weight_decay),
+        optax.scale_by_learning_rate(warmup_schedule(training.learning_rate, training.warmup_steps)),
+    )
+
+
+def _scale_part(name: str, factor: float) -> optax.GradientTransformation:
+    return optax.stateless(lambda steps, _: {**steps, name: jax.tree.map(lambda step: factor * step, steps[name])})
+
+
+def _model_part(params: Params) -> Params:
+    return {name: part for name, part in params.items() if name not in _NOT_OF_THE_MODEL}
+
+
+def _tasks(params: Params) -> Params:
+    return {name: part for name, part in params.items() if name == "task_embedding"}
+
+
+def _project_tasks(params: Params, task: jax.Array | None) -> Params:
+    """A copy of ``params`` in which the embeddings of ``task`` have norm at most 1."""
+    if task is None:
+        return dict(params)
+    return {**params, "task_embedding": {"table": project_rows(params["task_embedding"]["table"], task)}}
