@@ -1,0 +1,192 @@
+"""Weights of ``danijar/dreamerv3`` by its flat names (``dyn/dyngru/kernel``), in and out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from worldloom.errors import ConfigError, WeightsError
+from worldloom.interop.pickles import read_dreamerv3_checkpoint
+from worldloom.models.base import abstract_params, flatten, unflatten
+from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
+from worldloom.safe_npz import read_npz
+from worldloom.state import TrainState
+
+# The reference has 32 latents at every size, and its arrays tell only the product latents × classes.
+_LATENTS = 32
+# Its KL scales, dynamics 1.0 and representation 0.1, in this library's terms.
+_KL = {"kl_scale": 1.1, "kl_balance": 1 / 1.1}
+_MODULES = ("enc", "dyn", "dec", "rew", "con", "pol", "val", "slowval", "retnorm")
+# Layers by name; a norm inside one is called <layer>norm there. Last group: MLPs that number layers and norms apart.
+_LAYERS = (
+    (r"encoder\.mlp\.layers\.(\d+)", r"enc/mlp\1"),
+    (r"encoder\.cnn\.(\d+)", r"enc/cnn\1"),
+    (r"rssm\.core\.deter_in", "dyn/dynin0"),
+    (r"rssm\.core\.stoch_in", "dyn/dynin1"),
+    (r"rssm\.core\.action_in", "dyn/dynin2"),
+    (r"rssm\.core\.hidden", "dyn/dynhid0"),
+    (r"rssm\.core(?=\.norm)", "dyn/dynhid0"),
+    (r"rssm\.core\.gates", "dyn/dyngru"),
+    (r"rssm\.posterior_hidden", "dyn/obs0"),
+    (r"rssm\.posterior_logits", "dyn/obslogit"),
+    (r"rssm\.prior_hidden\.layers\.(\d+)", r"dyn/prior\1"),
+    (r"rssm\.prior_logits", "dyn/priorlogit"),
+    (r"decoder\.vectors\.([^.]+)", r"dec/vec/\1/pred"),
+    (r"decoder\.image\.from_deter", "dec/sp0"),
+    (r"decoder\.image\.stoch_hidden", "dec/sp1"),
+    (r"decoder\.image\.from_stoch", "dec/sp2"),
+    (r"decoder\.image(?=\.norm)", "dec/sp"),
+    (r"decoder\.image\.cnn\.0", "dec/conv2"),
+    (r"decoder\.image\.cnn\.1", "dec/conv1"),
+    (r"decoder\.image\.cnn\.2", "dec/conv0"),
+    (r"decoder\.image\.output", "dec/imgout"),
+    (r"reward\.output", "rew/head/logits"),
+    (r"continuation\.output", "con/head/logit"),
+    (r"actor\.outputs\.([^.]+)\.(\w+)", r"pol/head/\1/\2"),
+    (r"critic\.output", "val/head/logits"),
+    (r"slow_critic\.output", "slowval/head/logits"),
+    (r"return_range\.(lo|hi)", r"retnorm/\1/value"),
+    (r"decoder(?=\.mlp)", "dec"),
+    (r"reward(?=\.mlp)", "rew"),
+    (r"continuation(?=\.mlp)", "con"),
+    (r"actor(?=\.mlp)", "pol"),
+    (r"critic(?=\.mlp)", "val"),
+    (r"slow_critic(?=\.mlp)", "slowval"),
+)
+
+
+def load_official_dreamerv3(
+    path_or_params: str | Path | Mapping[str, Any],
+    *,
+    obs_shape: Any,
+    action_dim: Any,
+    action_type: Any = "continuous",
+    **overrides: Any,
+) -> DreamerV3WorldModel:
+    """A world model with the weights of the reference program; sizes are inferred from the arrays.
+
+    Args:
+      path_or_params: a checkpoint folder or ``agent.pkl`` of the reference program, an ``.npz`` file, or a mapping of
+        flat names to arrays. Names may carry the prefix ``params/``; optimizer state is ignored, a missing slow
+        critic is a copy of the critic, and a missing return range starts at 0.
+      obs_shape: as in ``DreamerV3Config``. Give a mapping where the environment's key is not ``image`` or ``vector``.
+      action_dim: likewise; a mapping where the key is not ``action``.
+      action_type: likewise.
+      **overrides: further config fields. The arrays tell the product of latents and classes only: where there are
+        not 32 latents as in all sizes of the reference, ``num_categories`` is needed.
+
+    Raises:
+      FileFormatError: the file is damaged or holds more than arrays.
+      WeightsError: arrays are missing, unexpected or misshapen for these shapes.
+      ConfigError: the number of classes cannot be known.
+    """
+    arrays = _read(path_or_params)
+    inferred = _infer_sizes(arrays) | {"obs_shape": obs_shape, "action_dim": action_dim, "action_type": action_type}
+    if "num_categories" not in overrides:
+        inferred["num_categories"] = _infer_categories(overrides.get("stoch_dim", inferred["stoch_dim"]))
+    config = DreamerV3Config(**{**inferred, **_KL, **overrides})
+    _check_fit(config, arrays)
+    model = DreamerV3WorldModel(config)
+    own = flatten(model.params)
+    model.load_params(unflatten({name: arrays[official_name(name)] for name in own}))
+    return model
+
+
+def to_official_dreamerv3(model: DreamerV3WorldModel | TrainState) -> dict[str, NDArray[Any]]:
+    """All weights under the reference program's flat names, slow critic, its counter and return range included.
+
+    Names, shapes and values are those that :func:`load_official_dreamerv3` read. The counter of slow-critic updates
+    is the state's step, 0 for a bare model.
+    """
+    weights = flatten(jax.device_get(model.params))
+    named = {official_name(name): np.array(value) for name, value in weights.items()}
+    step = model.step if isinstance(model, TrainState) else 0
+    return named | {"slowval_count/value": np.asarray(step, np.int32)}
+
+
+def official_name(name: str) -> str:
+    """The reference program's name of one of our flat weight names (``rssm.core.gates.kernel``)."""
+    matches = ((re.match(pattern + r"(?=\.|$)", name), layer) for pattern, layer in _LAYERS)
+    found, layer = next((match, layer) for match, layer in matches if match)
+    layer, rest = found.expand(layer), name[found.end() :]
+    in_mlp = re.fullmatch(r"\.mlp\.layers\.(\d+)\.(linear|norm)\.(\w+)", rest)
+    if in_mlp:
+        return in_mlp.expand(rf"{layer}/mlp/\2\1/\3")
+    if rest == ".norm.scale":
+        return f"{layer}norm/scale"
+    return layer + re.sub(r"^\.(linear\.|conv\.)?", "/", rest) if rest else layer
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        arrays = dict(source)
+    elif Path(source).suffix == ".npz":
+        arrays = read_npz(source)
+    else:
+        arrays = read_dreamerv3_checkpoint(source)
+    if any(name.startswith("params/") for name in arrays):
+        arrays = {name.removeprefix("params/"): v for name, v in arrays.items() if name.startswith("params/")}
+    arrays = {name: value for name, value in arrays.items() if name.split("/")[0] in _MODULES}
+    for name in [name for name in arrays if name.startswith("val/")]:
+        arrays.setdefault(f"slow{name}", arrays[name])
+    for name in ("retnorm/lo/value", "retnorm/hi/value"):
+        arrays.setdefault(name, np.zeros((), np.float32))
+    return arrays
+
+
+def _infer_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in arrays:
+            raise WeightsError(f"{name} is missing: these are not the weights of a DreamerV3 reference agent.")
+        return tuple(arrays[name].shape)
+
+    def layers(prefix: str) -> int:
+        return sum(re.fullmatch(re.escape(prefix) + r"\d+/kernel", name) is not None for name in arrays)
+
+    deter, hidden = shape("dyn/dynin0/kernel")
+    units = shape("pol/mlp/linear0/kernel")[-1]
+    sizes = {
+        "deter_dim": deter,
+        "hidden_dim": hidden,
+        "stoch_dim": shape("dyn/dynin1/kernel")[0],
+        "blocks": shape("dyn/dynhid0/kernel")[0],
+        "units": None if units == hidden else units,
+        "mlp_layers": layers("pol/mlp/linear"),
+        "reward_layers": layers("rew/mlp/linear"),
+        "continue_layers": layers("con/mlp/linear"),
+        "bins": shape("rew/head/logits/kernel")[-1],
+    }
+    return sizes | ({"cnn_depth": shape("enc/cnn0/kernel")[-1] // 2} if "enc/cnn0/kernel" in arrays else {})
+
+
+def _infer_categories(stoch_dim: int) -> int:
+    if stoch_dim % _LATENTS or stoch_dim == _LATENTS:
+        raise ConfigError(
+            f"The arrays tell latents × classes = {stoch_dim}, not the number of classes, and {stoch_dim} is not a "
+            f"multiple of the reference's {_LATENTS} latents; give num_categories=…"
+        )
+    return stoch_dim // _LATENTS
+
+
+def _check_fit(config: DreamerV3Config, arrays: Mapping[str, Any]) -> None:
+    own = flatten(abstract_params(DreamerV3WorldModel, config))
+    expected = {official_name(name): tuple(leaf.shape) for name, leaf in own.items()}
+    problems = [f"{name} is missing" for name in expected if name not in arrays]
+    problems += [f"{name} is unexpected" for name in arrays if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(arrays[name].shape)}, {shape} is expected"
+        for name, shape in expected.items()
+        if name in arrays and tuple(arrays[name].shape) != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise WeightsError(
+            f"These weights do not fit obs_shape={config.obs_shape}, action_dim={config.action_dim}, "
+            f"action_type={config.action_type!r}: {'; '.join(problems[:5])}{more}."
+        )

@@ -1,0 +1,351 @@
+"""Sizes and settings of DreamerV3."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from worldloom.config import BaseConfig, check, config_dataclass
+from worldloom.errors import ConfigError
+
+LEVELS = 4
+"""Halvings of an image by the encoder; channel multipliers of the levels are ``CHANNELS``."""
+CHANNELS = (2, 3, 4, 4)
+
+
+def _reference_size(deter: int) -> dict[str, int]:
+    # Every field that depends on size: hidden = units = deter / 8, depth = classes = units / 16, 32 latents.
+    hidden = deter // 8
+    classes = hidden // 16
+    return {
+        "deter_dim": deter,
+        "stoch_dim": 32 * classes,
+        "num_categories": classes,
+        "hidden_dim": hidden,
+        "cnn_depth": classes,
+        "mlp_layers": 3,
+    }
+
+
+_PRESETS: dict[str, dict[str, int]] = {
+    "tiny": _reference_size(512) | {"deter_dim": 256, "stoch_dim": 256, "num_categories": 16, "mlp_layers": 2},
+    "size1m": _reference_size(512),
+    "size12m": _reference_size(2048),
+    "size25m": _reference_size(3072),
+    "size50m": _reference_size(4096),
+    "size100m": _reference_size(6144),
+    "size200m": _reference_size(8192),
+    "size400m": _reference_size(12288),
+}
+# Names of the earlier PyTorch library: its stoch_discrete latents had stoch_classes classes each.
+_EARLIER_NAMES = ("stoch_discrete", "stoch_classes", "num_hidden_layers")
+
+
+class ActionSpace(NamedTuple):
+    """One action: ``dim`` continuous entries in [−1, 1], or one of ``dim`` choices."""
+
+    dim: int
+    discrete: bool
+
+
+@config_dataclass
+class DreamerV3Config(BaseConfig):
+    """Sizes, loss weights and optimizer constants of DreamerV3 (Hafner et al. 2025).
+
+    Defaults are those of ``danijar/dreamerv3`` except where the product's reference sets its own (sizes,
+    ``kl_balance``). The learning rate, its warm-up and global clipping belong to ``TrainingConfig``.
+
+    Raises:
+      ConfigError: a value is out of range; ``UnknownFieldError`` for a field that does not exist.
+    """
+
+    obs_shape: Any
+    """Shape of one observation, or a mapping of names to shapes. Three axes are an image (channels first or last,
+    the shorter end; sides multiples of 16 from 48 to 256), fewer a vector."""
+    action_dim: Any
+    """Entries of a continuous action, number of choices of a discrete one, or a mapping of names to either."""
+    action_type: Any = "continuous"
+    """``continuous`` or ``discrete``; a mapping of names where ``action_dim`` is one and they differ."""
+
+    deter_dim: int = 2048
+    """Width of the deterministic state h (``deter``), a multiple of ``blocks``."""
+    stoch_dim: int = 1024
+    """Flat width of the stochastic state z: latents × ``num_categories``."""
+    num_categories: int = 32
+    """Classes of each latent (``classes``)."""
+    hidden_dim: int = 640
+    """Width of the hidden layers inside the RSSM (``hidden``)."""
+    units: int | None = None
+    """Width of the MLPs of encoder, decoder, actor, critic and heads; None is ``hidden_dim``."""
+    cnn_depth: int = 48
+    """Channel unit of the image networks (``depth``): levels have 2, 3, 4 and 4 times as many."""
+    mlp_layers: int = 5
+    """Hidden layers of encoder and decoder MLP, actor and critic (3 in the reference program and all presets)."""
+    reward_layers: int = 1
+    """Hidden layers of the reward head."""
+    continue_layers: int = 1
+    """Hidden layers of the continue head."""
+    blocks: int = 8
+    """Diagonal blocks of the recurrent layer and of the image decoder's first layer."""
+    unimix: float = 0.01
+    """Uniform part of every latent distribution, in [0, 1)."""
+    bins: int = 255
+    """Classes of the reward and value distributions, odd."""
+
+    kl_scale: float = 1.0
+    """Weight of both KL terms together; the reference program's (1.0, 0.1) are ``1.1`` with balance ``1/1.1``."""
+    kl_balance: float = 0.8
+    """Share of the dynamics loss in the KL terms; the representation loss has the rest."""
+    kl_free: float = 1.0
+    """Free nats: each KL, summed over latents, counts as at least this."""
+    reconstruction_scale: float = 1.0
+    """Weight of the decoder's loss."""
+    reward_scale: float = 1.0
+    """Weight of the reward loss."""
+    continue_scale: float = 1.0
+    """Weight of the continue loss."""
+    actor_scale: float = 1.0
+    """Weight of the actor's loss."""
+    critic_scale: float = 1.0
+    """Weight of the critic's loss on imagined states."""
+    replay_critic_scale: float = 0.3
+    """Weight of the critic's loss on replayed states."""
+
+    imagination_horizon: int = 15
+    """Steps imagined from every replayed state (``imag_length``)."""
+    return_horizon: float = 333.0
+    """Discount horizon in steps: γ = 1 − 1 / horizon, learned into the continue head."""
+    return_lambda: float = 0.95
+    """λ of imagined and replayed returns."""
+    entropy_scale: float = 3e-4
+    """Weight η of the policy's entropy (``actent``)."""
+    min_std: float = 0.1
+    """Smallest standard deviation of a continuous action."""
+    max_std: float = 1.0
+    """Largest standard deviation of a continuous action."""
+    slow_critic_scale: float = 1.0
+    """Weight of the critic's regression to its slow copy (``slowreg``)."""
+    slow_critic_rate: float = 0.02
+    """Part of the new critic mixed into its slow copy after every update."""
+    return_range_rate: float = 0.01
+    """Rate of the moving 5th and 95th percentiles that scale the advantages."""
+
+    agc: float = 0.3
+    """Adaptive gradient clipping: largest ‖gradient‖ / ‖parameter‖ of a tensor; 0 is off."""
+    beta1: float = 0.9
+    """LaProp's decay of the first moment."""
+    beta2: float = 0.999
+    """LaProp's decay of the second moment."""
+    eps: float = 1e-20
+    """LaProp's ε."""
+    replay_context: bool = True
+    """Windows start from the latent stored with the row before them, and fresh latents are written back;
+    False starts every window from zeros."""
+    precision: str = "auto"
+    """``auto`` (bfloat16 on GPU and TPU), ``float32`` or ``bfloat16`` activations; weights are float32."""
+    model_type: str = "dreamerv3"
+    """Family name in ``config.json``."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.model_type == "dreamerv3",
+            f"model_type={self.model_type!r} is not a DreamerV3 config; it must be 'dreamerv3'.",
+        )
+        check(bool(self.observations), "obs_shape names no observation.")
+        for name, shape in self.observations.items():
+            _check_shape(name, shape)
+        sides = {self.image_layout(name)[:2] for name in self.image_keys}
+        check(len(sides) <= 1, f"All images must have the same sides, not {sorted(sides)}; resize them to one size.")
+        self._check_actions()
+        for name in ("deter_dim", "stoch_dim", "num_categories", "hidden_dim", "cnn_depth", "blocks", "mlp_layers"):
+            _check_integer(name, getattr(self, name), 1)
+        for name in ("reward_layers", "continue_layers", "imagination_horizon"):
+            _check_integer(name, getattr(self, name), 1)
+        if self.units is not None:
+            _check_integer("units", self.units, 1)
+        check(
+            self.deter_dim % self.blocks == 0,
+            f"deter_dim={self.deter_dim} must be a multiple of blocks={self.blocks}.",
+        )
+        check(
+            self.stoch_dim % self.num_categories == 0,
+            f"stoch_dim={self.stoch_dim} is the flat size latents × num_categories and must be a multiple of "
+            f"num_categories={self.num_categories}.",
+        )
+        check(
+            not self.image_keys or (4 * self.cnn_depth) % self.blocks == 0,
+            f"4 · cnn_depth={4 * self.cnn_depth} must be a multiple of blocks={self.blocks} to decode images.",
+        )
+        _check_integer("bins", self.bins, 3)
+        check(self.bins % 2 == 1, f"bins={self.bins} must be odd, so that one bin is 0.")
+        self._check_numbers()
+        check(
+            self.precision in ("auto", "float32", "bfloat16"),
+            f"precision={self.precision!r} must be 'auto', 'float32' or 'bfloat16'.",
+        )
+        check(isinstance(self.replay_context, bool), f"replay_context={self.replay_context!r} must be True or False.")
+
+    @property
+    def observations(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name, in the order given; a single observation is named ``image`` or ``vector``."""
+        if isinstance(self.obs_shape, Mapping):
+            return dict(self.obs_shape)
+        is_image = isinstance(self.obs_shape, tuple) and len(self.obs_shape) == 3
+        return {"image" if is_image else "vector": self.obs_shape}
+
+    @property
+    def actions(self) -> dict[str, ActionSpace]:
+        """Actions by name, in the order given; a single action is named ``action``."""
+        dims = self.action_dim if isinstance(self.action_dim, Mapping) else {"action": self.action_dim}
+        kind = lambda name: self.action_type[name] if isinstance(self.action_type, Mapping) else self.action_type  # noqa: E731
+        return {name: ActionSpace(dim, kind(name) == "discrete") for name, dim in dims.items()}
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """Names of image observations, in the order given (the decoder's)."""
+        return tuple(name for name, shape in self.observations.items() if len(shape) == 3)
+
+    @property
+    def vector_keys(self) -> tuple[str, ...]:
+        """Names of vector observations, in the order given."""
+        return tuple(name for name, shape in self.observations.items() if len(shape) < 3)
+
+    @property
+    def action_width(self) -> int:
+        """Width A of all actions side by side; a discrete one counts its choices."""
+        return sum(space.dim for space in self.actions.values())
+
+    @property
+    def num_latents(self) -> int:
+        """Number S of categorical variables in the stochastic state."""
+        return self.stoch_dim // self.num_categories
+
+    @property
+    def feature_dim(self) -> int:
+        """Width F of ``state.features``: deterministic and flat stochastic state."""
+        return self.deter_dim + self.stoch_dim
+
+    @property
+    def width(self) -> int:
+        """``units``, or ``hidden_dim`` where it is None."""
+        return self.units or self.hidden_dim
+
+    def image_layout(self, name: str) -> tuple[int, int, int, bool]:
+        """(height, width, channels, channels_first) of an image observation: channels are the shorter end."""
+        first, second, third = self.observations[name]
+        return (second, third, first, True) if first < third else (first, second, third, False)
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names that :meth:`from_size` takes."""
+        return tuple(_PRESETS)
+
+    @classmethod
+    def from_size(cls, size: str, *, obs_shape: Any, action_dim: Any, **overrides: Any) -> Self:
+        """The reference program's size ``size1m … size400m``, or ``tiny`` for CPUs; ``overrides`` win.
+
+        Raises ``ConfigError`` for a size that does not exist.
+        """
+        if size not in _PRESETS:
+            raise ConfigError(f"size={size!r} is not known; use one of {', '.join(_PRESETS)}.")
+        return cls(obs_shape=obs_shape, action_dim=action_dim, **{**_PRESETS[size], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a plain dict; one of the earlier PyTorch library is translated.
+
+        Its ``stoch_discrete × stoch_classes`` becomes ``stoch_dim`` and ``num_categories``, ``num_hidden_layers``
+        becomes ``mlp_layers``; what has no meaning here is named in a ``UserWarning``.
+        """
+        values = dict(values)
+        if values.get("model_type") != "dreamer" and not any(name in values for name in _EARLIER_NAMES):
+            return cls(**values)
+        values["model_type"] = "dreamerv3"
+        if "num_hidden_layers" in values:
+            values["mlp_layers"] = values.pop("num_hidden_layers")
+        if "stoch_discrete" in values or "stoch_classes" in values:
+            latents, classes = values.pop("stoch_discrete", 32), values.pop("stoch_classes", 32)
+            values |= {"stoch_dim": latents * classes, "num_categories": classes}
+        unknown = [name for name in values if name not in cls.__dataclass_fields__]  # type: ignore[attr-defined]
+        if unknown:
+            warnings.warn(f"These fields have no meaning here and are ignored: {', '.join(unknown)}.", stacklevel=2)
+        return cls(**{name: value for name, value in values.items() if name not in unknown})
+
+    def _check_actions(self) -> None:
+        keys = list(self.action_dim) if isinstance(self.action_dim, Mapping) else ["action"]
+        check(bool(keys), "action_dim names no action.")
+        for name in keys:
+            _check_name(name)
+        if isinstance(self.action_type, Mapping):
+            check(
+                isinstance(self.action_dim, Mapping) and set(self.action_type) == set(keys),
+                f"action_type names {list(self.action_type)}; as a mapping it must name the actions {keys}.",
+            )
+        kinds = self.action_type.values() if isinstance(self.action_type, Mapping) else [self.action_type]
+        for kind in kinds:
+            check(
+                kind in ("continuous", "discrete"),
+                f"action_type={kind!r} must be 'continuous' or 'discrete'.",
+            )
+        for name, space in self.actions.items():
+            _check_integer("action_dim" if name == "action" else f"action_dim['{name}']", space.dim, 1)
+
+    def _check_numbers(self) -> None:
+        limits = {
+            "unimix": (0, 1),
+            "kl_balance": (0, 1),
+            "return_lambda": (0, 1),
+            "slow_critic_rate": (0, 1),
+            "return_range_rate": (0, 1),
+            "beta1": (0, 1),
+            "beta2": (0, 1),
+            "eps": (0, 1),
+            "return_horizon": (1, math.inf),
+        }
+        non_negative = ("kl_scale", "kl_free", "entropy_scale", "slow_critic_scale", "agc", "min_std", "max_std")
+        scales = ("reconstruction", "reward", "continue", "actor", "critic", "replay_critic")
+        limits |= dict.fromkeys(non_negative, (0, math.inf)) | {f"{name}_scale": (0, math.inf) for name in scales}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            check(number and low <= value <= high, f"{name}={value!r} must be a number from {low} to {high}.")
+        check(self.unimix < 1, f"unimix={self.unimix} must be below 1.")
+        check(
+            0 < self.min_std <= self.max_std,
+            f"min_std={self.min_std} and max_std={self.max_std} must satisfy 0 < min_std ≤ max_std.",
+        )
+        check(self.return_horizon > 1, f"return_horizon={self.return_horizon} must be more than 1 step.")
+
+
+def _check_shape(name: str, shape: Any) -> None:
+    _check_name(name)
+    whole = isinstance(shape, tuple) and all(_is_integer(side) and side >= 1 for side in shape)
+    check(
+        whole and len(shape) <= 3,
+        f"obs_shape of '{name}' is {shape!r}; give a vector like (24,) or an image like (3, 64, 64).",
+    )
+    if len(shape) == 3:
+        height, width = shape[1:] if shape[0] < shape[2] else shape[:2]
+        fits = all(side % 2**LEVELS == 0 and 3 <= side // 2**LEVELS <= 16 for side in (height, width))
+        check(
+            fits,
+            f"The image '{name}' of obs_shape {shape} has sides {height} × {width}; four halvings must leave 3 to 16 "
+            f"pixels, so each side is a multiple of 16 from 48 to 256. Resize it, for example to 64 × 64.",
+        )
+
+
+def _check_name(name: str) -> None:
+    # Names become parts of weight names, which use dots, slashes and digits for nesting.
+    fits = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) is not None
+    check(fits, f"The name {name!r} must start with a letter and hold only letters, digits, '_' and '-'.")
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    check(_is_integer(value) and value >= least, f"{name}={value!r} must be an integer ≥ {least}.")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,222 @@
+"""The loss of DreamerV3: world model, imagination, actor and critic, replayed returns, in the paper's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from worldloom.models.base import merge
+from worldloom.models.dreamer.batch import align
+from worldloom.models.dreamer.config import DreamerV3Config
+from worldloom.models.dreamer.networks import unit_range
+from worldloom.models.dreamer.rssm import Latent
+from worldloom.models.dreamer.spaces import embed_actions, strip_single
+from worldloom.ops.distributions import Categorical, Normal, OneHot, binary_cross_entropy, symlog_squared_error
+from worldloom.ops.keys import split_key, step_keys
+from worldloom.ops.returns import lambda_return
+from worldloom.ops.symexp_twohot import symexp_twohot_loss, symexp_twohot_mean
+
+if TYPE_CHECKING:
+    from worldloom.models.dreamer.model import DreamerV3WorldModel
+
+LOSS_TERMS = (
+    "loss",
+    "reconstruction",
+    "reward",
+    "continue",
+    "dynamics",
+    "representation",
+    "actor",
+    "critic",
+    "replay_critic",
+)
+sg = jax.lax.stop_gradient
+Policy = Mapping[str, Normal | Categorical]
+
+
+class LossAux(NamedTuple):
+    """What the loss knows besides its terms.
+
+    Attributes:
+      elements: each term before its mean: [B, T], ``actor`` and ``critic`` [H, B·T], ``replay_critic`` [B, T − 1].
+      latents: posterior states [B, T, ...] of the rows that counted.
+      posterior: logits of those states, [B, T, S, C].
+      return_range: the moved percentiles ``{"lo": [], "hi": []}``.
+      metrics: further scalars worth a look.
+    """
+
+    elements: dict[str, jax.Array]
+    latents: Latent
+    posterior: jax.Array
+    return_range: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+
+
+def loss(
+    model: DreamerV3WorldModel, batch: Mapping[str, Any], key: jax.Array | None
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], LossAux]]:
+    """Total loss of a batch [B, T, ...], its terms (plain means before their scales) and :class:`LossAux`.
+
+    One backward pass trains all parts; who learns from what is decided by the stop-gradients here. The batch is
+    described at :func:`worldloom.models.dreamer.batch.align`; ``key=None`` takes the mode of every draw.
+    """
+    config, rows = model.config, align(model.config, batch, model.dtype)
+    batch_size, length = rows.rewards.shape
+    observe_key, imagine_key = split_key(key)
+    losses: dict[str, jax.Array] = {}
+
+    # World model: states inferred from the rows, and what each state explains.
+    tokens = model.encoder(rows.obs)
+    initial = rows.initial or model.initial_state(batch_size)
+    latents, logits = model.rssm.observe(initial, tokens, rows.previous_actions, rows.is_first, observe_key)
+    posterior = OneHot.from_logits(logits, config.unimix)
+    prior = OneHot.from_logits(model.rssm.prior(latents.deter), config.unimix)
+    features = latents.features
+    discount = 1 - 1 / config.return_horizon
+    losses["reconstruction"] = reconstruction_loss(model.decoder(latents), rows.obs)
+    losses["reward"] = symexp_twohot_loss(model.reward(features), rows.rewards)
+    losses["continue"] = binary_cross_entropy(model.continuation(features)[..., 0], discount * (1 - rows.is_terminal))
+    losses["dynamics"] = jnp.maximum(sg(posterior).kl(prior), config.kl_free)
+    losses["representation"] = jnp.maximum(posterior.kl(sg(prior)), config.kl_free)
+
+    # Imagination: the policy acts in the world model from every state; neither learns through the rollout.
+    frozen = merge(type(model), config, sg(model.params), model.dtype)
+    starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), latents)
+    dream, actions = imagine(frozen, starts, config.imagination_horizon, imagine_key)
+    dream_features = dream.features
+
+    # Actor and critic learn from the imagined returns.
+    policy, critic_logits = model.actor(dream_features), model.critic(dream_features)
+    rewards = frozen.predict_reward(dream_features[1:])
+    continues = frozen.predict_continue(dream_features)
+    values = symexp_twohot_mean(sg(critic_logits))
+    returns = lambda_return(rewards, continues[1:], values[1:], config.return_lambda)
+    return_range, scale = normalise(model.params["return_range"], returns, config.return_range_rate)
+    weights = jnp.cumprod(continues, 0)[:-1]
+    slow_values = symexp_twohot_mean(frozen.slow_critic(dream_features[:-1]))
+    advantages = (returns - values[:-1]) / scale
+    losses["actor"] = weights * actor_loss(policy, actions, advantages, config.entropy_scale)
+    losses["critic"] = weights * critic_loss(critic_logits[:-1], returns, slow_values, config.slow_critic_scale)
+
+    # The critic also learns from replayed rewards, with the imagined returns as its bootstrap.
+    bootstrap = returns[0].reshape(batch_size, length)
+    targets = replay_return(rows.rewards, rows.is_terminal, rows.is_last, bootstrap, discount, config.return_lambda)
+    slow_values = symexp_twohot_mean(frozen.slow_critic(sg(features[:, :-1])))
+    replayed = critic_loss(model.critic(features[:, :-1]), targets, slow_values, config.slow_critic_scale)
+    losses["replay_critic"] = (1 - rows.is_last[:, :-1]) * replayed
+
+    terms = {name: jnp.mean(value) for name, value in losses.items()}
+    scales = loss_scales(config)
+    total = sum(scales[name] * terms[name] for name in terms)
+    metrics = {
+        "policy_entropy": jnp.mean(entropy(policy)),
+        "posterior_entropy": jnp.mean(posterior.entropy()),
+        "prior_entropy": jnp.mean(prior.entropy()),
+        "imagined_reward": jnp.mean(rewards),
+        "imagined_return": jnp.mean(returns),
+        "return_scale": scale,
+    }
+    return total, ({"loss": total, **terms}, LossAux(losses, latents, logits, return_range, metrics))
+
+
+def imagine(
+    model: DreamerV3WorldModel, starts: Latent, horizon: int, key: jax.Array | None
+) -> tuple[Latent, dict[str, jax.Array]]:
+    """Let the policy act in the world model: states [H + 1, N, ...] from ``starts`` [N, ...] and the action at each."""
+    mixing = model.rssm.core.mixing(model.dtype)
+
+    def step(state: Latent, key: jax.Array | None) -> tuple[Latent, tuple[Latent, dict[str, jax.Array]]]:
+        action_key, latent_key = split_key(key)
+        actions = model.sample_actions(state.features, action_key)
+        embedded = embed_actions(model.config, strip_single(model.config, actions), 1, model.dtype)
+        return model.rssm.predict(state, embedded, latent_key, mixing), (state, actions)
+
+    rollout_key, last_key = split_key(key)
+    last, steps = jax.lax.scan(step, starts, step_keys(rollout_key, horizon), horizon)
+    final = (last, model.sample_actions(last.features, last_key))
+    return jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), steps, final)
+
+
+def reconstruction_loss(decoded: Mapping[str, jax.Array], obs: Mapping[str, jax.Array]) -> jax.Array:
+    """Squared errors [B, T] summed over all entries of all observations: no ½, no mean over pixels.
+
+    Vectors compare in symlog space, images from 0 to 1.
+    """
+    total = jnp.zeros(())
+    for name, prediction in decoded.items():
+        if prediction.ndim == 5:
+            error = jnp.sum(jnp.square(prediction - unit_range(obs[name], jnp.float32)), (-3, -2, -1))
+        else:
+            error = symlog_squared_error(prediction, obs[name])
+        total += error
+    return total
+
+
+def actor_loss(
+    policy: Policy, actions: Mapping[str, jax.Array], advantages: jax.Array, entropy_scale: float
+) -> jax.Array:
+    """REINFORCE with an entropy bonus, ``−(A_t · log π(a_t) + η · H(π_t))`` [H, N] (equation 6).
+
+    Discrete and continuous actions alike: no gradient runs through actions, advantages or dynamics. The policy and
+    its actions have one step more than the advantages [H, N]; it is left out.
+    """
+    log_prob = sum(policy[name].log_prob(sg(actions[name])) for name in policy)
+    return -(sg(advantages) * log_prob[:-1] + entropy_scale * entropy(policy)[:-1])
+
+
+def critic_loss(logits: jax.Array, returns: jax.Array, slow_values: jax.Array, slow_scale: float) -> jax.Array:
+    """Two-hot cross entropy to the returns, and to the slow critic's value as a regulariser (equation 5)."""
+    return symexp_twohot_loss(logits, returns) + slow_scale * symexp_twohot_loss(logits, slow_values)
+
+
+def replay_return(
+    rewards: jax.Array,
+    is_terminal: jax.Array,
+    is_last: jax.Array,
+    bootstrap: jax.Array,
+    discount: float,
+    lambda_: float,
+) -> jax.Array:
+    """λ-returns [B, T − 1] along replayed rows [B, T] (``repl_loss``).
+
+    ``G_t = r_{t+1} + γ (1 − terminal_{t+1}) [(1 − λ_{t+1}) b_{t+1} + λ_{t+1} G_{t+1}]`` with b the imagined return
+    that starts at a row, and λ_t = 0 where the window's episode ends at t.
+    """
+    live, trace = discount * (1 - is_terminal), lambda_ * (1 - is_last)
+    return lambda_return(rewards.T[1:], live.T[1:], bootstrap.T[1:], trace.T[1:]).T
+
+
+def normalise(
+    return_range: Mapping[str, jax.Array], returns: jax.Array, rate: float
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Move the 5th and 95th percentile towards those of ``returns``; the scale is their distance, at least 1.
+
+    ``lo ← (1 − rate) lo + rate · Per(R, 5)``, ``S = max(1, hi − lo)`` with the moved values (equation 7).
+    """
+    percentiles = jnp.percentile(sg(returns), jnp.array([5.0, 95.0]))
+    moved = {
+        name: (1 - rate) * return_range[name] + rate * now for name, now in zip(("lo", "hi"), percentiles, strict=True)
+    }
+    return moved, jnp.maximum(1.0, moved["hi"] - moved["lo"])
+
+
+def entropy(policy: Policy) -> jax.Array:
+    """Entropy [...] of all actions together, in nats."""
+    return sum(distribution.entropy() for distribution in policy.values())
+
+
+def loss_scales(config: DreamerV3Config) -> dict[str, float]:
+    """Weight of each term in the total."""
+    return {
+        "reconstruction": config.reconstruction_scale,
+        "reward": config.reward_scale,
+        "continue": config.continue_scale,
+        "dynamics": config.kl_scale * config.kl_balance,
+        "representation": config.kl_scale * (1 - config.kl_balance),
+        "actor": config.actor_scale,
+        "critic": config.critic_scale,
+        "replay_critic": config.replay_critic_scale,
+    }

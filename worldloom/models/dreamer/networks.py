@@ -1,0 +1,186 @@
+"""Encoder, decoder, heads and actor: what surrounds the recurrent state-space model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from worldloom.models.base import Statistic
+from worldloom.models.dreamer.config import CHANNELS, LEVELS, DreamerV3Config
+from worldloom.models.dreamer.rssm import Latent
+from worldloom.nn.conv import Conv, ConvDown, ConvUp, upsample
+from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm
+from worldloom.ops.distributions import Categorical, Normal
+from worldloom.ops.symlog import symlog
+
+
+class Encoder(nnx.Module):
+    """Observations → tokens [..., E]: symlog and an MLP for vectors, convolutions for images.
+
+    Several vectors are joined in sorted order of their names, several images on their channels; tokens are the
+    vector's features followed by the images'. ``output_dim`` is E.
+    """
+
+    def __init__(self, config: DreamerV3Config, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.vector_keys = tuple(sorted(config.vector_keys))
+        self.image_keys = tuple(sorted(config.image_keys))
+        self.output_dim = 0
+        if self.vector_keys:
+            inputs = sum(math.prod(config.observations[name]) for name in self.vector_keys)
+            self.mlp = MLP(inputs, config.width, config.mlp_layers, rngs=rngs)
+            self.output_dim += config.width
+        if self.image_keys:
+            layouts = [config.image_layout(name) for name in self.image_keys]
+            widths = [sum(channels for _, _, channels, _ in layouts)] + [config.cnn_depth * m for m in CHANNELS]
+            self.cnn = nnx.List([ConvDown(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
+            height, width = layouts[0][:2]
+            self.output_dim += (height // 2**LEVELS) * (width // 2**LEVELS) * widths[-1]
+
+    def __call__(self, obs: Mapping[str, jax.Array]) -> jax.Array:
+        """``obs`` holds vectors [..., n] and images [..., H, W, C] (uint8, or float from 0 to 1) by name."""
+        tokens = []
+        if self.vector_keys:
+            squashed = [symlog(obs[name].astype(jnp.float32)).astype(self.dtype) for name in self.vector_keys]
+            tokens.append(self.mlp(jnp.concatenate(squashed, -1)))
+        if self.image_keys:
+            images = [unit_range(obs[name], self.dtype) for name in self.image_keys]
+            x = jnp.concatenate(images, -1) - 0.5
+            batch = x.shape[:-3]
+            x = x.reshape(-1, *x.shape[-3:])
+            for level in self.cnn:
+                x = level(x)
+            tokens.append(x.reshape(*batch, -1))
+        return jnp.concatenate(tokens, -1)
+
+
+class ImageDecoder(nnx.Module):
+    """Latent → images [..., H, W, Σ channels] from 0 to 1, via a small spatial map made by blocks of h and by z."""
+
+    def __init__(self, config: DreamerV3Config, *, rngs: nnx.Rngs):
+        layouts = [config.image_layout(name) for name in config.image_keys]
+        height, width = (side // 2**LEVELS for side in layouts[0][:2])
+        widths = [config.cnn_depth * m for m in reversed(CHANNELS)]
+        self.blocks, self.map_shape = config.blocks, (height, width, widths[0])
+        size = math.prod(self.map_shape)
+        self.from_deter = BlockLinear(config.deter_dim, size, config.blocks, rngs=rngs)
+        self.stoch_hidden = Dense(config.stoch_dim, 2 * config.width, rngs=rngs)
+        self.from_stoch = Linear(2 * config.width, size, rngs=rngs)
+        self.norm = RMSNorm(widths[0])
+        self.cnn = nnx.List([ConvUp(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
+        self.output = Conv(widths[-1], sum(channels for _, _, channels, _ in layouts), rngs=rngs)
+
+    def __call__(self, state: Latent) -> jax.Array:
+        """Images [..., H, W, Σ channels] of states [...]."""
+        height, width, channels = self.map_shape
+        batch = state.deter.shape[:-1]
+        # The blocks' outputs lie side by side as (g, h, w, c); on the map they become channel groups.
+        own = self.from_deter(state.deter).reshape(-1, self.blocks, height, width, channels // self.blocks)
+        own = jnp.moveaxis(own, 1, 3).reshape(-1, height, width, channels)
+        drawn = self.from_stoch(self.stoch_hidden(state.flat_stoch)).reshape(-1, height, width, channels)
+        x = jax.nn.silu(self.norm(own + drawn))
+        for level in self.cnn:
+            x = level(x)
+        x = jax.nn.sigmoid(self.output(upsample(x)))
+        return x.reshape(*batch, *x.shape[1:])
+
+
+class Decoder(nnx.Module):
+    """Latent → observations by name: vectors in symlog space, images [..., H, W, C] from 0 to 1."""
+
+    def __init__(self, config: DreamerV3Config, *, rngs: nnx.Rngs):
+        sizes = {name: math.prod(config.observations[name]) for name in config.vector_keys}
+        self.image_channels = tuple((name, config.image_layout(name)[2]) for name in config.image_keys)
+        if sizes:
+            self.mlp = MLP(config.feature_dim, config.width, config.mlp_layers, rngs=rngs)
+            self.vectors = nnx.Dict({name: Linear(config.width, size, rngs=rngs) for name, size in sizes.items()})
+        if self.image_channels:
+            self.image = ImageDecoder(config, rngs=rngs)
+
+    def __call__(self, state: Latent) -> dict[str, jax.Array]:
+        """Observations [..., n] and [..., H, W, C] of states [...], float32."""
+        decoded = {}
+        if hasattr(self, "mlp"):
+            # Stochastic part first: the opposite of ``features``, as in the reference program.
+            x = self.mlp(jnp.concatenate([state.flat_stoch, state.deter], -1))
+            decoded |= {name: output(x).astype(jnp.float32) for name, output in self.vectors.items()}
+        if self.image_channels:
+            ends = [sum(c for _, c in self.image_channels[: i + 1]) for i in range(len(self.image_channels) - 1)]
+            images = jnp.split(self.image(state).astype(jnp.float32), ends, -1)
+            decoded |= {name: image for (name, _), image in zip(self.image_channels, images, strict=True)}
+        return decoded
+
+
+class Head(nnx.Module):
+    """An MLP with one linear output, [..., F] → float32 [..., outputs].
+
+    ``scale`` 0 makes the first predictions exactly uniform, whose two-hot mean is exactly 0.
+    """
+
+    def __init__(self, config: DreamerV3Config, layers: int, outputs: int, *, scale: float = 1.0, rngs: nnx.Rngs):
+        self.mlp = MLP(config.feature_dim, config.width, layers, rngs=rngs)
+        self.output = Linear(config.width, outputs, scale=scale, rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Raw outputs [..., outputs], float32."""
+        return self.output(self.mlp(features)).astype(jnp.float32)
+
+
+class GaussianOutput(nnx.Module):
+    """Output layers of one continuous action."""
+
+    def __init__(self, config: DreamerV3Config, dim: int, *, rngs: nnx.Rngs):
+        self.mean = Linear(config.width, dim, scale=0.01, rngs=rngs)
+        self.stddev = Linear(config.width, dim, scale=0.01, rngs=rngs)
+        self.min_std, self.max_std = config.min_std, config.max_std
+
+    def __call__(self, x: jax.Array) -> Normal:
+        """Distribution over [..., dim] from the actor's hidden units [..., U]."""
+        return Normal.bounded(self.mean(x), self.stddev(x), self.min_std, self.max_std)
+
+
+class CategoricalOutput(nnx.Module):
+    """Output layer of one discrete action."""
+
+    def __init__(self, config: DreamerV3Config, dim: int, *, rngs: nnx.Rngs):
+        self.logits = Linear(config.width, dim, scale=0.01, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> Categorical:
+        """Distribution over ``dim`` choices from the actor's hidden units [..., U]."""
+        return Categorical.from_logits(self.logits(x))
+
+
+class Actor(nnx.Module):
+    """The policy: features [..., F] → one distribution per action."""
+
+    def __init__(self, config: DreamerV3Config, *, rngs: nnx.Rngs):
+        self.mlp = MLP(config.feature_dim, config.width, config.mlp_layers, rngs=rngs)
+        self.outputs = nnx.Dict(
+            {
+                name: (CategoricalOutput if space.discrete else GaussianOutput)(config, space.dim, rngs=rngs)
+                for name, space in config.actions.items()
+            }
+        )
+
+    def __call__(self, features: jax.Array) -> dict[str, Normal | Categorical]:
+        """The distribution of each action by name."""
+        x = self.mlp(features)
+        return {name: output(x) for name, output in self.outputs.items()}
+
+
+class ReturnRange(nnx.Module):
+    """Moving 5th and 95th percentile of imagined returns, from 0 and without bias correction (``retnorm``)."""
+
+    def __init__(self) -> None:
+        self.lo = Statistic(jnp.zeros(()))
+        self.hi = Statistic(jnp.zeros(()))
+
+
+def unit_range(image: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """uint8 from 0 to 255 becomes 0 to 1; float images are that already."""
+    return image.astype(dtype) / 255 if image.dtype == jnp.uint8 else image.astype(dtype)

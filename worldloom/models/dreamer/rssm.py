@@ -1,0 +1,163 @@
+"""The recurrent state-space model: block GRU, posterior and prior over categorical latents."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from worldloom.models.dreamer.config import DreamerV3Config
+from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm, block_matmul
+from worldloom.ops.distributions import OneHot
+from worldloom.ops.keys import step_keys
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """State of the world model.
+
+    Attributes:
+      deter: deterministic part h, [..., D].
+      stoch: stochastic part z as one-hot vectors, [..., S, C].
+    """
+
+    deter: jax.Array
+    stoch: jax.Array
+
+    @property
+    def features(self) -> jax.Array:
+        """What every head reads: deterministic then flat stochastic part, [..., D + S·C]."""
+        return jnp.concatenate([self.deter, self.flat_stoch], -1)
+
+    @property
+    def flat_stoch(self) -> jax.Array:
+        """The stochastic part with its classes side by side, [..., S·C]."""
+        return self.stoch.reshape(*self.stoch.shape[:-2], -1)
+
+
+class BlockGRU(nnx.Module):
+    """``h' = u · c + (1 − u) · h`` from state and action, with block-diagonal recurrent weights (``_core``).
+
+    The reference program hands each of the g blocks its own chunk of h beside a copy of the three input embeddings.
+    The same numbers come from two products without the copies: block-diagonal with h, dense with the embeddings
+    (:meth:`mixing` cuts the one kernel accordingly). The action's share needs no state, so it is computed for a
+    whole sequence before the scan.
+    """
+
+    def __init__(self, config: DreamerV3Config, *, rngs: nnx.Rngs):
+        deter, hidden, blocks = config.deter_dim, config.hidden_dim, config.blocks
+        self.deter_in = Dense(deter, hidden, rngs=rngs)
+        self.stoch_in = Dense(config.stoch_dim, hidden, rngs=rngs)
+        self.action_in = Dense(config.action_width, hidden, rngs=rngs)
+        self.hidden = BlockLinear(deter + blocks * 3 * hidden, deter, blocks, rngs=rngs)
+        self.norm = RMSNorm(deter)
+        self.gates = BlockLinear(deter, 3 * deter, blocks, rngs=rngs)
+
+    def mixing(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The hidden kernel's shares: own chunk [g, D/g, D/g], state embeddings [2H, D], action embedding [H, D]."""
+        kernel = self.hidden.kernel.astype(dtype)
+        own = kernel.shape[2]
+        shared = kernel[:, own:].transpose(1, 0, 2).reshape(kernel.shape[1] - own, -1)
+        cut = 2 * (shared.shape[0] // 3)
+        return kernel[:, :own], shared[:cut], shared[cut:]
+
+    def action_share(self, action: jax.Array, mixing: tuple[jax.Array, ...]) -> jax.Array:
+        """What the action [..., A] and the bias add to the hidden layer: [..., D].
+
+        Entries beyond ±1 act like ±1; their gradient is divided by their size instead of cut.
+        """
+        bounded = action / jax.lax.stop_gradient(jnp.maximum(1, jnp.abs(action)))
+        return self.action_in(bounded) @ mixing[2] + self.hidden.bias.astype(action.dtype)
+
+    def __call__(self, state: Latent, action_share: jax.Array, mixing: tuple[jax.Array, ...]) -> jax.Array:
+        """Next deterministic state [..., D]."""
+        embedded = jnp.concatenate([self.deter_in(state.deter), self.stoch_in(state.flat_stoch)], -1)
+        hidden = block_matmul(state.deter, mixing[0]) + embedded @ mixing[1] + action_share
+        gates = self.gates(jax.nn.silu(self.norm(hidden)))
+        # Each block's 3·D/g outputs are its reset, candidate and update gates, in this order.
+        gates = gates.reshape(*gates.shape[:-1], self.gates.kernel.shape[0], 3, -1)
+        reset, candidate, update = (gates[..., i, :].reshape(state.deter.shape) for i in range(3))
+        candidate = jnp.tanh(jax.nn.sigmoid(reset) * candidate)
+        update = jax.nn.sigmoid(update - 1)
+        return update * candidate + (1 - update) * state.deter
+
+
+class RSSM(nnx.Module):
+    """Latent dynamics. Activations follow the dtype of the states and inputs.
+
+    Args:
+      config: sizes.
+      token_dim: width of the encoder's output.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(self, config: DreamerV3Config, token_dim: int, *, rngs: nnx.Rngs):
+        deter, hidden, stoch = config.deter_dim, config.hidden_dim, config.stoch_dim
+        self.core = BlockGRU(config, rngs=rngs)
+        self.posterior_hidden = Dense(deter + token_dim, hidden, rngs=rngs)
+        self.posterior_logits = Linear(hidden, stoch, rngs=rngs)
+        self.prior_hidden = MLP(deter, hidden, 2, rngs=rngs)
+        self.prior_logits = Linear(hidden, stoch, rngs=rngs)
+        self.latents = (config.num_latents, config.num_categories)
+        self.unimix = config.unimix
+
+    def observe(
+        self, initial: Latent, tokens: jax.Array, actions: jax.Array, is_first: jax.Array, key: jax.Array | None
+    ) -> tuple[Latent, jax.Array]:
+        """Posterior states along a sequence, one ``lax.scan``.
+
+        Args:
+          initial: state before the first row, [B, ...].
+          tokens: encoded observations [B, T, E].
+          actions: embedded *previous* actions [B, T, A]: row t holds what was done at t − 1.
+          is_first: [B, T]; true rows start from zeros, as if nothing had been done before.
+          key: for the draws, or None for modes.
+
+        Returns:
+          States [B, T, ...] and posterior logits [B, T, S, C].
+        """
+        keep = 1 - is_first.astype(tokens.dtype)[..., None]
+        mixing = self.core.mixing(tokens.dtype)
+        kernel = self.posterior_hidden.linear.kernel.astype(tokens.dtype)
+        from_deter, from_tokens = jnp.split(kernel, [initial.deter.shape[-1]])
+        action_shares = self.core.action_share(actions * keep, mixing)
+        token_shares = tokens @ from_tokens + self.posterior_hidden.linear.bias.astype(tokens.dtype)
+
+        def step(state: Latent, row: tuple) -> tuple[Latent, tuple[Latent, jax.Array]]:
+            action_share, token_share, keep_t, key_t = row
+            state = Latent(state.deter * keep_t, state.stoch * keep_t[..., None])
+            deter = self.core(state, action_share, mixing)
+            hidden = jax.nn.silu(self.posterior_hidden.norm(deter @ from_deter + token_share))
+            logits = self._to_latents(self.posterior_logits(hidden))
+            state = Latent(deter, self._sample(logits, key_t))
+            return state, (state, logits)
+
+        rows = jax.tree.map(_swap_time, (action_shares, token_shares, keep))
+        _, out = jax.lax.scan(step, initial, (*rows, step_keys(key, tokens.shape[1])))
+        states, logits = jax.tree.map(_swap_time, out)
+        return states, logits
+
+    def prior(self, deter: jax.Array) -> jax.Array:
+        """Logits [..., S, C] of the stochastic part predicted from the deterministic part [..., D] alone."""
+        return self._to_latents(self.prior_logits(self.prior_hidden(deter)))
+
+    def predict(
+        self, state: Latent, action: jax.Array, key: jax.Array | None, mixing: tuple[jax.Array, ...] | None = None
+    ) -> Latent:
+        """One imagined step from [..., ] states and embedded actions [..., A]; ``mixing`` spares cutting it again."""
+        mixing = mixing or self.core.mixing(action.dtype)
+        deter = self.core(state, self.core.action_share(action, mixing), mixing)
+        return Latent(deter, self._sample(self.prior(deter), key))
+
+    def _sample(self, logits: jax.Array, key: jax.Array | None) -> jax.Array:
+        return OneHot.from_logits(logits, self.unimix).sample(key).astype(logits.dtype)
+
+    def _to_latents(self, logits: jax.Array) -> jax.Array:
+        return logits.reshape(*logits.shape[:-1], *self.latents)
+
+
+def _swap_time(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 0, 1)

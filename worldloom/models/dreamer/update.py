@@ -1,0 +1,103 @@
+"""One update of DreamerV3: a joint step of all parts, then the slow critic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from worldloom.devices import compute_dtype
+from worldloom.models.base import merge
+from worldloom.models.dreamer.config import DreamerV3Config
+from worldloom.models.dreamer.loss import loss
+from worldloom.models.dreamer.model import ActorCarry, DreamerV3WorldModel, zero_carry
+from worldloom.optim import clip_by_agc, clip_by_norm, decay_kernels, scale_by_laprop, warmup_schedule
+from worldloom.state import TrainState, WindowSpec
+
+
+def optimizer(config: DreamerV3Config, training: Any) -> optax.GradientTransformation:
+    """AGC → global clip → LaProp → decoupled weight decay → warmed-up learning rate."""
+    return optax.chain(
+        clip_by_agc(config.agc),
+        clip_by_norm(training.grad_clip),
+        scale_by_laprop(config.beta1, config.beta2, config.eps),
+        decay_kernels(training.weight_decay),
+        optax.scale_by_learning_rate(warmup_schedule(training.learning_rate, training.warmup_steps)),
+    )
+
+
+def init_state(model: DreamerV3WorldModel, training_config: Any, key: jax.Array) -> TrainState:
+    """The state before the first update; its weights are copies, so that updates may donate them."""
+    params = jax.tree.map(jnp.copy, model.params)
+    trained, _ = _split(params)
+    opt_state = optimizer(model.config, training_config).init(trained)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, model.config, training_config)
+
+
+def update(
+    state: TrainState, batch: Mapping[str, Any], key: jax.Array | None
+) -> tuple[TrainState, dict[str, jax.Array | dict[str, jax.Array]]]:
+    """One optimizer step on a batch [B, T, ...]; pure, to be jitted by the caller.
+
+    Returns:
+      The new state and metrics: the loss terms, ``grad_norm`` (before any clipping), ``lr``, and with
+      ``config.replay_context`` under ``"replay"`` the fresh latents ``deter`` and ``stoch`` [B, T, ...] (float32) of
+      the batch's last T rows: all rows, or all but the context row.
+    """
+    config, training = state.config, state.training
+    trained, fixed = _split(state.params)
+
+    def objective(trained: dict[str, Any]) -> Any:
+        model = merge(DreamerV3WorldModel, config, {**trained, **fixed})
+        return loss(model, batch, key)
+
+    grads, (terms, aux) = jax.grad(objective, has_aux=True)(trained)
+    updates, opt_state = optimizer(config, training).update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    rate = config.slow_critic_rate
+    slow = jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, fixed["slow_critic"], trained["critic"])
+    params = {**trained, "slow_critic": slow, "return_range": aux.return_range}
+
+    learning_rate = warmup_schedule(training.learning_rate, training.warmup_steps)(state.step)
+    metrics = terms | aux.metrics | {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(learning_rate)}
+    if config.replay_context:
+        metrics["replay"] = {
+            "deter": aux.latents.deter.astype(jnp.float32),
+            "stoch": aux.latents.stoch.astype(jnp.float32),
+        }
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def act(
+    state: TrainState, carry: ActorCarry | None, obs: Any, key: jax.Array | None, *, is_first: jax.Array | None = None
+) -> tuple[ActorCarry, Any]:
+    """The policy of the weights in ``state``; see :meth:`DreamerV3WorldModel.act`."""
+    return merge(DreamerV3WorldModel, state.config, state.params).act(carry, obs, key, is_first=is_first)
+
+
+def initial_carry(config: DreamerV3Config, batch_size: int) -> ActorCarry:
+    """What :func:`act` starts from when all environments are about to show their first observation."""
+    return zero_carry(config, batch_size, compute_dtype(config.precision))
+
+
+def window(config: DreamerV3Config, training: Any) -> WindowSpec:
+    """Windows of ``sequence_length`` rows, plus a context row whose stored latent they start from.
+
+    They run across episode ends: ``is_first`` resets the state inside.
+    """
+    latents = {"deter": (config.deter_dim,), "stoch": (config.num_latents, config.num_categories)}
+    context = config.replay_context
+    return WindowSpec(training.sequence_length + context, True, latents if context else {})
+
+
+def stored_latents(carry: ActorCarry) -> dict[str, jax.Array]:
+    """What to store beside the rows just acted on, [B, ...] float32; see :func:`window`."""
+    return {"deter": carry.latent.deter.astype(jnp.float32), "stoch": carry.latent.stoch.astype(jnp.float32)}
+
+
+def _split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    untrained = DreamerV3WorldModel.untrained
+    return {k: v for k, v in params.items() if k not in untrained}, {k: params[k] for k in untrained}

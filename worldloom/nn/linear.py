@@ -1,0 +1,104 @@
+"""Linear maps, RMS norm and the MLP of DreamerV3: float32 weights, computed in the dtype of their input."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# A normal cut at ±2 standard deviations has a standard deviation of 1 / 1.1368.
+TRUNCATION = 1.1368
+
+
+def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> jax.Array:
+    """Normal draws cut at ±2σ whose realised standard deviation is ``scale · sqrt(1 / fan_in)``."""
+    draws = jax.random.truncated_normal(key, -2.0, 2.0, shape)
+    return draws * (TRUNCATION * scale * fan_in**-0.5)
+
+
+class Linear(nnx.Module):
+    """``y = x W + b``; kernel [in, out], bias [out] starting at 0.
+
+    Args:
+      inputs: width of the last axis of x.
+      outputs: width of the last axis of y.
+      scale: multiplies the *initial* kernel only (0 starts a head at exactly 0).
+      rngs: source of the initial kernel.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(truncated_normal(rngs.params(), (inputs, outputs), inputs, scale))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] → [..., out]."""
+        return x @ self.kernel.astype(x.dtype) + self.bias.astype(x.dtype)
+
+
+class BlockLinear(nnx.Module):
+    """A block-diagonal linear map: chunk k of the input alone makes chunk k of the output.
+
+    Kernel [blocks, in/blocks, out/blocks], bias [out]. The initial variance is that of a dense layer of the full
+    input width, as in DreamerV3 (danijar/dreamerv3 ``nn.BlockLinear``), not that of ``blocks`` separate layers.
+
+    Args:
+      inputs, outputs: full widths, multiples of ``blocks``.
+      blocks: number of chunks.
+      rngs: source of the initial kernel.
+    """
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, *, rngs: nnx.Rngs):
+        shape = (blocks, inputs // blocks, outputs // blocks)
+        self.kernel = nnx.Param(truncated_normal(rngs.params(), shape, inputs))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] → [..., out]."""
+        return block_matmul(x, self.kernel.astype(x.dtype)) + self.bias.astype(x.dtype)
+
+
+def block_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[..., g·i] times block-diagonal [g, i, o] → [..., g·o]."""
+    chunks = x.reshape(*x.shape[:-1], kernel.shape[0], kernel.shape[1])
+    return jnp.einsum("...gi,gio->...go", chunks, kernel).reshape(*x.shape[:-1], -1)
+
+
+class RMSNorm(nnx.Module):
+    """``x · rsqrt(mean(x²) + 1e-4) · scale`` over the last axis, in float32; no mean is subtracted, nothing added."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalised x, in its own dtype."""
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + 1e-4)
+        return (wide * (inverse * self.scale[...])).astype(x.dtype)
+
+
+class Dense(nnx.Module):
+    """One hidden layer: Linear → RMSNorm → SiLU."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.linear = Linear(inputs, outputs, rngs=rngs)
+        self.norm = RMSNorm(outputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] → [..., out]."""
+        return jax.nn.silu(self.norm(self.linear(x)))
+
+
+class MLP(nnx.Module):
+    """``layers`` × :class:`Dense` of ``width`` units; no output layer."""
+
+    def __init__(self, inputs: int, width: int, layers: int, *, rngs: nnx.Rngs):
+        widths = [inputs] + [width] * layers
+        self.layers = nnx.List([Dense(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] → [..., width]."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
