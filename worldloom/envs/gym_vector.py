@@ -35,7 +35,8 @@ class GymVector:
                 f"The vector environment's metadata['autoreset_mode'] is {mode!r}; a gymnasium.vector.AutoresetMode "
                 "is needed to tell where episodes end."
             )
-        self._env, self._mode = env, mode
+        self._env: Any = env  # Gymnasium's annotations leave out the seed lists that its vector environments take.
+        self._mode = mode
         self._seeds_per_episode = isinstance(env.unwrapped, SyncVectorEnv | AsyncVectorEnv)
         self._observations = ObservationSpec(env.single_observation_space)
         self.num_envs = env.num_envs

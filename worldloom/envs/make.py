@@ -27,11 +27,13 @@ class _Suite(NamedTuple):
     adapter: str
     package: str
     action_repeat: int
+    graphics: bool = False
+    """Whether the adapter must be told (``render=True``) when pictures will be asked for."""
 
 
 SUITES = {
-    "dmc": _Suite("worldloom.envs.dmc:make_dmc", "dm_control", 2),
-    "dmc_vision": _Suite("worldloom.envs.dmc:make_dmc_vision", "dm_control", 2),
+    "dmc": _Suite("worldloom.envs.dmc:make_dmc", "dm_control", 2, graphics=True),
+    "dmc_vision": _Suite("worldloom.envs.dmc:make_dmc_vision", "dm_control", 2, graphics=True),
     "atari": _Suite("worldloom.envs.atari:make_atari", "ale_py", 4),
     "atari100k": _Suite("worldloom.envs.atari:make_atari100k", "ale_py", 4),
     "crafter": _Suite("worldloom.envs.crafter:make_crafter", "crafter", 1),
@@ -49,6 +51,7 @@ def make_env(
     time_limit: int | None = None,
     image_size: int | None = None,
     frame_stack: int | None = None,
+    render: bool = False,
     worker_timeout: float = 60.0,
     **options: Any,
 ) -> VectorEnv:
@@ -69,8 +72,9 @@ def make_env(
         ids and suites it replaces the registered limit, for functions and objects it is added.
       image_size: side to which images are resized, or at which a suite draws them.
       frame_stack: last images stacked channel-first (TD-MPC2 from pixels takes 3).
+      render: whether :meth:`VectorEnv.render` will be asked for pictures; functions and objects decide themselves.
       worker_timeout: seconds after which a worker that gives no answer is replaced.
-      options: for the function, for ``gymnasium.make`` (``render_mode="rgb_array"`` for pictures), or for the suite.
+      options: for the function, for ``gymnasium.make``, or for the suite.
 
     Raises ``ConfigError`` for what does not fit together or is not supported, ``MissingDependencyError`` when an
     extra is needed, and whatever building the environment raises.
@@ -84,12 +88,13 @@ def make_env(
             "A gymnasium.Env object is one environment in this process, already configured; give make_env its id or "
             "a function that returns a new one for more environments, workers or options."
         )
-    build, repeat = _builder(spec, action_repeat, time_limit, image_size, frame_stack, options)
 
-    def make(count: int, root: int) -> VectorEnv:
+    def make(count: int, root: int, pictures: bool) -> VectorEnv:
+        shape = _Shape(action_repeat, time_limit, image_size, frame_stack, pictures)
+        build, repeat = _builder(spec, shape, options)
         backend: Backend
         if parallel == "subprocess":
-            from worldloom.envs.workers import Workers  # starts processes; not imported inside them
+            from worldloom.envs.workers import Workers  # What only the parent needs stays out of the workers.
 
             backend = Workers(build, count, timeout=worker_timeout)
         else:
@@ -97,42 +102,46 @@ def make_env(
         remake = None if isinstance(spec, gym.Env) else make
         return VectorEnv(backend, seed=root, action_repeat=repeat, remake=remake)
 
-    return make(num_envs, seed)
+    return make(num_envs, seed, render)
 
 
-def _builder(
-    spec: EnvLike,
-    action_repeat: int | None,
-    time_limit: int | None,
-    image_size: int | None,
-    frame_stack: int | None,
-    options: dict[str, Any],
-) -> tuple[Callable[[], gym.Env[Any, Any]], int]:
+class _Shape(NamedTuple):
+    """The arguments of ``make_env`` that shape one environment; ``None`` leaves things as they are."""
+
+    action_repeat: int | None
+    time_limit: int | None
+    image_size: int | None
+    frame_stack: int | None
+    render: bool
+
+
+def _builder(spec: Any, shape: _Shape, options: dict[str, Any]) -> tuple[Callable[[], gym.Env[Any, Any]], int]:
     """A function without arguments that builds one wrapped environment, and its action repeat."""
     prefix, _, task = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if prefix in SUITES and task:
         suite = SUITES[prefix]
         require(suite.package)
-        repeat = suite.action_repeat if action_repeat is None else action_repeat
+        repeat = suite.action_repeat if shape.action_repeat is None else shape.action_repeat
         # Suites repeat and draw themselves: pictures between two decisions would be drawn for nothing.
-        size = {} if image_size is None else {"image_size": image_size}
-        module, function = suite.adapter.split(":")
-        base = functools.partial(
-            _call, module, function, task, action_repeat=repeat, time_limit=time_limit, **size, **options
-        )
-        return functools.partial(_wrapped, base, 1, None, None, frame_stack), repeat
-    repeat = 1 if action_repeat is None else action_repeat
+        size = {} if shape.image_size is None else {"image_size": shape.image_size}
+        graphics = {"render": True} if suite.graphics and shape.render else {}
+        arguments = {"action_repeat": repeat, "time_limit": shape.time_limit, **size, **graphics, **options}
+        base = functools.partial(_call, suite.adapter, task, **arguments)
+        return functools.partial(_wrapped, base, 1, None, None, shape.frame_stack), repeat
+    repeat = 1 if shape.action_repeat is None else shape.action_repeat
+    limit = shape.time_limit
     if isinstance(spec, gym.Env):
         base = functools.partial(_itself, spec)
     elif callable(spec):
         base = functools.partial(spec, **options)
     elif isinstance(spec, str):
         # The limit replaces the registered one, so that it can be longer too.
-        base = functools.partial(_gym_make, _registered(spec), time_limit, options)
-        time_limit = None
+        pictures = {"render_mode": "rgb_array"} if shape.render else {}
+        base = functools.partial(_gym_make, _registered(spec), limit, {**pictures, **options})
+        limit = None
     else:
         raise ConfigError(f"An environment is an id, a function or a Gymnasium object, not {type(spec).__name__}.")
-    return functools.partial(_wrapped, base, repeat, time_limit, image_size, frame_stack), repeat
+    return functools.partial(_wrapped, base, repeat, limit, shape.image_size, shape.frame_stack), repeat
 
 
 def _wrapped(
@@ -165,7 +174,10 @@ def _registered(name: str) -> Any:
                 f"'{name}' names neither a suite ({', '.join(SUITES)}) nor a module that can be imported."
                 f"{nearest(module, SUITES)}"
             ) from None
-    return gym.spec(plain)
+    try:
+        return gym.spec(plain)
+    except gym.error.Error as error:
+        raise ConfigError(f"{error} ({name!r} was given to make_env; 'module:id' imports a module first.)") from error
 
 
 def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym.Env[Any, Any]:
@@ -173,9 +185,10 @@ def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym
     return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **options)
 
 
-def _call(module: str, function: str, *args: Any, **kwargs: Any) -> Any:
+def _call(adapter: str, task: str, **arguments: Any) -> gym.Env[Any, Any]:
     """Import late: adapters pull in simulators, in a worker only there."""
-    return getattr(importlib.import_module(module), function)(*args, **kwargs)
+    module, function = adapter.split(":")
+    return getattr(importlib.import_module(module), function)(task, **arguments)
 
 
 def _itself(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:

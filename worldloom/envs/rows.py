@@ -35,12 +35,12 @@ class WorkerRestart(NamedTuple):
     Attributes:
       env: index of the environment.
       reason: one sentence, with the worker's traceback if it left one.
-      count: restarts of this environment so far.
+      restarts: how often this environment has been replaced by now.
     """
 
     env: int
     reason: str
-    count: int
+    restarts: int
 
 
 Event = EpisodeEnd | WorkerRestart

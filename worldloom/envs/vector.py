@@ -45,7 +45,7 @@ class VectorEnv:
         *,
         seed: int = 0,
         action_repeat: int = 1,
-        remake: Callable[[int, int], VectorEnv] | None = None,
+        remake: Callable[[int, int, bool], VectorEnv] | None = None,
     ):
         observations, actions = ObservationSpec(backend.observation_space), ActionSpec(backend.action_space)
         self._backend, self._observations, self._actions, self._remake = backend, observations, actions, remake
@@ -95,10 +95,13 @@ class VectorEnv:
         self._check_open()
         frame = self._backend.render()
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
-            raise ConfigError("The environment renders no picture; make it with render_mode='rgb_array'.")
+            raise ConfigError(
+                "The environment renders no picture; make it with render=True (a function of yours: with "
+                "render_mode='rgb_array' inside)."
+            )
         return frame
 
-    def another(self, num_envs: int, seed: int) -> VectorEnv:
+    def another(self, num_envs: int, seed: int, *, render: bool = False) -> VectorEnv:
         """A new vector environment made by the same recipe, for instance for evaluation beside training.
 
         Raises ``ConfigError`` when this one was made from an environment object, which cannot be made again.
@@ -108,7 +111,7 @@ class VectorEnv:
                 "This environment was given as an object, so no second one can be made; give make_env an id or a "
                 "function that returns a new environment."
             )
-        return self._remake(num_envs, seed)
+        return self._remake(num_envs, seed, render)
 
     def state(self) -> dict[str, np.ndarray]:
         """Where the environments are, as arrays: seeds, actions and returns of the current episodes, last rows."""

@@ -39,20 +39,15 @@ class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any], size: int):
         super().__init__(env)
-        inner = env.observation_space
         self._size = size
+        inner = env.observation_space
         self._alone = _is_image(inner)
-        self._keys = (
-            [key for key, space in inner.spaces.items() if _is_image(space)] if isinstance(inner, spaces.Dict) else []
-        )
+        members = dict(inner.spaces) if isinstance(inner, spaces.Dict) else {}
+        self._keys = [key for key, space in members.items() if _is_image(space)]
         if not self._alone and not self._keys:
             raise ConfigError(f"image_size={size} was given, but {inner} holds no uint8 image [H, W, C] to resize.")
-        if self._alone:
-            self.observation_space = _square(inner, size)
-        else:
-            self.observation_space = spaces.Dict(
-                {key: _square(space, size) if key in self._keys else space for key, space in inner.items()}
-            )
+        members |= {key: _square(members[key], size) for key in self._keys}
+        self.observation_space = _square(inner, size) if self._alone else spaces.Dict(members)
 
     def observation(self, observation: Any) -> Any:
         """The observation with its images resized."""
@@ -94,10 +89,9 @@ class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """``image`` uint8 [H, W, C] as [size, size, C], by an antialiased triangle filter (Pillow's ``BILINEAR``)."""
-    rows, columns = _triangle(image.shape[0], size), _triangle(image.shape[1], size)
-    wide = image.astype(np.float32)
-    narrow = np.einsum("hwc,vw->hvc", wide, columns, optimize=True)
-    small = np.einsum("hvc,uh->uvc", narrow, rows, optimize=True)
+    height, width, channels = image.shape
+    short = _triangle(height, size) @ image.reshape(height, -1).astype(np.float32)
+    small = _triangle(width, size) @ short.reshape(size, width, channels)
     return np.clip(np.rint(small), 0, 255).astype(np.uint8)
 
 
