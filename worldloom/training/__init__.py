@@ -1,1 +1,34 @@
-"""Training: the config, the loop, callbacks, checkpoints and evaluation."""
+"""Training: the config, the loop, callbacks, checkpoints and evaluation. Names are imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worldloom.replay import ReplayBuffer
+    from worldloom.state import TrainState
+    from worldloom.training.config import TrainingConfig
+    from worldloom.training.evaluation import evaluate
+    from worldloom.training.trainer import Trainer, train
+
+_LAZY = {
+    "ReplayBuffer": "worldloom.replay",
+    "TrainState": "worldloom.state",
+    "Trainer": "worldloom.training.trainer",
+    "TrainingConfig": "worldloom.training.config",
+    "evaluate": "worldloom.training.evaluation",
+    "train": "worldloom.training.trainer",
+}
+
+__all__ = ["ReplayBuffer", "TrainState", "Trainer", "TrainingConfig", "evaluate", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'worldloom.training' has no attribute '{name}'")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

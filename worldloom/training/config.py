@@ -38,6 +38,11 @@ class TrainingConfig(BaseConfig):
     """``auto cpu cuda gpu tpu`` or numbered (``cuda:1``); ``cuda`` without a GPU trains on what JAX has."""
     seed: int = 42
     """Root of all randomness of the run: batches, sampling, dropout."""
+    updates_per_call: int = 0
+    """Most updates in one compiled call (it holds as many batches on the device); 0 is 1 on a CPU and 8 elsewhere.
+    The result does not depend on it."""
+    skip_nonfinite: bool = False
+    """Leave out updates whose loss or gradient is NaN or infinite and count them, instead of stopping."""
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "batch_size", "sequence_length", "log_interval"):
@@ -45,7 +50,7 @@ class TrainingConfig(BaseConfig):
                 _is_int(getattr(self, name)) and getattr(self, name) >= 1,
                 f"{name} must be an integer ≥ 1, not {getattr(self, name)!r}.",
             )
-        for name in ("warmup_steps", "eval_interval", "save_interval"):
+        for name in ("warmup_steps", "eval_interval", "save_interval", "updates_per_call"):
             check(
                 _is_int(getattr(self, name)) and getattr(self, name) >= 0,
                 f"{name} must be an integer ≥ 0, not {getattr(self, name)!r}.",
@@ -60,6 +65,9 @@ class TrainingConfig(BaseConfig):
         for name in ("weight_decay", "grad_clip"):
             value = getattr(self, name)
             check(_is_number(value) and 0 <= value < float("inf"), f"{name} must be a number ≥ 0, not {value!r}.")
+        check(
+            isinstance(self.skip_nonfinite, bool), f"skip_nonfinite must be True or False, not {self.skip_nonfinite!r}."
+        )
         check_device_name(self.device)
 
 

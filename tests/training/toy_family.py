@@ -1,0 +1,110 @@
+"""A world model so small that its best weights are known: next observation = observation · matrix + offset.
+
+It meets the contract of a family, so the tests of training need none of the real ones.
+"""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from worldloom.config import BaseConfig, config_dataclass
+from worldloom.models.base import WorldModel, compiled, merge
+from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
+from worldloom.state import TrainState, WindowSpec
+
+LOSS_TERMS = ("loss", "prediction", "reward")
+MATRIX = np.array([[0.9, 0.2], [-0.2, 0.9]], np.float32)
+
+
+@config_dataclass
+class ToyConfig(BaseConfig):
+    obs_shape: tuple[int, ...] = (2,)
+    action_dim: int = 1
+    noise: float = 0.1
+    latents: bool = False
+    precision: str = "float32"
+    model_type: str = "toy"
+
+
+class ToyWorldModel(WorldModel):
+    config_class = ToyConfig
+
+    @staticmethod
+    def build(config: Any, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        return {
+            "dynamics": nnx.Linear(2, 2, rngs=rngs, dtype=dtype),
+            "reward": nnx.Linear(2, 1, rngs=rngs, dtype=dtype),
+        }
+
+    @property
+    def algorithm(self):
+        return sys.modules[__name__]
+
+    @compiled
+    def compute_loss(self, batch, key=None):
+        """Rewards that are NaN or infinite make the loss so."""
+        obs = batch["obs"]
+        if key is not None:
+            obs = obs + self.config.noise * jax.random.normal(key, obs.shape)
+        prediction = jnp.mean((self.dynamics(obs[:, :-1]) - batch["obs"][:, 1:]) ** 2)
+        reward = jnp.mean((self.reward(batch["obs"])[..., 0] - batch["rewards"]) ** 2)
+        return {"loss": prediction + reward, "prediction": prediction, "reward": reward}
+
+
+def optimizer(training: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        clip_by_norm(training.grad_clip),
+        optax.scale_by_adam(),
+        decay_kernels(training.weight_decay),
+        optax.scale_by_learning_rate(warmup_schedule(training.learning_rate, training.warmup_steps)),
+    )
+
+
+def init_state(model, training, key):
+    params = model.params
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(training).init(params), key, model.config, training)
+
+
+def update(state, batch, key):
+    def objective(params):
+        terms = merge(ToyWorldModel, state.config, params).compute_loss(batch, key)
+        return terms["loss"], terms
+
+    grads, terms = jax.grad(objective, has_aux=True)(state.params)
+    steps, opt_state = optimizer(state.training).update(grads, state.opt_state, state.params)
+    metrics = {
+        **terms,
+        "grad_norm": optax.tree.norm(grads),
+        "lr": jnp.asarray(warmup_schedule(state.training.learning_rate, state.training.warmup_steps)(state.step)),
+        "update_norm": optax.tree.norm(steps),
+        "first_row": batch["obs"][0, 0, 0],
+    }
+    if state.config.latents:
+        metrics["replay"] = {"memory": batch["obs"][..., :1] + batch["context"]["memory"][:, None]}
+    params = optax.apply_updates(state.params, steps)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def window(config, training):
+    latents = {"memory": (1,)} if config.latents else {}
+    return WindowSpec(training.sequence_length + config.latents, False, latents)
+
+
+def fill(buffer, episodes=6, steps=12, seed=0, poison=None):
+    """Rotations with the rewards ``obs[0]``; the reward of row ``poison`` of the first episode is 1e30."""
+    rng = np.random.default_rng(seed)
+    for number in range(episodes):
+        obs = [rng.normal(size=2).astype(np.float32)]
+        for _ in range(steps):
+            obs.append(obs[-1] @ MATRIX)
+        obs = np.stack(obs)
+        rewards = obs[1:, 0].copy()
+        if poison is not None and number == 0:
+            rewards[poison] = 1e30
+        buffer.add_episode(obs, np.zeros((steps, 1), np.float32), rewards, np.arange(steps) == steps - 1)
+    return buffer

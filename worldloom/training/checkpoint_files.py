@@ -1,0 +1,189 @@
+"""The files of one checkpoint: arrays through Orbax, everything else as JSON, a checksum of each.
+
+A checkpoint is a folder ``<folder>/<step>/`` with ``state/`` (Orbax), ``run.json`` and ``manifest.json``. It is
+written as ``<step>.partial`` and renamed when the manifest is complete, so a folder with a bare number as its name is
+whole, and ``orbax.checkpoint.CheckpointManager`` reads the layout too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from worldloom.config import read_json_object
+from worldloom.errors import ConfigError, FileFormatError
+from worldloom.state import TrainState
+
+FORMAT = 1
+_MAX_JSON = 64 << 20
+# Fields of TrainingConfig that may change between parts of a run: none of them moves a number.
+_FREE = frozenset({"total_steps", "log_interval", "eval_interval", "save_interval", "device", "updates_per_call"})
+
+
+class Snapshot(NamedTuple):
+    """All that a run needs to go on: the state on the host, and JSON-serialisable values of everything around it."""
+
+    state: TrainState
+    record: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.record["step"])
+
+
+def write_checkpoint(target: Path, snapshot: Snapshot, **further: Any) -> None:
+    """Write ``snapshot`` as the folder ``target``, whole or not at all, with ``further`` JSON values in its record."""
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _save_arrays(partial / "state", flatten_state(snapshot.state))
+        _write_json(partial / "run.json", {**snapshot.record, **further})
+        _write_json(partial / "manifest.json", {"files": dict(_checksums(partial))})
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def delete_checkpoint(target: Path) -> None:
+    """Delete the folder; it loses its name first, so that a kill meanwhile leaves no half checkpoint under it."""
+    doomed = target.rename(target.with_name(f"{target.name}.partial"))
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_checkpoint(path: Path, template: TrainState) -> Snapshot:
+    """Read one checkpoint folder in the structure of ``template``, checksums first.
+
+    Raises:
+      FileFormatError: a file is missing or damaged, or the arrays do not fit ``template``.
+      ConfigError: it belongs to a run with another config.
+    """
+    record = read_record(path)
+    if record.get("format") != FORMAT:
+        raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
+    check_config(path, "model", record.get("config"), template.config.to_dict())
+    check_config(path, "training", record.get("training"), template.training.to_dict(), _FREE)
+    return Snapshot(unflatten_state(_load_arrays(path / "state"), template, path), record)
+
+
+def read_params(path: Path, model: Any) -> dict[str, Any]:
+    """The weights in a checkpoint, nested as ``model.params``. Raises as :func:`read_checkpoint`."""
+    check_config(path, "model", read_record(path).get("config"), model.config.to_dict())
+    return _fit(_load_arrays(path / "state"), {"params": model.params}, path)["params"]
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint as it is, empty if it cannot be read; its checksum is not looked at."""
+    try:
+        return _read_json(path / "run.json")
+    except (FileFormatError, OSError):
+        return {}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint whose files are all as they were written; else ``FileFormatError``."""
+    try:
+        files = _read_json(path / "manifest.json")["files"]
+        found = dict(_checksums(path))
+        for name, expected in files.items():
+            if found.get(name) != expected:
+                state = "damaged" if name in found else "missing"
+                raise FileFormatError(f"The checkpoint {path} is damaged: {name} is {state}.")
+        return _read_json(path / "run.json")
+    except FileFormatError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"The checkpoint {path} is damaged: {error!r}.") from error
+
+
+def flatten_state(state: TrainState) -> dict[str, np.ndarray]:
+    """All arrays of a state by name (``params/encoder/…``), the key as its raw words."""
+    return _flatten(_tree(state))
+
+
+def unflatten_state(arrays: Mapping[str, np.ndarray], template: TrainState, path: Path) -> TrainState:
+    """Inverse of :func:`flatten_state`; raises ``FileFormatError`` unless names, shapes and dtypes fit."""
+    tree = _fit(arrays, _tree(template), path)
+    key = jax.random.wrap_key_data(tree["key"], impl=jax.random.key_impl(template.key))
+    return template.replace(step=tree["step"], params=tree["params"], opt_state=tree["opt_state"], key=key)
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    key = jax.random.key_data(state.key)
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "key": key}
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _fit(arrays: Mapping[str, np.ndarray], template: Any, path: Path) -> Any:
+    wanted = _flatten(template)
+    values = []
+    for name, leaf in wanted.items():
+        value = arrays.get(name, np.zeros(leaf.shape, leaf.dtype) if leaf.size == 0 else None)
+        if value is None or value.shape != leaf.shape or value.dtype != leaf.dtype:
+            has = "does not hold it" if value is None else f"holds {value.dtype}{list(value.shape)}"
+            raise FileFormatError(f"{path} does not fit this run: {name} is {leaf.dtype}{list(leaf.shape)}, it {has}.")
+        values.append(value)
+    return jax.tree.unflatten(jax.tree.structure(template), values)
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    import orbax.checkpoint as ocp
+
+    # Orbax refuses arrays of size zero; they are rebuilt from the template.
+    held = {name: np.asarray(array) for name, array in arrays.items() if array.size}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(held))
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path.absolute())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"The checkpoint arrays {path} cannot be read: {error}") from error
+
+
+def _checksums(folder: Path) -> Iterator[tuple[str, list[Any]]]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != "manifest.json":
+            with path.open("rb") as file:
+                yield name, [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def check_config(
+    path: Path, kind: str, saved: Any, given: Mapping[str, Any], free: frozenset[str] = frozenset()
+) -> None:
+    """Raise ``ConfigError`` naming the first field outside ``free`` in which the saved config differs."""
+    saved = saved if isinstance(saved, Mapping) else {}
+    for name, value in given.items():
+        if name not in free and saved.get(name) != value:
+            raise ConfigError(
+                f"{path} was saved with {kind} config {name}={saved.get(name)!r}; this run has {value!r}. Resume with "
+                "the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path, max_bytes=_MAX_JSON)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

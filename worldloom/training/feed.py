@@ -1,0 +1,155 @@
+"""Batches on their way to the device: sampled, stacked and sent in the background, in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from worldloom.errors import DataError
+from worldloom.training.config import TrainingConfig
+from worldloom.training.step import Batch, Outcome
+
+
+class Chunk(NamedTuple):
+    """The updates of one compiled call: so many after ``step``; ``looks`` if the host looks afterwards."""
+
+    step: int
+    updates: int
+    looks: bool
+
+
+class Windows:
+    """Draws the batches that an algorithm asks for; batch n is a function of (seed, n, content).
+
+    Latents stored in replay are used if the buffer keeps those the algorithm names; an ordinary dataset does not, and
+    every window then starts from the initial latent.
+
+    Args:
+      buffer: a :class:`~worldloom.replay.ReplayBuffer`, or what samples like one.
+      model: the world model the batches are for.
+      config: batch size and sequence length.
+
+    Raises:
+      DataError: the buffer is empty or holds data of other shapes.
+      TypeError: ``buffer`` cannot be sampled.
+    """
+
+    def __init__(self, buffer: Any, model: Any, config: TrainingConfig):
+        if not callable(getattr(buffer, "sample", None)):
+            raise TypeError(f"A ReplayBuffer is expected as the source of data, not a {type(buffer).__name__}.")
+        if not len(buffer):
+            raise DataError("The buffer is empty; add episodes first.")
+        if hasattr(buffer, "match"):
+            shapes = {"obs_shape": model.config.obs_shape, "action_dim": model.config.action_dim}
+            buffer.match(**shapes, action_type=getattr(model.config, "action_type", None))
+        spec = model.algorithm.window(model.config, config)
+        stored = getattr(buffer, "latents", {})
+        self.latents = bool(spec.latents) and all(stored.get(k) == tuple(s) for k, s in spec.latents.items())
+        # Context rows come before the ones that gradients run through; without stored latents there is no context.
+        self.rows = spec.rows if self.latents or not spec.latents else config.sequence_length
+        self.buffer, self._batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
+
+    def draw(self, seed: int, update: int) -> tuple[Batch, np.ndarray | None]:
+        """Batch number ``update`` [B, T, ...] and its row numbers, if the buffer tells them."""
+        batch = self.buffer.sample(
+            self._batch_size,
+            self.rows,
+            seed=seed,
+            update=update,
+            cross_episodes=self._cross_episodes,
+            latents=self.latents,
+        )
+        return batch, batch.pop("row_ids", None)
+
+
+class OfflineFeed:
+    """Batches from a buffer, one call ahead of the device.
+
+    One background thread samples and writes back in an order that depends on the chunks alone: the batches of a call
+    are drawn when the fresh latents of the call before the last are written, and after a step at which the host looks,
+    when all are. What a checkpoint sees is therefore all there is, and a resumed run draws the same batches.
+
+    Args:
+      windows: what to draw.
+      config: the run's config (its seed).
+      device: where the batches go.
+      capacity: batches per call, K.
+      plan: function (step) → the chunk after ``step``, or None at the end.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        config: TrainingConfig,
+        device: jax.Device,
+        capacity: int,
+        plan: Callable[[int], Chunk | None],
+    ):
+        self._windows, self._seed, self._device, self._capacity = windows, config.seed, device, capacity
+        self._plan = plan
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="worldloom-feed")
+        self._next: tuple[Chunk, Future[tuple[Batch, list[Any]]]] | None = None
+        self._writes: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> tuple[Chunk, Batch, list[Any]]:
+        """The chunk after ``step``, its batches [K, B, T, ...] on the device, and their row numbers.
+
+        Entries from ``chunk.updates`` on are padding. Raises what sampling or writing back raised.
+        """
+        for write in [write for write in self._writes if write.done()]:
+            self._writes.remove(write)
+            write.result()
+        if self._next is None:
+            self._prefetch(step)
+        assert self._next is not None
+        (chunk, loading), self._next = self._next, None
+        assert chunk.step == step
+        batches, row_ids = loading.result()
+        if not (chunk.looks and self._windows.latents):
+            self._prefetch(step + chunk.updates)
+        return chunk, batches, row_ids
+
+    def give_back(self, chunk: Chunk, outcome: Outcome, row_ids: list[Any]) -> None:
+        """Write the fresh latents of a call back to replay, once it is done."""
+        if self._windows.latents and outcome.fresh:
+            self._writes.append(self._worker.submit(self._write, chunk, outcome, row_ids))
+
+    def _prefetch(self, step: int) -> None:
+        chunk = self._plan(step)
+        if chunk is not None:
+            self._next = chunk, self._worker.submit(self._load, chunk)
+
+    def _load(self, chunk: Chunk) -> tuple[Batch, list[Any]]:
+        drawn = [self._windows.draw(self._seed, chunk.step + i) for i in range(chunk.updates)]
+        stacked = jax.tree.map(lambda *arrays: _stack(arrays, self._capacity), *(batch for batch, _ in drawn))
+        return jax.device_put(stacked, self._device), [row_ids for _, row_ids in drawn]
+
+    def _write(self, chunk: Chunk, outcome: Outcome, row_ids: list[Any]) -> None:
+        good = np.asarray(outcome.good)
+        fresh = {name: np.asarray(value) for name, value in outcome.fresh.items()}
+        for i in range(chunk.updates):
+            if good[i]:
+                latents = {name: value[i] for name, value in fresh.items()}
+                length = next(iter(latents.values())).shape[1]
+                self._windows.buffer.write_latents(row_ids[i][:, -length:], latents)
+
+
+def _stack(arrays: tuple[np.ndarray, ...], capacity: int) -> np.ndarray:
+    if capacity == 1:
+        return arrays[0][None]
+    stacked = np.zeros((capacity, *arrays[0].shape), arrays[0].dtype)
+    np.stack(arrays, out=stacked[: len(arrays)])
+    return stacked

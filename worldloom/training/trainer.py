@@ -1,0 +1,308 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from worldloom._version import __version__
+from worldloom.config import check
+from worldloom.devices import resolve_device
+from worldloom.errors import ConfigError, NonFiniteError
+from worldloom.state import TrainState
+from worldloom.training.callbacks import CheckpointCallback, LoggingCallback, ProgressCallback, StepInfo
+from worldloom.training.callbacks.base import as_callback
+from worldloom.training.checkpoint import Checkpointer
+from worldloom.training.checkpoint_files import FORMAT, Snapshot, flatten_state
+from worldloom.training.config import TrainingConfig
+from worldloom.training.evaluation import evaluate
+from worldloom.training.feed import Chunk, OfflineFeed, Windows
+from worldloom.training.hooks import Hooks, Look
+from worldloom.training.interrupts import Interrupts
+from worldloom.training.metrics import History, Reading
+from worldloom.training.step import compiled_update, copy
+
+_log = logging.getLogger("worldloom")
+
+
+class Trainer:
+    """Trains a world model, with callbacks looking on.
+
+    The model object keeps its own arrays while training runs and holds the trained weights afterwards, however it
+    ended. Everything else that training changes is in :attr:`state`.
+
+    Args:
+      model: a world model of either family.
+      config: how to train; None takes the defaults.
+      callbacks: :class:`~worldloom.training.callbacks.Callback` objects, functions of a ``StepInfo``, or pairs
+        ``(updates, function)``. None is a progress bar and a log on the console; nothing is written to disk unless a
+        callback is given that does. An empty list is silent.
+
+    Raises:
+      DeviceError: ``config.device`` is a numbered device that is not there.
+    """
+
+    def __init__(self, model: Any, config: TrainingConfig | None = None, callbacks: Sequence[Any] | None = None):
+        self.model, self.config = model, config or TrainingConfig()
+        self.stop_reason: str | None = None
+        self._device = resolve_device(self.config.device)
+        # On a CPU, a call costs little beside an update, and a short one answers Ctrl-C sooner.
+        self._capacity = self.config.updates_per_call or (1 if self._device.platform == "cpu" else 8)
+        callbacks = [ProgressCallback(), LoggingCallback()] if callbacks is None else callbacks
+        self._hooks = Hooks(
+            [as_callback(callback) for callback in callbacks], self.config.replace(updates_per_call=self._capacity)
+        )
+        self._run_id = uuid.uuid4().hex
+        self._state: TrainState | None = None
+        self._step = self._skipped = 0
+
+    @property
+    def state(self) -> TrainState:
+        """Step, weights, optimizer state and root key. Callbacks use ``StepInfo.read_state`` instead."""
+        if self._state is None:
+            algorithm, key = self.model.algorithm, root_key(self.config.seed)
+            self._state = jax.device_put(algorithm.init_state(self.model, self.config, key), self._device)
+        return self._state
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self._step
+
+    def train(self, source: Any, *, total_steps: int | None = None, resume: bool | str | Path = False) -> TrainState:
+        """Train until ``total_steps`` updates are done in all; a further call goes on from there.
+
+        Args:
+          source: a :class:`~worldloom.replay.ReplayBuffer`.
+          total_steps: updates in all, those of earlier calls and of a resumed run included; None takes the config's.
+          resume: ``"auto"`` goes on from the newest checkpoint in the folder of the ``CheckpointCallback`` if there is
+            one, True insists on one, a path names another folder of checkpoints or a single one. The run then equals
+            one that was never stopped, bit for bit, if the data are the same.
+
+        Returns:
+          The state after training, also in :attr:`state`.
+
+        Raises:
+          DataError: the buffer is empty, has other shapes than the model, or no episode is as long as a window.
+          CheckpointError: there is nothing (readable) to resume from, or nowhere to save.
+          ConfigError: the checkpoint belongs to a run with another config.
+          NonFiniteError: a loss or gradient became NaN or infinite. State and model are as before that update.
+          KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after callbacks have saved and closed their files.
+        """
+        total = self.config.total_steps if total_steps is None else total_steps
+        check(isinstance(total, int) and total >= 1, f"total_steps must be an integer ≥ 1, not {total!r}.")
+        windows = Windows(source, self.model, self.config)
+        if resume:
+            self._resume(resume, len(source))
+        if self._step >= total:
+            _log.warning("Nothing to train: step %d of total_steps=%d is done.", self._step, total)
+            return self.state
+        with Interrupts() as interrupts:
+            try:
+                self._train(windows, total, interrupts)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error} {self._way_out()}") from None
+            finally:
+                self._hooks.close()
+                self._hand_over()
+        interrupts.leave()
+        return self.state
+
+    def evaluate(self, buffer: Any, *, batches: int = 8, seed: int = 0) -> dict[str, float]:
+        """Mean loss terms of the model on held-out data; see :func:`worldloom.training.evaluate`."""
+        return evaluate(self.model, buffer, self.config, batches=batches, seed=seed)
+
+    def _train(self, windows: Windows, total: int, interrupts: Interrupts) -> None:
+        algorithm, hooks = self.model.algorithm, self._hooks
+        update = compiled_update(
+            algorithm.update, tuple(algorithm.LOSS_TERMS), self.config.skip_nonfinite, windows.latents
+        )
+        history: History | None = None
+        guard = update.fresh_guard(self._skipped)
+        # The update consumes its state; the arrays that the model and others hold must outlive it.
+        self._state = copy(self.state)
+
+        def plan(step: int) -> Chunk | None:
+            look = min(hooks.next_look(step) or total, total)
+            count = min(look - step, self._capacity)
+            return Chunk(step, count, looks=step + count == look) if count else None
+
+        def read_host() -> TrainState:
+            if history is not None:
+                history.sync()
+            self._skipped = int(guard.skipped)
+            return on_host(self.state)
+
+        look = self._looker(windows, total, read_host)
+        hooks.begin(self._step, look)
+        with OfflineFeed(windows, self.config, self._device, self._capacity, plan) as feed:
+            while self._step < total and not hooks.stop_reason and not interrupts.received:
+                chunk, batches, row_ids = feed.take(self._step)
+                if history is None:
+                    names = update.names(self._state, batches)
+                    history = History(names, () if self.config.skip_nonfinite else update.guarded(names))
+                    hooks.attach(history)
+                self._state, guard, outcome = update(self._state, guard, batches, chunk.updates)
+                feed.give_back(chunk, outcome, row_ids)
+                history.add(self._step, chunk.updates, outcome.rows)
+                self._step += chunk.updates
+                if chunk.looks:
+                    hooks.look(self._step, look)
+        if history is not None:
+            history.sync()
+        self.stop_reason = hooks.stop_reason
+        if self.stop_reason:
+            _log.info("Training stopped at step %d. %s.", self._step, self.stop_reason)
+        hooks.end(self._step, look)
+        self._skipped = int(guard.skipped)
+
+    def _looker(self, windows: Windows, total: int, read_host: Callable[[], TrainState]) -> Look:
+        """What makes the record that a callback sees; its accessors work for as long as the loop waits."""
+
+        def look(metrics: Reading, means: Reading, rate: Callable[[], float]) -> StepInfo:
+            step = self._step
+
+            def read_state() -> TrainState:
+                if self._step != step:
+                    raise RuntimeError(f"The state of step {step} is gone; read it while the callback is called.")
+                return read_host()
+
+            def model() -> Any:
+                twin = _twin(self.model)
+                twin.load_params(read_state().params)
+                return twin
+
+            return StepInfo(
+                step=step,
+                total_steps=total,
+                metrics=metrics,
+                means=means,
+                measurements=dict(self._hooks.measurements),
+                config=self.config,
+                loss_terms=tuple(self.model.algorithm.LOSS_TERMS),
+                replay_size=len(windows.buffer),
+                run_id=self._run_id,
+                measured=self._hooks.measured,
+                updates_per_second=rate,
+                read_state=read_state,
+                model=model,
+                snapshot=lambda: self._snapshot(read_state(), len(windows.buffer)),
+            )
+
+        return look
+
+    def _snapshot(self, state: TrainState, replay_size: int) -> Snapshot:
+        for name, array in flatten_state(state).items():
+            if name.startswith("params/") and not np.isfinite(array).all():
+                raise NonFiniteError(f"Step {self._step}: the weights {name} are not finite and are not saved.")
+        record = {
+            "format": FORMAT,
+            "run_id": self._run_id,
+            "step": self._step,
+            "skipped": self._skipped,
+            "replay_size": replay_size,
+            "config": self.model.config.to_dict(),
+            "training": self.config.to_dict(),
+            "callbacks": self._hooks.state_dict(),
+            "versions": versions(),
+        }
+        return Snapshot(state, record)
+
+    def _resume(self, resume: bool | str | Path, replay_size: int) -> None:
+        folder, step = self._place(resume)
+        checkpoints = Checkpointer(folder)
+        if resume == "auto" and not checkpoints.steps():
+            return
+        state, record = checkpoints.restore(self.state, step)
+        if record["replay_size"] != replay_size:
+            _log.warning(
+                "The run was saved with %d rows in replay, now there are %d: its batches will not be the same.",
+                record["replay_size"],
+                replay_size,
+            )
+        self._state = jax.device_put(state, self._device)
+        self._step, self._skipped, self._run_id = record["step"], record["skipped"], record["run_id"]
+        self._hooks.load_state_dict(record["callbacks"], self._step)
+        self._hand_over()
+
+    def _place(self, resume: bool | str | Path) -> tuple[Path, int | None]:
+        """Folder of checkpoints and, if one was named, the step."""
+        if resume is not True and resume != "auto":
+            path = Path(str(resume))
+            single = (path / "run.json").exists() or (path / "manifest.json").exists()
+            return (path.parent, int(path.name)) if single and path.name.isdecimal() else (path, None)
+        for callback in self._hooks.callbacks:
+            if isinstance(callback, CheckpointCallback):
+                return callback.save_dir, None
+        raise ConfigError(f"resume={resume!r} needs a CheckpointCallback, or give the folder: resume='./checkpoints'.")
+
+    def _hand_over(self) -> None:
+        """Give the model the weights of the state. A call that failed amid an update has used the state up."""
+        if self._state is None or self._state.step.is_deleted():
+            self._state = None
+            return
+        self._step = int(self._state.step)
+        self.model.load_params(self._state.params)
+
+    def _way_out(self) -> str:
+        saved = [c.latest for c in self._hooks.callbacks if isinstance(c, CheckpointCallback)]
+        kept = next((f"The last good checkpoint is {path}." for path in saved if path), "No checkpoint was saved.")
+        return (
+            f"{kept} The model holds the weights before it. Look at the data of that step, lower learning_rate or "
+            "grad_clip, or set skip_nonfinite=True to leave such updates out."
+        )
+
+
+def train(
+    model: Any,
+    buffer: Any,
+    config: TrainingConfig | None = None,
+    *,
+    callbacks: Sequence[Any] | None = None,
+    resume: bool | str | Path = False,
+    **overrides: Any,
+) -> TrainState:
+    """Train ``model`` on ``buffer``: ``train(model, buffer, total_steps=1000, batch_size=8)``.
+
+    The model holds the trained weights afterwards. Arguments, result and errors are those of :class:`Trainer` and
+    :meth:`Trainer.train`; ``overrides`` are fields of ``config`` to change.
+    """
+    trainer = Trainer(model, (config or TrainingConfig()).replace(**overrides), callbacks)
+    return trainer.train(buffer, resume=resume)
+
+
+def root_key(seed: int) -> jax.Array:
+    """The root key of a run; unlike ``jax.random.key`` alone it tells seeds beyond 32 bits apart."""
+    key = jax.random.key(seed & 0xFFFFFFFF)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
+
+
+def on_host(state: TrainState) -> TrainState:
+    """A copy with NumPy arrays, which no later update can touch. The key stays a JAX key."""
+    fetched = jax.device_get((state.step, state.params, state.opt_state))
+    step, params, opt_state = jax.tree.map(np.array, fetched)
+    return state.replace(step=step, params=params, opt_state=opt_state, key=copy(state.key))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "worldloom": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _twin(model: Any) -> Any:
+    from flax import nnx
+
+    return nnx.clone(model)
