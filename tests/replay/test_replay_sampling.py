@@ -207,6 +207,14 @@ def test_blocks_do_not_show(monkeypatch):
         same(*(b.sample(32, 9, cross_episodes=crossing) for b in (whole, pieces)))
 
 
+def test_rows_forgotten_at_either_end_free_their_blocks(monkeypatch):
+    monkeypatch.setattr("worldloom.replay.rows.BLOCK_BYTES", 1)
+    buffer = numbered([20])
+    buffer.load_state_dict({"first_row": 5, "next_row": 12})
+    assert sorted(buffer._rows._blocks) == list(range(5, 12))
+    assert buffer.episode_lengths.tolist() == [7]
+
+
 def test_memory_is_taken_for_rows_not_for_capacity():
     buffer = ReplayBuffer(10**12)
     buffer.add_episode(np.zeros((3, 64, 64, 3), np.uint8), np.zeros((2, 1)), np.zeros(2))
@@ -235,7 +243,8 @@ def test_latents_are_zero_until_written_and_belong_to_row_0():
     assert "context" not in buffer.sample(5, 3)
 
 
-def test_writing_latents_of_overlapping_windows_and_evicted_rows():
+def test_writing_latents_of_overlapping_windows_and_evicted_rows(monkeypatch):
+    monkeypatch.setattr("worldloom.replay.rows.BLOCK_BYTES", 1)  # evicted rows leave memory at once
     buffer = latent_buffer(capacity=8)  # rows 4 … 11 are left
     ids = np.array([[2, 3, 4, 5], [4, 5, 6, 7]])
     buffer.write_latents(ids, {"deter": np.arange(8.0).reshape(2, 4, 1) * np.ones(3)})

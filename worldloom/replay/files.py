@@ -82,14 +82,13 @@ class NpzFile:
             self._read_header(stream, name, length, column)
 
     def pieces(self, name: str, length: int, column: Column, rows: int) -> Iterator[np.ndarray]:
-        """Read the member in pieces of at most ``rows`` rows; its checksum is verified at the end."""
+        """Read the member in pieces of at most ``rows`` rows; zipfile verifies its checksum with the last."""
         with self._open(name) as stream:
             self._read_header(stream, name, length, column)
             for start in range(0, length, rows):
                 shape = (min(rows, length - start), *column.shape)
                 data = stream.read(shape[0] * column.nbytes)
                 yield np.frombuffer(data, column.dtype).reshape(shape)
-            stream.read(1)  # reaching the end makes zipfile compare the checksum
 
     def small(self, name: str, max_bytes: int) -> bytes:
         """The member ``name``, a one-dimensional uint8 array of at most ``max_bytes``, as bytes."""

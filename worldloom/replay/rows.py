@@ -85,7 +85,7 @@ class Rows:
         for block, offsets, span in self._spans(ids):
             for name in names:
                 # mode="clip" lets NumPy copy straight into `out`; with "raise" it goes through a second buffer.
-                np.take(block[name], offsets, axis=0, out=out[name][span], mode="clip")
+                block[name].take(offsets, axis=0, out=out[name][span], mode="clip")
         return out
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
