@@ -1,4 +1,8 @@
-"""The reference program's recorded numbers: components, planner stages, a whole plan, three updates."""
+"""The reference program's recorded numbers: components, planner stages, a whole plan, three updates.
+
+All random draws were replaced by their modes: policy noise 0, Q networks 0 and 1, no dropout, no image shift. The
+multitask file has three tasks in its batch of the four that the model knows, task embeddings longer than 1, and 8 Qs.
+"""
 
 import json
 
@@ -11,7 +15,7 @@ from worldloom.interop import load_official_tdmpc2, to_official_tdmpc2
 from worldloom.models.tdmpc2 import LOSS_TERMS, init_state, planner, update
 from worldloom.training.config import TrainingConfig
 
-VARIANTS = ("single", "episodic")
+VARIANTS = ("single", "episodic", "multitask", "image")
 VALUES = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -25,54 +29,63 @@ def settings(recorded):
     return json.loads(str(recorded["config"]))
 
 
-def overrides(settings):
+def overrides(recorded, settings):
     """Config fields that the arrays do not tell, from the reference's settings."""
     names = (
         "horizon num_samples num_elites num_pi_trajs iterations temperature min_std max_std episode_length simnorm_dim"
         " rho tau entropy_coef"
     )
-    return {name: settings[name] for name in names.split()} | {"encoder_lr_scale": settings["enc_lr_scale"]}
+    fields = {name: settings[name] for name in names.split()} | {"encoder_lr_scale": settings["enc_lr_scale"]}
+    return fields | ({"episode_lengths": settings["episode_lengths"]} if "input/task" in recorded else {})
 
 
 @pytest.fixture(scope="module")
 def model(recorded, settings):
-    return load_official_tdmpc2(recorded, precision="float32", **overrides(settings))
+    return load_official_tdmpc2(recorded, precision="float32", **overrides(recorded, settings))
 
 
 @pytest.fixture(scope="module")
-def batch(recorded):
+def task(recorded):
+    return jnp.asarray(recorded["input/task"]) if "input/task" in recorded else None
+
+
+@pytest.fixture(scope="module")
+def batch(recorded, task):
     """Rows [B, H+1] by the arrival rule from the recorded transitions [H, B]."""
     arrived = lambda x: np.concatenate([np.zeros_like(x[:1]), x])[..., 0].T  # noqa: E731
     actions = recorded["input/actions"]
-    return {
+    rows = {
         "obs": recorded["input/obs"].swapaxes(0, 1),
         "actions": np.concatenate([actions, np.zeros_like(actions[:1])]).swapaxes(0, 1),
         "rewards": arrived(recorded["input/rewards"]),
         "is_terminal": arrived(recorded["input/terminated"]),
     }
+    return rows if task is None else rows | {"task": task}
 
 
-def test_components(model, recorded):
+def test_components(model, recorded, task):
     expect = {name[7:]: value for name, value in recorded.items() if name.startswith("expect/")}
-    state = model.encode(recorded["input/obs"][0])
+    state = model.encode(recorded["input/obs"][0], task=task)
     action = jnp.asarray(recorded["input/actions"][0])
     np.testing.assert_allclose(state.z, expect["z"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(model.predict(state, action).z, expect["next_z"], rtol=1e-5, atol=1e-6)
-    logits = model.reward_logits(state.z, action, None)
+    np.testing.assert_allclose(model.predict(state, action, task=task).z, expect["next_z"], rtol=1e-5, atol=1e-6)
+    logits = model.reward_logits(state.z, action, task)
     np.testing.assert_allclose(logits, expect["reward_logits"], **VALUES)
     np.testing.assert_allclose(model.decode_scalar(logits), expect["reward"][:, 0], **VALUES)
-    np.testing.assert_allclose(model.q_logits(state.z, action, None), expect["q_logits"], **VALUES)
+    np.testing.assert_allclose(model.q_logits(state.z, action, task), expect["q_logits"], **VALUES)
     every = jnp.arange(model.config.num_q)
     for name, target in (("q", False), ("q_target", True)):
-        values = model.q_values(state.z, action, None, every, target=target)
+        values = model.q_values(state.z, action, task, every, target=target)
         np.testing.assert_allclose(values, expect[name][..., 0], **VALUES)
     if model.config.episodic:
         ended = model.decode(state)["termination"]
         np.testing.assert_allclose(ended, expect["termination"][:, 0], **VALUES)
 
 
-def test_policy_prior(model, recorded):
-    sample = model.prior(model.encode(recorded["input/obs"][0]).z, None, noise=jnp.asarray(recorded["input/eps"]))
+def test_policy_prior(model, recorded, task):
+    sample = model.prior(
+        model.encode(recorded["input/obs"][0], task=task).z, task, noise=jnp.asarray(recorded["input/eps"])
+    )
     for name in ("action", "mean", "log_std", "entropy", "scaled_entropy"):
         expected = recorded[f"expect/pi_{name}"]
         np.testing.assert_allclose(
@@ -80,10 +93,16 @@ def test_policy_prior(model, recorded):
         )
 
 
-def test_planner_stages(model, recorded):
-    z = model.encode(recorded["input/obs"][0, :1]).z[0]
+def first_latent(model, recorded, task):
+    """Latent and task of the first environment, from which the recorded plans start."""
+    state = model.encode(recorded["input/obs"][0], task=task)
+    return state.z[0], None if task is None else task[0]
+
+
+def test_planner_stages(model, recorded, task):
+    z, task = first_latent(model, recorded, task)
     actions, c = jnp.asarray(recorded["input/plan_actions"]), model.config
-    values = planner.score(model, z, actions)
+    values = planner.score(model, z, actions, task=task)
     np.testing.assert_allclose(values, recorded["expect/plan_values"][:, 0], **VALUES)
     mean, std, elites, weights = planner.refit(
         actions,
@@ -99,15 +118,16 @@ def test_planner_stages(model, recorded):
     np.testing.assert_allclose(std, recorded["expect/plan_std"], **VALUES)
 
 
-def test_whole_plan(model, recorded):
-    z = model.encode(recorded["input/obs"][0, :1]).z[0]
+def test_whole_plan(model, recorded, task):
+    z, task = first_latent(model, recorded, task)
     previous, noise = jnp.asarray(recorded["input/plan_prev_mean"]), jnp.asarray(recorded["input/plan_noise"])
-    action, mean = planner.plan(model, z, previous, None, noise=noise)
+    action, mean = planner.plan(model, z, previous, None, noise=noise, task=task)
     np.testing.assert_allclose(action, recorded["expect/plan_action"], **VALUES)
     np.testing.assert_allclose(mean, recorded["expect/plan_new_mean"], **VALUES)
     # Two environments in one call are planned for as each alone.
-    both = planner.plan(model, jnp.stack([z, z]), jnp.stack([previous] * 2), None, noise=jnp.stack([noise] * 2))
-    np.testing.assert_allclose(both[0], jnp.stack([action] * 2), rtol=1e-5, atol=1e-5)
+    twice = lambda x: None if x is None else jnp.stack([x, x])  # noqa: E731
+    both = planner.plan(model, twice(z), twice(previous), None, noise=twice(noise), task=twice(task))
+    np.testing.assert_allclose(both[0], twice(action), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
