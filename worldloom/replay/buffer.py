@@ -65,8 +65,8 @@ class ReplayBuffer:
     Raises:
       ConfigError: an argument is out of its range.
 
-    Not thread-safe: whoever samples in another thread keeps writers out meanwhile (batches are a function of the
-    content, so their order matters to a reproducible run anyway).
+    Not thread-safe: whoever samples in another thread keeps writers out meanwhile. A reproducible run fixes the order
+    of sampling and adding anyway, since batches are a function of the content.
     """
 
     def __init__(
@@ -362,8 +362,10 @@ class ReplayBuffer:
         ids = door.numbers(row_ids, "row_ids", "iu").astype(np.int64)
         if len(self) == 0:
             raise DataError("The buffer is empty; add episodes first.")
-        if ids.size == 0 or ids.min() < self._rows.first or ids.max() >= self._rows.end:
-            raise DataError(f"row_ids must be among the rows held, {self._rows.first} … {self._rows.end - 1}.")
+        if ids.ndim == 0 or ids.size == 0 or ids.min() < self._rows.first or ids.max() >= self._rows.end:
+            raise DataError(
+                f"row_ids must be an array [..., T] of rows held, {self._rows.first} … {self._rows.end - 1}."
+            )
         if latents and not self._latents:
             raise DataError(
                 "No latents are stored; create the buffer with latents={'deter': …} or call ensure_latents."
