@@ -1,0 +1,25 @@
+"""One protocol for everything that is timed in pairs: read a count from stdin, make that many calls, print seconds.
+
+A pair of long-lived processes takes turns, so that both see the same drift of the machine.
+"""
+
+import json
+import sys
+import time
+
+
+def serve(call, **about):
+    """Answer each line ``n`` on stdin with ``{"seconds": …}`` for ``n`` calls; the first answer describes the work.
+
+    ``call()`` must block until its results are there.
+    """
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # Whatever the timed program prints must not mix with the answers.
+    start = time.perf_counter()
+    call()
+    print(json.dumps({"first_call_seconds": time.perf_counter() - start, **about}), file=answers, flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            call()
+        print(json.dumps({"seconds": time.perf_counter() - start}), file=answers, flush=True)
