@@ -105,7 +105,7 @@ class WorldModel(nnx.Module):
             raise TypeError("save_pretrained takes either a path or name=…")
         folder = Path(path) if path is not None else named_folder(str(name))
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {key: np.ascontiguousarray(value) for key, value in flatten(jax.device_get(self.params)).items()}
+        arrays = {key: np.asarray(value, order="C") for key, value in flatten(jax.device_get(self.params)).items()}
         _write_atomically(folder / "model.safetensors", save(arrays, metadata={"format": "worldloom"}))
         _write_atomically(folder / "config.json", self.config.to_json().encode())
         return folder
