@@ -89,6 +89,13 @@ class ActionSpec:
             native = _placed(native, part.path, _native(part.space, [actions[name] for name in part.names]))
         return native
 
+    def zeros(self, *lead: int) -> dict[str, np.ndarray]:
+        """Checked actions by name that are all 0, with leading axes ``lead``."""
+        return {
+            name: np.zeros((*lead, size), np.float32) if self._types[name] == "continuous" else np.zeros(lead, np.int64)
+            for name, size in self._dims.items()
+        }
+
     def sample(self, rng: np.random.Generator, num_envs: int) -> Arrays:
         """Uniform random actions: float32 in [−1, 1] and int32 classes."""
         drawn: dict[str, np.ndarray] = {}

@@ -39,16 +39,15 @@ class GymVector:
         self._mode = mode
         self._seeds_per_episode = isinstance(env.unwrapped, SyncVectorEnv | AsyncVectorEnv)
         self._observations = ObservationSpec(env.single_observation_space)
+        self._started = self._pending = False
         self.num_envs = env.num_envs
         self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
         self.time_limit = env.spec.max_episode_steps if env.spec is not None else None
 
     def advance(self, actions: Any, starting: np.ndarray, seeds: Sequence[int | None]) -> Arrivals:
         """See :class:`worldloom.envs.rows.Backend`."""
-        if starting.all():
-            obs, _ = self._env.reset(seed=list(seeds) if self._seeds_per_episode else seeds[0])
-            nothing = np.zeros(self.num_envs, bool)
-            return Arrivals(self._flat(obs), nothing.astype(np.float32), nothing, nothing.copy())
+        if actions is None or not self._started:
+            return self._reset_all(seeds)
         if self._mode is AutoresetMode.DISABLED and starting.any():
             self._env.reset(options={"reset_mask": starting.copy()})
         native, reward, terminated, truncated, info = self._env.step(actions)
@@ -57,6 +56,7 @@ class GymVector:
         last = (terminal | np.array(truncated, bool)) & ~starting
         if starting.any() and (self._mode is not AutoresetMode.NEXT_STEP or self._seeds_per_episode):
             obs = self._reset_where(starting, seeds, obs)
+        self._pending = bool(last.any())
         if self._mode is AutoresetMode.SAME_STEP:
             # `obs` of a finished environment is already the next episode's; its row is the last of this one.
             for env in np.flatnonzero(last):
@@ -76,6 +76,15 @@ class GymVector:
     def close(self) -> None:
         """See :class:`worldloom.envs.rows.Backend`."""
         self._env.close()
+
+    def _reset_all(self, seeds: Sequence[int | None]) -> Arrivals:
+        if self._pending and self._mode is AutoresetMode.NEXT_STEP:
+            # Lets the reset that is due happen now: AsyncVectorEnv without shared memory does not drop it below.
+            self._env.step(self._env.action_space.sample())
+        obs, _ = self._env.reset(seed=list(seeds) if self._seeds_per_episode else seeds[0])
+        self._started, self._pending = True, False
+        nothing = np.zeros(self.num_envs, bool)
+        return Arrivals(self._flat(obs), nothing.astype(np.float32), nothing, nothing.copy())
 
     def _flat(self, obs: Any) -> dict[str, np.ndarray]:
         return self._observations.flatten(obs, lead=(self.num_envs,))

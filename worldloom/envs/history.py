@@ -15,9 +15,9 @@ class History:
       arrays: name to ``[N, capacity, ...]``; beyond an environment's length they hold nothing of meaning.
     """
 
-    def __init__(self, lengths: np.ndarray, arrays: Mapping[str, np.ndarray] | None = None):
+    def __init__(self, lengths: np.ndarray, arrays: Mapping[str, np.ndarray]):
         self.lengths = np.array(lengths, np.int64)
-        self.arrays = {name: np.array(value) for name, value in (arrays or {}).items()}
+        self.arrays = {name: np.array(value) for name, value in arrays.items()}
 
     def clear(self, starting: np.ndarray) -> None:
         """Forget the actions of environments where ``starting`` (bool [N]): a new episode begins there."""
@@ -26,13 +26,11 @@ class History:
     def append(self, actions: Mapping[str, np.ndarray], acting: np.ndarray) -> None:
         """Add one action ``{name: [N, ...]}`` in the environments where ``acting`` (bool [N])."""
         for name, value in actions.items():
-            array = self.arrays.get(name)
-            if array is None:
-                array = np.zeros((len(value), 64, *value.shape[1:]), value.dtype)
-            elif self.lengths.max(initial=0) == array.shape[1]:
-                array = np.concatenate([array, np.zeros_like(array)], axis=1)
+            array = self.arrays[name]
+            if self.lengths.max() == array.shape[1]:
+                room = np.zeros((len(array), max(64, array.shape[1]), *array.shape[2:]), array.dtype)
+                array = self.arrays[name] = np.concatenate([array, room], axis=1)
             array[acting, self.lengths[acting]] = value[acting]
-            self.arrays[name] = array
         self.lengths[acting] += 1
 
     def of(self, env: int) -> dict[str, np.ndarray]:
@@ -41,7 +39,7 @@ class History:
 
     def padded(self) -> dict[str, np.ndarray]:
         """Copies ``{name: [N, longest, ...]}``, zero where an episode is shorter."""
-        longest = int(self.lengths.max(initial=0))
+        longest = int(self.lengths.max())
         short = np.arange(longest) >= self.lengths[:, None]
         result = {name: value[:, :longest].copy() for name, value in self.arrays.items()}
         for value in result.values():

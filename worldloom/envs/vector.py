@@ -49,7 +49,7 @@ class VectorEnv:
     ):
         observations, actions = ObservationSpec(backend.observation_space), ActionSpec(backend.action_space)
         self._backend, self._observations, self._actions, self._remake = backend, observations, actions, remake
-        self.num_envs = backend.num_envs
+        self.num_envs, self._all = backend.num_envs, range(backend.num_envs)
         self.obs_shape, self.obs_dtype = observations.shape, observations.dtype
         self.action_dim, self.action_type = actions.dim, actions.type
         self.action_repeat = action_repeat
@@ -78,13 +78,12 @@ class VectorEnv:
             them that ``action_dim`` shows.
 
         Raises ``DataError`` for actions that do not fit and for NaN from the environment, ``EnvError`` after
-        ``close`` and when a worker keeps crashing. What an environment in this process raises is not caught.
+        ``close`` and when a worker keeps crashing. What an environment in this process raises is not caught; after
+        such an error, or Ctrl-C in the middle, the environments are closed.
         """
         self._check_open()
         checked = self._actions.check(actions, ignore=self._over)
-        starting = self._over
-        self._history.append(checked, ~starting)
-        return self._advance(self._actions.to_env(checked), starting)
+        return self._advance(checked, self._over)
 
     def sample_actions(self, rng: np.random.Generator) -> Arrays:
         """Uniform random actions for all environments: float32 in [−1, 1], or int32 classes."""
@@ -93,7 +92,10 @@ class VectorEnv:
     def render(self) -> np.ndarray:
         """A picture of environment 0, uint8 [H, W, 3]. Raises ``ConfigError`` if it draws none."""
         self._check_open()
-        frame = self._backend.render()
+        try:
+            frame = self._backend.render()
+        except NotImplementedError:
+            frame = None
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
             raise ConfigError(
                 "The environment renders no picture; make it with render=True (a function of yours: with "
@@ -144,8 +146,8 @@ class VectorEnv:
         self._returns = np.array(state["returns"], np.float64)
         self._history = History(state["lengths"], _below(state, "actions/"))
         obs = _below(state, "obs/")
-        actions = [self._actions.to_env(self._history.of(env)) for env in range(self.num_envs)]
-        seeds = [self._episode_seed(env) for env in range(self.num_envs)]
+        actions = [self._actions.to_env(self._history.of(env)) for env in self._all]
+        seeds = [episode_seed(self.seed, env, int(self._episodes[env])) for env in self._all]
         played = self._backend.replay(seeds, actions, self._history.lengths)
         if played is None or any(not np.array_equal(played.obs[name], value) for name, value in obs.items()):
             why = "cannot be played again" if played is None else "did not come back to the saved observations"
@@ -173,20 +175,25 @@ class VectorEnv:
         self._episodes = np.full(self.num_envs, -1, np.int64)
         self._returns = np.zeros(self.num_envs, np.float64)
         self._over = np.ones(self.num_envs, bool)
-        self._history = History(np.zeros(self.num_envs, np.int64))
+        self._history = History(np.zeros(self.num_envs), self._actions.zeros(self.num_envs, 0))
         self._last: Arrivals | None = None
 
-    def _episode_seed(self, env: int) -> int:
-        return episode_seed(self.seed, env, int(self._episodes[env]))
-
-    def _advance(self, native: Any, starting: np.ndarray) -> Rows:
-        self._episodes += starting
-        self._history.clear(starting)
-        self._returns[starting] = 0
-        seeds = [self._episode_seed(env) if starting[env] else None for env in range(self.num_envs)]
-        arrivals = self._backend.advance(native, starting, seeds)
+    def _advance(self, actions: dict[str, np.ndarray] | None, starting: np.ndarray) -> Rows:
+        native = None if actions is None else self._actions.to_env(actions)
+        episodes = self._episodes + starting
+        seeds = [episode_seed(self.seed, env, int(episodes[env])) if starting[env] else None for env in self._all]
+        try:
+            arrivals = self._backend.advance(native, starting, seeds)
+        except BaseException:
+            # Some environments have moved and some have not. What `state` says still holds.
+            self.close()
+            raise
         _refuse_nan(arrivals)
-        self._returns += arrivals.reward
+        self._episodes = episodes
+        self._history.clear(starting)
+        if actions is not None:
+            self._history.append(actions, ~starting)
+        self._returns = np.where(starting, 0, self._returns) + arrivals.reward
         crashed = {restart.env for restart in arrivals.restarts}
         ends = [
             EpisodeEnd(

@@ -3,8 +3,9 @@
 Imported by a bare interpreter (see :mod:`worldloom.envs.workers`), so nothing here may import JAX.
 
 Answers are ``(kind, value)``: ``"ready"`` with (observation space, action space, time limit) once at the start, then
-one answer per request: ``"row"`` with an ``Arrival``, ``"frame"`` with a picture, or ``"error"`` with
-(sentence, exception or ``None``), after which the process ends: an environment that raised is in no known state.
+one answer per request: ``"row"`` with an ``Arrival``, ``"frame"`` with a picture (or why there is none), or
+``"error"`` with (sentence, exception or ``None``), after which the process ends: an environment that raised is in no
+known state.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from worldloom.envs.player import Player
+from worldloom.errors import EnvError
 
 
 def main(file_descriptor: int) -> None:
@@ -44,7 +46,10 @@ def _answer(player: Player, request: str, arguments: Any) -> tuple[str, Any]:
         return "row", player.reset(arguments)
     if request == "replay":
         return "row", player.replay(*arguments)
-    return "frame", player.env.render()
+    try:
+        return "frame", player.env.render()
+    except Exception as error:  # A picture less does no harm to the episode.
+        return "frame", _picklable(error) or EnvError(_sentence(error))
 
 
 def _sentence(error: BaseException) -> str:

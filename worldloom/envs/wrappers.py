@@ -89,20 +89,23 @@ class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """``image`` uint8 [H, W, C] as [size, size, C], by an antialiased triangle filter (Pillow's ``BILINEAR``)."""
-    height, width, channels = image.shape
-    short = _triangle(height, size) @ image.reshape(height, -1).astype(np.float32)
-    small = _triangle(width, size) @ short.reshape(size, width, channels)
+    (rows, row_weights), (columns, column_weights) = _taps(image.shape[0], size), _taps(image.shape[1], size)
+    # Plain loops in C, not matrix products: BLAS threads would compete with the training in this process.
+    tall = image.reshape(image.shape[0], -1).astype(np.float32)
+    short = np.einsum("ut,utx->ux", row_weights, tall[rows]).reshape(size, *image.shape[1:])
+    small = np.einsum("vt,uvtc->uvc", column_weights, short[:, columns])
     return np.clip(np.rint(small), 0, 255).astype(np.uint8)
 
 
 @functools.cache
-def _triangle(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of a triangle as wide as one output pixel, each row summing to 1."""
+def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and weights [new, taps] of the inputs under a triangle two output pixels wide; each row sums to 1."""
     scale = old / new
-    centers = (np.arange(new) + 0.5) * scale
-    distance = np.abs(np.arange(old) + 0.5 - centers[:, None]) / max(scale, 1.0)
-    weights = np.maximum(0.0, 1.0 - distance)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    reach = max(scale, 1.0)
+    centers = (np.arange(new)[:, None] + 0.5) * scale
+    index = np.floor(centers - reach).astype(np.int64) + np.arange(int(np.ceil(2 * reach)) + 1)
+    weights = np.maximum(0.0, 1.0 - np.abs(index + 0.5 - centers) / reach) * ((index >= 0) & (index < old))
+    return index.clip(0, old - 1), (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _is_image(space: spaces.Space[Any]) -> bool:

@@ -1,0 +1,132 @@
+"""Gymnasium vector environments: the rows are the same in all three autoreset modes."""
+
+import itertools
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from test_env_rows import assert_same, play
+from tiny_envs import Corridor, Lamp, Steady, Walk, WalkPicture
+
+from worldloom.envs import make_env
+from worldloom.errors import ConfigError, EnvError
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize("kind", [Walk, WalkPicture, Corridor, Steady, Lamp])
+def test_all_modes_give_the_rows_of_single_environments(mode, kind):
+    """Flags, rewards, returns and observations, seeds included; ends come at different and at the same times."""
+    expected = play(make_env(kind, 3, seed=6), 150)
+    with make_env(SyncVectorEnv([kind] * 3, autoreset_mode=mode), seed=6) as env:
+        assert_same(play(env, 150), expected)
+    assert sum(len(row.events) for row in expected) > 20
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_processes_of_gymnasium_too(mode, shared_memory):
+    expected = play(make_env(Walk, 2, seed=6), 60)
+    vector = AsyncVectorEnv([Walk] * 2, autoreset_mode=mode, shared_memory=shared_memory, context="spawn")
+    with make_env(vector, seed=6) as env:
+        assert_same(play(env, 60), expected)
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_a_single_environment_in_a_vector(mode):
+    with make_env(SyncVectorEnv([Walk], autoreset_mode=mode), seed=6) as env:
+        assert_same(play(env, 80), play(make_env(Walk, 1, seed=6), 80))
+
+
+def test_a_vectorised_environment_of_gymnasium():
+    env = make_env(gym.make_vec("CartPole-v1", num_envs=3, vectorization_mode="vector_entry_point"), seed=1)
+    assert (env.num_envs, env.obs_shape, env.action_dim) == (3, (4,), 2)
+    rows = play(env, 200)
+    ends = [event for row in rows for event in row.events]
+    assert len(ends) > 10
+    for before, row in itertools.pairwise(rows):
+        np.testing.assert_array_equal(row.is_first, before.is_last)
+        np.testing.assert_array_equal(row.reward, np.where(before.is_last, 0, 1))
+        assert (np.abs(row.obs[row.is_first]) <= 0.05).all()
+    assert all(end.episode_return == end.length for end in ends)
+
+
+class Vectorised(VectorEnv):
+    """Two counters that end after 2 and 3 steps, written as one vector environment."""
+
+    single_observation_space = spaces.Box(0, 10, (1,))
+    single_action_space = spaces.Discrete(2)
+    num_envs = 2
+
+    def __init__(self, mode, understands_masks=True):
+        self.metadata = {"autoreset_mode": mode}
+        self.understands_masks = understands_masks
+        self.count = np.zeros(2)
+
+    def reset(self, *, seed=None, options=None):
+        assert seed is None or isinstance(seed, int)
+        mask = (options or {}).get("reset_mask", np.ones(2, bool)) if self.understands_masks else np.ones(2, bool)
+        self.count = np.where(mask, 0, self.count)
+        self.over = np.zeros(2, bool)
+        return self._obs(), {}
+
+    def step(self, actions):
+        mode = self.metadata["autoreset_mode"]
+        skip = self.over if mode is AutoresetMode.NEXT_STEP else np.zeros(2, bool)
+        self.count = np.where(skip, 0, self.count + 1)
+        self.over = self.count >= [2, 3]
+        reward, over, info = np.where(skip, 0.0, 1.0), self.over, {}
+        if mode is AutoresetMode.SAME_STEP and over.any():
+            final = np.empty(2, object)
+            for i in np.flatnonzero(over):
+                final[i] = np.float32([self.count[i]])
+            info = {"final_obs": final}
+            self.count = np.where(over, 0, self.count)
+        return self._obs(), reward, over, np.zeros(2, bool), info
+
+    def _obs(self):
+        return self.count[:, None].astype(np.float32)
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_a_vector_environment_of_ones_own(mode):
+    rows = play(make_env(Vectorised(mode)), 8)
+    np.testing.assert_array_equal(
+        np.stack([row.obs[:, 0] for row in rows], 1), [[0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3, 0]]
+    )
+    np.testing.assert_array_equal(
+        np.stack([row.reward for row in rows], 1), [[0, 1, 1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 1, 0, 1, 1, 1, 0]]
+    )
+    np.testing.assert_array_equal(
+        np.stack([row.is_terminal for row in rows], 1), [[0, 0, 1] * 3, [0, 0, 0, 1, 0, 0, 0, 1, 0]]
+    )
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_one_that_ignores_masks_is_refused_where_they_are_needed(mode):
+    env = make_env(Vectorised(mode, understands_masks=False))
+    with pytest.raises(EnvError, match="ignores options"):
+        play(env, 8)
+
+
+def test_vector_environments_are_used_as_they_are():
+    vector = SyncVectorEnv([Walk] * 2)
+    for change in ({"num_envs": 3}, {"action_repeat": 2}, {"time_limit": 5}, {"parallel": "subprocess"}, {"x": 1}):
+        with pytest.raises(ConfigError, match="used as it is"):
+            make_env(vector, **{"num_envs": 2, **change})
+    vector.metadata = {}
+    with pytest.raises(ConfigError, match="autoreset_mode"):
+        make_env(vector)
+
+
+def test_what_vector_environments_cannot_do():
+    env = make_env(SyncVectorEnv([Walk] * 2))
+    play(env, 5)
+    with pytest.raises(ConfigError, match="given as an object"):
+        env.another(1, 0)
+    with pytest.raises(ConfigError, match="renders no picture"):
+        env.render()
+    state = env.state()
+    with pytest.warns(RuntimeWarning, match="cannot be played again"):
+        assert env.restore(state).is_first.all()

@@ -1,0 +1,148 @@
+"""The door: what make_env takes, and with which sentence it refuses the rest."""
+
+import importlib.util
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from tiny_envs import Corridor, Lamp, Steady, Walk, WalkPicture
+
+from worldloom.envs import make_env
+from worldloom.envs.wrappers import FrameStack, resize
+from worldloom.errors import ConfigError, MissingDependencyError
+
+
+@pytest.mark.parametrize("parallel", ["sync", "subprocess"])
+def test_ids_functions_and_classes(parallel):
+    for spec, options in (
+        ("CartPole-v1", {}),
+        (Corridor, {"length": 3}),
+        (lambda length: Corridor(length), {"length": 3}),
+    ):
+        with make_env(spec, 2, parallel=parallel, **options) as env:
+            row = env.reset()
+            assert row.is_first.all()
+            assert len(row.obs) == 2
+            assert env.obs_shape == (4,)
+
+
+def test_ids_registered_here_are_known_in_workers():
+    gym.register("worldloom-test/Corridor-v0", entry_point=Corridor, kwargs={"length": 4}, max_episode_steps=9)
+    try:
+        with make_env("worldloom-test/Corridor-v0", parallel="subprocess") as env:
+            env.reset()
+            assert (env.obs_shape, env.episode_length) == ((5,), 9)
+    finally:
+        gym.registry.pop("worldloom-test/Corridor-v0")
+
+
+def test_objects_are_single_environments():
+    env = make_env(Corridor(3))
+    env.reset()
+    assert env.step([1]).obs[0].argmax() == 1
+    for change in ({"num_envs": 2}, {"parallel": "subprocess"}, {"length": 4}):
+        with pytest.raises(ConfigError, match="already configured"):
+            make_env(Corridor(3), **change)
+
+
+def test_workers_need_one_kind():
+    lengths = [3, 4]
+    with pytest.raises(ConfigError, match="must be alike"):
+        make_env(lambda: Corridor(lengths.pop()), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("CartPole-v77",), "provides versioned environments"),
+        (("nobody/Nothing-v0",), "Namespace nobody not found"),
+        (("dmcc:cartpole_swingup",), r"neither a suite .* Did you mean 'dmc'\?"),
+        ((3,), "an id, a function or a Gymnasium object, not int"),
+        ((lambda: 3,), "returned a int; a gymnasium.Env is needed"),
+        (("CartPole-v1", 0), "num_envs"),
+        (("CartPole-v1", 2.0), "num_envs"),
+    ],
+)
+def test_refused_at_the_door(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        make_env(*arguments)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"parallel": "threads"},
+        {"seed": -1},
+        {"seed": 1.5},
+        {"action_repeat": 0},
+        {"time_limit": 0},
+        {"time_limit": 2.5},
+        {"image_size": -1},
+        {"frame_stack": 0},
+    ],
+)
+def test_refused_options(option):
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        make_env("CartPole-v1", **option)
+
+
+@pytest.mark.parametrize("spec", ["dmc:cartpole_swingup", "dmc_vision:walker_walk", "atari:pong", "crafter:reward"])
+def test_missing_packages_name_their_extra(spec, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"worldloom\[envs\]"):
+        make_env(spec)
+
+
+def test_images_are_resized_and_stacked():
+    env = make_env(WalkPicture, image_size=4)
+    assert env.obs_shape["camera"] == (4, 4, 3)
+    row = env.reset()
+    assert (row.obs["camera"] == 0).all()
+    with pytest.raises(ConfigError, match="no uint8 image"):
+        make_env(Walk, image_size=4)
+    with pytest.raises(ConfigError, match="needs one uint8 image"):
+        make_env(Lamp, frame_stack=3)
+
+
+class Film(Steady):
+    """Shows the number of the step, drawn into the same array each time."""
+
+    observation_space = gym.spaces.Box(0, 255, (6, 4, 3), np.uint8)
+    screen = np.zeros((6, 4, 3), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._draw(), {}
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return self._draw(), *rest
+
+    def _draw(self):
+        self.screen[:] = [10 * self.steps, 10 * self.steps + 1, 10 * self.steps + 2]
+        return self.screen
+
+
+def test_frames_are_stacked_channel_first_oldest_first():
+    env = FrameStack(Film(), 3)
+    assert env.observation_space.shape == (9, 6, 4)
+    seen = [env.reset()[0], *(env.step(np.zeros(1))[0] for _ in range(3)), env.reset()[0]]
+    expected = [[0, 0, 0], [0, 0, 10], [0, 10, 20], [10, 20, 30], [0, 0, 0]]
+    for stack, tens in zip(seen, expected, strict=True):
+        np.testing.assert_array_equal(stack[:, 2, 1], np.add.outer(tens, [0, 1, 2]).ravel())
+        assert (stack == stack[:, :1, :1]).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((210, 160, 3), 64), ((210, 160, 1), 96), ((9, 13, 3), 20), ((8, 8, 3), 8)]
+)
+def test_resizing_is_pillows_bilinear(shape, size):
+    image_module = pytest.importorskip("PIL.Image")
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for channel in range(shape[-1]):
+        picture = image_module.fromarray(image[..., channel])
+        pillow = np.asarray(picture.resize((size, size), image_module.BILINEAR))
+        ours = resize(image, size)[..., channel]
+        assert np.abs(ours.astype(int) - pillow).max() <= 1
+    constant = np.full(shape, 77, np.uint8)
+    assert (resize(constant, size) == 77).all()
