@@ -119,6 +119,35 @@ def test_an_environment_that_never_works_is_given_up(fault, tmp_path):
         play(env, 20)
 
 
+def slow_build(seconds, fault):
+    """Slower to build than a step may take."""
+    time.sleep(seconds)
+    return Faulty(fault)
+
+
+def test_building_has_a_timeout_of_its_own(tmp_path):
+    file = tmp_path / "fault"
+    with make_env(slow_build, parallel="subprocess", worker_timeout=0.5, seconds=0.7, fault=str(file)) as env:
+        env.reset()
+        file.write_text("kill")
+        rows = [env.step([0]), env.step([0]), env.step([0])]
+    assert [type(event) for row in rows for event in row.events if isinstance(event, WorkerRestart)] == [WorkerRestart]
+    assert rows[1].is_first[0]
+
+
+class Disconnected(Walk):
+    """Loses its own connection, which is not the one to the parent."""
+
+    def step(self, action):
+        raise EOFError("the game server hung up")
+
+
+def test_errors_of_pipes_are_errors_of_the_environment():
+    with make_env(Disconnected, parallel="subprocess") as env:
+        env.reset()
+        assert "raised EOFError: the game server hung up" in env.step([0]).events[0].reason
+
+
 def test_a_picture_that_kills_its_worker_costs_the_episode():
     with make_env(WalkPicture, 2, parallel="subprocess", seed=1) as env:
         row = play(env, 0)[0]

@@ -100,7 +100,11 @@ def make_env(
         else:
             backend = InProcess(build, count)
         remake = None if isinstance(spec, gym.Env) else make
-        return VectorEnv(backend, seed=root, action_repeat=repeat, remake=remake)
+        try:
+            return VectorEnv(backend, seed=root, action_repeat=repeat, remake=remake)
+        except BaseException:
+            backend.close()
+            raise
 
     return make(num_envs, seed, render)
 

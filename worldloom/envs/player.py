@@ -50,12 +50,17 @@ class InProcess:
     """N environments stepped one after another in this process; their exceptions reach the caller unchanged."""
 
     def __init__(self, build: Callable[[], gym.Env[Any, Any]], num_envs: int):
-        self._players = [Player(build()) for _ in range(num_envs)]
-        self.num_envs = num_envs
-        self.observation_space = self._players[0].env.observation_space
-        self.action_space = self._players[0].env.action_space
-        self.time_limit = self._players[0].time_limit
-        check_alike([(player.env.observation_space, player.env.action_space) for player in self._players])
+        self._players: list[Player] = []
+        try:
+            for _ in range(num_envs):
+                self._players.append(Player(build()))
+            check_alike([(player.env.observation_space, player.env.action_space) for player in self._players])
+        except BaseException:
+            self.close()
+            raise
+        first = self._players[0]
+        self.num_envs, self.time_limit = num_envs, first.time_limit
+        self.observation_space, self.action_space = first.env.observation_space, first.env.action_space
 
     def advance(self, actions: Any, starting: np.ndarray, seeds: Sequence[int | None]) -> Arrivals:
         """See :class:`worldloom.envs.rows.Backend`."""

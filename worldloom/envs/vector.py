@@ -77,9 +77,9 @@ class VectorEnv:
           actions: ``[N, A]`` floats in [−1, 1] (clipped), ``[N]`` classes or ``[N, n]`` one-hots, or the dict of
             them that ``action_dim`` shows.
 
-        Raises ``DataError`` for actions that do not fit and for NaN from the environment, ``EnvError`` after
-        ``close`` and when a worker keeps crashing. What an environment in this process raises is not caught; after
-        such an error, or Ctrl-C in the middle, the environments are closed.
+        Raises ``DataError`` for actions that do not fit, before anything moves. The environments are closed by what
+        comes later: ``DataError`` for NaN from an environment, ``EnvError`` when a worker keeps crashing, whatever an
+        environment in this process raises, Ctrl-C; :meth:`state` then still tells where they were before.
         """
         self._check_open()
         checked = self._actions.check(actions, ignore=self._over)
@@ -184,11 +184,11 @@ class VectorEnv:
         seeds = [episode_seed(self.seed, env, int(episodes[env])) if starting[env] else None for env in self._all]
         try:
             arrivals = self._backend.advance(native, starting, seeds)
+            _refuse_nan(arrivals)
         except BaseException:
             # Some environments have moved and some have not. What `state` says still holds.
             self.close()
             raise
-        _refuse_nan(arrivals)
         self._episodes = episodes
         self._history.clear(starting)
         if actions is not None:

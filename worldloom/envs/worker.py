@@ -10,6 +10,7 @@ known state.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import traceback
 from multiprocessing.connection import Connection
@@ -24,15 +25,18 @@ def main(file_descriptor: int) -> None:
     connection = Connection(file_descriptor)
     player = None
     try:
-        build = pickle.loads(connection.recv_bytes())
-        player = Player(build())
-        connection.send(("ready", (player.env.observation_space, player.env.action_space, player.time_limit)))
+        player = Player(pickle.loads(connection.recv_bytes())())
+        answer: tuple[str, Any] = ("ready", (player.env.observation_space, player.env.action_space, player.time_limit))
         while True:
-            connection.send(_answer(player, *connection.recv()))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # The parent closed its end.
+            connection.send(answer)
+            try:
+                request, arguments = connection.recv()
+            except (EOFError, ConnectionResetError):
+                break
+            answer = _answer(player, request, arguments)
     except BaseException as error:
-        connection.send(("error", (_sentence(error), _picklable(error))))
+        with contextlib.suppress(OSError):
+            connection.send(("error", (_sentence(error), _picklable(error))))
     finally:
         if player is not None:
             player.env.close()

@@ -49,9 +49,10 @@ class WorkerCrash(Exception):
 class Worker:
     """One process with one environment, and the pipe to it."""
 
-    def __init__(self, payload: bytes):
+    def __init__(self, payload: bytes, timeout: float):
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT.format(fd=theirs.fileno()), json.dumps(sys.path)],
                 pass_fds=[theirs.fileno()],
@@ -60,9 +61,12 @@ class Worker:
                 # Its own group: Ctrl-C is the parent's business, and a kill takes the environment's children along.
                 start_new_session=True,
             )
+            undo.pop_all()
         self._connection = Connection(ours.detach())
+        self._timeout = timeout
         self._ready = False
-        self._send_bytes(payload)
+        with contextlib.suppress(OSError):  # A worker that is dead already shows when it is asked for its spaces.
+            self._connection.send_bytes(payload)
 
     @property
     def pid(self) -> int:
@@ -72,18 +76,19 @@ class Worker:
     def spaces(self) -> tuple[gym.Space[Any], gym.Space[Any], int | None]:
         """Wait until the environment is built; its observation space, action space and time limit."""
         self._ready = True
-        return self._answer(START_TIMEOUT)
+        return self._answer(START_TIMEOUT, START_TIMEOUT)
 
     def send(self, request: str, arguments: Any = None) -> None:
         """Ask for something; a worker that is dead by then shows in :meth:`receive`."""
         with contextlib.suppress(OSError):
             self._connection.send((request, arguments))
 
-    def receive(self, deadline: float) -> Any:
-        """The answer, until ``deadline`` (``time.monotonic``). Raises ``WorkerCrash``."""
+    def receive(self, since: float) -> Any:
+        """The answer, within the timeout from ``since`` (``time.monotonic``). Raises ``WorkerCrash``."""
         if not self._ready:
             self.spaces()
-        return self._answer(max(0.0, deadline - time.monotonic()))
+            since = time.monotonic()
+        return self._answer(max(0.0, since + self._timeout - time.monotonic()), self._timeout)
 
     def kill(self) -> None:
         """End the process group at once and collect it."""
@@ -103,14 +108,10 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.kill()
 
-    def _send_bytes(self, payload: bytes) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.send_bytes(payload)
-
-    def _answer(self, timeout: float) -> Any:
+    def _answer(self, timeout: float, allowed: float) -> Any:
         try:
             if not self._connection.poll(timeout):
-                raise WorkerCrash(f"gave no answer within {timeout:.0f} s")
+                raise WorkerCrash(f"gave no answer within {allowed:g} s")
             kind, value = self._connection.recv()
         except (EOFError, OSError):
             raise WorkerCrash(self._obituary()) from None
@@ -140,7 +141,7 @@ class Workers:
         self.num_envs = num_envs
         self._timeout, self._max_crashes = timeout, max_crashes
         self._payload = cloudpickle.dumps(build)
-        self._workers = [Worker(self._payload) for _ in range(num_envs)]
+        self._workers: list[Worker] = []
         # Also runs when this object is forgotten without close, and at interpreter exit: no process stays behind.
         self._finalizer = weakref.finalize(self, _close_all, self._workers)
         self._restarts = [0] * num_envs
@@ -148,6 +149,8 @@ class Workers:
         self._obs: dict[str, np.ndarray] = {}
         self._lost: dict[int, WorkerRestart] = {}
         try:
+            for _ in range(num_envs):
+                self._workers.append(Worker(self._payload, timeout))
             spaces = [worker.spaces() for worker in self._workers]
             check_alike([pair[:2] for pair in spaces])
         except WorkerCrash as crash:
@@ -167,14 +170,14 @@ class Workers:
                 worker.send("reset", seeds[i])
             elif i not in self._lost:
                 worker.send("step", pick(actions, i))
-        deadline = time.monotonic() + self._timeout
+        asked = time.monotonic()
         rows, restarts = [], [*self._lost.values()]
         for i in range(self.num_envs):
             if i in self._lost and not starting[i]:
                 rows.append(self._cut(i))
                 continue
             try:
-                rows.append(self._workers[i].receive(deadline))
+                rows.append(self._workers[i].receive(asked))
                 self._crashes_in_a_row[i] *= bool(starting[i])
             except WorkerCrash as crash:
                 restarts.append(self._replace(i, crash))
@@ -188,12 +191,11 @@ class Workers:
         """See :class:`worldloom.envs.rows.Backend`; a worker that crashes is replaced and ``None`` returned."""
         for i, worker in enumerate(self._workers):
             worker.send("replay", (seeds[i], actions[i], int(lengths[i])))
-        deadline = time.monotonic() + min(self._timeout * (1 + int(lengths.max())), 86_400)
         self._lost = {}
         rows = []
         for i, worker in enumerate(self._workers):
             try:
-                rows.append(worker.receive(deadline))
+                rows.append(worker.receive(time.monotonic() + self._timeout * int(lengths[i])))
             except WorkerCrash as crash:
                 self._replace(i, crash)
         if len(rows) < self.num_envs:
@@ -206,7 +208,7 @@ class Workers:
         """See :class:`worldloom.envs.rows.Backend`; raises what the environment raised, or ``EnvError``."""
         self._workers[0].send("frame")
         try:
-            frame = self._workers[0].receive(time.monotonic() + self._timeout)
+            frame = self._workers[0].receive(time.monotonic())
         except WorkerCrash as crash:
             # The new worker has no episode: the next step closes the one that was lost.
             self._lost[0] = self._replace(0, crash)
@@ -229,7 +231,7 @@ class Workers:
                 f"Environment {env} crashed {self._crashes_in_a_row[env]} times without completing a step; "
                 f"the last time its worker {crash}."
             ) from crash.cause
-        self._workers[env] = Worker(self._payload)
+        self._workers[env] = Worker(self._payload, self._timeout)
         return WorkerRestart(env, f"The worker of environment {env} {crash}.", self._restarts[env])
 
     def _restarted(self, env: int, seed: int, restarts: list[WorkerRestart]) -> Arrival:
@@ -238,7 +240,7 @@ class Workers:
             seed = (seed + 1) % 2**31
             self._workers[env].send("reset", seed)
             try:
-                return self._workers[env].receive(time.monotonic() + self._timeout)
+                return self._workers[env].receive(time.monotonic())
             except WorkerCrash as crash:
                 restarts.append(self._replace(env, crash))
 
