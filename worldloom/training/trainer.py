@@ -126,7 +126,7 @@ class Trainer:
             algorithm.update, tuple(algorithm.LOSS_TERMS), self.config.skip_nonfinite, windows.latents
         )
         history: History | None = None
-        guard = update.fresh_guard(self._skipped)
+        guard = jax.device_put(update.fresh_guard(self._skipped), self._device)
         # The update consumes its state; the arrays that the model and others hold must outlive it.
         self._state = copy(self.state)
 
