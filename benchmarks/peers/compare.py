@@ -1,0 +1,101 @@
+"""Time our work against a reference program's, by turns, and print the ratio of each pair as JSON.
+
+    python benchmarks/peers/compare.py tdmpc2-update --checkout DIR --peer-python DIR/bin/python
+    python benchmarks/peers/compare.py dreamerv3-size1m-vector --checkout DIR --peer-python DIR/bin/python
+
+``ratio`` is reference / ours: 2 means that ours takes half the time.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def dreamer(size, obs, batch_size, length):
+    sizes = ["--obs", obs, "--batch-size", str(batch_size), "--length", str(length)]
+    return (
+        "dreamerv3_official.py",
+        ["--size", size, *sizes],
+        ["--model", f"dreamerv3:{size}", *sizes],
+    )
+
+
+TDMPC2 = ["--model", "tdmpc2:5m", "--batch-size", "256", "--length", "4"]
+WORKS = {
+    "tdmpc2-update": ("tdmpc2_official.py", ["--work", "update"], [*TDMPC2, "--work", "update"]),
+    "tdmpc2-plan": ("tdmpc2_official.py", ["--work", "plan"], [*TDMPC2, "--work", "plan"]),
+    "dreamerv3-size1m-vector": dreamer("size1m", "vector", 16, 64),
+    "dreamerv3-size12m-vector": dreamer("size12m", "vector", 16, 64),
+    "dreamerv3-size1m-image": dreamer("size1m", "image", 16, 64),
+    "dreamerv3-size12m-image": dreamer("size12m", "image", 8, 32),
+}
+
+
+class Side:
+    """One of the two processes, answering counts with seconds."""
+
+    def __init__(self, command):
+        # Without this program's own paths: each side finds its packages with its own Python.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        self.about = self._answer()
+
+    def seconds(self, calls):
+        self.process.stdin.write(f"{calls}\n")
+        self.process.stdin.flush()
+        return self._answer()["seconds"] / calls
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.process.args[1]} ended without an answer (exit code {self.process.wait()}).")
+        return json.loads(line)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=WORKS)
+    parser.add_argument("--checkout", type=Path, required=True, help="checkout of the reference program")
+    parser.add_argument("--peer-python", required=True, help="a Python that can run it")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--calls", type=int, default=3, help="calls per turn")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, for TD-MPC2")
+    args = parser.parse_args()
+    script, theirs, ours = WORKS[args.work]
+    theirs = [*theirs, "--compile"] if args.compile else theirs
+    peer = Side([args.peer_python, str(HERE / script), "--checkout", str(args.checkout.resolve()), *theirs])
+    own = Side([sys.executable, str(HERE / "worldloom_work.py"), *ours])
+    pairs = [(peer.seconds(args.calls), own.seconds(args.calls)) for _ in range(args.pairs + 1)][1:]
+    peer.close()
+    own.close()
+    ratios = sorted(reference / mine for reference, mine in pairs)
+    print(
+        json.dumps(
+            {
+                "work": args.work,
+                "ratio": {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]},
+                "reference_seconds": statistics.median(reference for reference, _ in pairs),
+                "our_seconds": statistics.median(mine for _, mine in pairs),
+                "pairs": args.pairs,
+                "cpus": os.cpu_count(),
+                "reference": peer.about,
+                "ours": own.about,
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

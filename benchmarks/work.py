@@ -1,0 +1,64 @@
+"""The pieces of work that benchmarks time: a model, a batch of random data, and a call that does one of it."""
+
+import jax
+import numpy as np
+
+from worldloom import create_world_model
+from worldloom.training import TrainingConfig
+
+
+def random_batch(obs_shape, action_dim, batch_size, rows, seed=0):
+    """Rows of nothing in particular [B, T, ...]; images are uint8."""
+    rng = np.random.default_rng(seed)
+    shape = (batch_size, rows)
+    image = len(obs_shape) == 3
+    obs = rng.integers(0, 256, (*shape, *obs_shape), np.uint8) if image else rng.normal(size=(*shape, *obs_shape))
+    return {
+        "obs": obs if image else obs.astype(np.float32),
+        "actions": rng.uniform(-1, 1, (*shape, action_dim)).astype(np.float32),
+        "rewards": rng.normal(size=shape).astype(np.float32),
+        "is_first": np.zeros(shape, bool),
+        "is_last": np.zeros(shape, bool),
+        "is_terminal": np.zeros(shape, bool),
+    }
+
+
+def update_call(name, *, obs_shape, action_dim, batch_size, length, **overrides):
+    """``call()`` does one full update and waits for it; also the model and how it was compiled."""
+    model = create_world_model(name, obs_shape=obs_shape, action_dim=action_dim, **overrides)
+    training = TrainingConfig(
+        batch_size=batch_size, sequence_length=length, grad_clip=20.0 if name.startswith("tdmpc2") else 0.0
+    )
+    algorithm = model.algorithm
+    rows = algorithm.window(model.config, training).rows
+    batch = random_batch(obs_shape, action_dim, batch_size, rows)
+    if getattr(model.config, "replay_context", False):
+        spec = algorithm.window(model.config, training)
+        batch["context"] = {k: np.zeros((batch_size, *shape), np.float32) for k, shape in spec.latents.items()}
+    batch = jax.device_put(batch)
+    state = {"now": jax.device_put(algorithm.init_state(model, training, jax.random.key(0)), jax.devices()[0])}
+    state["now"] = jax.tree.map(lambda x: x.copy(), state["now"])
+    step = jax.jit(algorithm.update, donate_argnums=0)
+    key = jax.random.key(1)
+
+    def call():
+        state["now"], metrics = step(state["now"], batch, key)
+        jax.block_until_ready((state["now"], metrics))
+
+    return call, model, step.lower(state["now"], batch, key)
+
+
+def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
+    """``call()`` plans one action for each of ``environments`` parallel environments and waits for it."""
+    model = create_world_model(name, obs_shape=obs_shape, action_dim=action_dim, **overrides)
+    algorithm = model.algorithm
+    state = algorithm.init_state(model, TrainingConfig(), jax.random.key(0))
+    obs = np.random.default_rng(0).normal(size=(environments, *obs_shape)).astype(np.float32)
+    carry = algorithm.initial_carry(model.config, environments)
+    act = jax.jit(algorithm.act)
+    key = jax.random.key(1)
+
+    def call():
+        jax.block_until_ready(act(state, carry, obs, key))
+
+    return call, model, act.lower(state, carry, obs, key)
