@@ -33,6 +33,22 @@ def test_processes_of_gymnasium_too(mode, shared_memory):
         assert_same(play(env, 60), expected)
 
 
+def play_and_start_over(env):
+    """Rows of a run in which everything is reset in the very call in which an episode would have begun."""
+    rows = play(env, 3)
+    while not rows[-1].is_last.any():
+        rows.append(env.step(np.zeros(env.num_envs, int)))
+    return rows + play(env, 30)
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize("make", [SyncVectorEnv, AsyncVectorEnv])
+def test_reset_where_an_episode_was_over(mode, make):
+    process = {"shared_memory": False, "context": "spawn"} if make is AsyncVectorEnv else {}
+    with make_env(make([Walk] * 2, autoreset_mode=mode, **process), seed=6) as env:
+        assert_same(play_and_start_over(env), play_and_start_over(make_env(Walk, 2, seed=6)))
+
+
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_a_single_environment_in_a_vector(mode):
     with make_env(SyncVectorEnv([Walk], autoreset_mode=mode), seed=6) as env:
