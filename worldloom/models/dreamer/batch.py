@@ -67,9 +67,9 @@ def align(config: DreamerV3Config, batch: Mapping[str, Any], dtype: jnp.dtype) -
     if context is None:
         previous = jnp.pad(actions[:, :-1], ((0, 0), (1, 0), (0, 0)))
         return Rows(obs, previous, rewards, first, last, terminal, None)
-    later = lambda tree: jax.tree.map(lambda x: x[:, 1:], tree)  # noqa: E731
     initial = Latent(_stored(context, "deter", dtype), _stored(context, "stoch", dtype))
-    return Rows(later(obs), actions[:, :-1], *later((rewards, first, last, terminal)), initial)
+    obs, rewards, first, last, terminal = jax.tree.map(lambda x: x[:, 1:], (obs, rewards, first, last, terminal))
+    return Rows(obs, actions[:, :-1], rewards, first, last, terminal, initial)
 
 
 def _flag(batch: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> jax.Array:

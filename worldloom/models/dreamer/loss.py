@@ -110,7 +110,7 @@ def loss(
 
     terms = {name: jnp.mean(value) for name, value in losses.items()}
     scales = loss_scales(config)
-    total = sum(scales[name] * terms[name] for name in terms)
+    total = sum((scales[name] * terms[name] for name in terms), jnp.zeros(()))
     metrics = {
         "policy_entropy": jnp.mean(entropy(policy)),
         "posterior_entropy": jnp.mean(posterior.entropy()),
@@ -163,7 +163,7 @@ def actor_loss(
     Discrete and continuous actions alike: no gradient runs through actions, advantages or dynamics. The policy and
     its actions have one step more than the advantages [H, N]; it is left out.
     """
-    log_prob = sum(policy[name].log_prob(sg(actions[name])) for name in policy)
+    log_prob = sum((policy[name].log_prob(sg(actions[name])) for name in policy), jnp.zeros(()))
     return -(sg(advantages) * log_prob[:-1] + entropy_scale * entropy(policy)[:-1])
 
 
@@ -205,7 +205,7 @@ def normalise(
 
 def entropy(policy: Policy) -> jax.Array:
     """Entropy [...] of all actions together, in nats."""
-    return sum(distribution.entropy() for distribution in policy.values())
+    return sum((distribution.entropy() for distribution in policy.values()), jnp.zeros(()))
 
 
 def loss_scales(config: DreamerV3Config) -> dict[str, float]:

@@ -128,8 +128,9 @@ class DreamerV3WorldModel(WorldModel):
         embedded = embed_actions(self.config, actions, 2, self.dtype)
         mixing = self.rssm.core.mixing(self.dtype)
 
-        def step(state: Latent, action_and_key: tuple) -> tuple[Latent, Latent]:
-            state = self.rssm.predict(state, *action_and_key, mixing)
+        def step(state: Latent, inputs: tuple) -> tuple[Latent, Latent]:
+            action, key = inputs
+            state = self.rssm.predict(state, action, key, mixing)
             return state, state
 
         _, later = jax.lax.scan(step, state, (embedded, step_keys(key, embedded.shape[0])))

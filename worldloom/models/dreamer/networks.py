@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, state: Latent) -> dict[str, jax.Array]:
         """Observations [..., n] and [..., H, W, C] of states [...], float32."""
-        decoded = {}
+        decoded: dict[str, jax.Array] = {}
         if hasattr(self, "mlp"):
             # Stochastic part first: the opposite of ``features``, as in the reference program.
             x = self.mlp(jnp.concatenate([state.flat_stoch, state.deter], -1))
