@@ -449,7 +449,8 @@ def test_nothing_is_nan_over_200_updates_on_extreme_data():
 def test_optimizer_fields_reach_the_optimizer():
     params = {"layer": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     grads = [
-        jax.tree.map(lambda p, n=n: 9.0**n * jnp.sin(n + jnp.arange(p.size)).reshape(p.shape), params) for n in range(3)
+        jax.tree.map(lambda p, n=n: 0.01 * 9.0**n * jnp.sin(n + jnp.arange(p.size)).reshape(p.shape), params)
+        for n in range(3)
     ]
 
     def third_update(config, **training):
