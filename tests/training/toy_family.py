@@ -52,7 +52,9 @@ class ToyWorldModel(WorldModel):
         if key is not None:
             obs = obs + self.config.noise * jax.random.normal(key, obs.shape)
         prediction = jnp.mean((self.dynamics(obs[:, :-1]) - batch["obs"][:, 1:]) ** 2)
-        reward = jnp.mean((self.reward(batch["obs"])[..., 0] - batch["rewards"]) ** 2)
+        # No reward arrives with the first row of an episode.
+        error = jnp.where(batch["is_first"], 0.0, self.reward(batch["obs"])[..., 0] - batch["rewards"])
+        reward = jnp.mean(error**2)
         return {"loss": prediction + reward, "prediction": prediction, "reward": reward}
 
 

@@ -70,6 +70,14 @@ class TrainingConfig(BaseConfig):
         )
         check_device_name(self.device)
 
+    def of_update(self) -> TrainingConfig:
+        """This config with everything at its default that one update does not read.
+
+        It is a static part of the compiled state: runs that differ in seed or length only share one program.
+        """
+        read = ("batch_size", "sequence_length", "learning_rate", "weight_decay", "grad_clip", "warmup_steps")
+        return TrainingConfig(**{name: getattr(self, name) for name in read})
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

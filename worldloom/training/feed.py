@@ -16,11 +16,19 @@ from worldloom.training.step import Batch, Outcome
 
 
 class Chunk(NamedTuple):
-    """The updates of one compiled call: so many after ``step``; ``looks`` if the host looks afterwards."""
+    """The updates of one compiled call.
+
+    Attributes:
+      step: updates done before it.
+      updates: how many it does.
+      looks: whether a callback looks after it.
+      saves: whether one then may save a checkpoint.
+    """
 
     step: int
     updates: int
     looks: bool
+    saves: bool
 
 
 class Windows:
@@ -71,8 +79,8 @@ class OfflineFeed:
     """Batches from a buffer, one call ahead of the device.
 
     One background thread samples and writes back in an order that depends on the chunks alone: the batches of a call
-    are drawn when the fresh latents of the call before the last are written, and after a step at which the host looks,
-    when all are. What a checkpoint sees is therefore all there is, and a resumed run draws the same batches.
+    are drawn when the fresh latents of the call before the last are written; after a step at which a checkpoint may be
+    saved, when all are. So a checkpoint has nothing in flight, and a resumed run draws the same batches.
 
     Args:
       windows: what to draw.
@@ -102,7 +110,9 @@ class OfflineFeed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._worker.shutdown(cancel_futures=True)
+        if self._next is not None:
+            self._next[1].cancel()
+        self._worker.shutdown()
 
     def take(self, step: int) -> tuple[Chunk, Batch, list[Any]]:
         """The chunk after ``step``, its batches [K, B, T, ...] on the device, and their row numbers.
@@ -118,7 +128,7 @@ class OfflineFeed:
         (chunk, loading), self._next = self._next, None
         assert chunk.step == step
         batches, row_ids = loading.result()
-        if not (chunk.looks and self._windows.latents):
+        if not (chunk.saves and self._windows.latents):
             self._prefetch(step + chunk.updates)
         return chunk, batches, row_ids
 
@@ -126,6 +136,11 @@ class OfflineFeed:
         """Write the fresh latents of a call back to replay, once it is done."""
         if self._windows.latents and outcome.fresh:
             self._writes.append(self._worker.submit(self._write, chunk, outcome, row_ids))
+
+    def settle(self) -> None:
+        """Return when everything given back is written."""
+        while self._writes:
+            self._writes.pop(0).result()
 
     def _prefetch(self, step: int) -> None:
         chunk = self._plan(step)

@@ -67,10 +67,7 @@ class Trainer:
     @property
     def state(self) -> TrainState:
         """Step, weights, optimizer state and root key. Callbacks use ``StepInfo.read_state`` instead."""
-        if self._state is None:
-            algorithm, key = self.model.algorithm, root_key(self.config.seed)
-            self._state = jax.device_put(algorithm.init_state(self.model, self.config, key), self._device)
-        return self._state
+        return self._running().replace(training=self.config)
 
     @property
     def step(self) -> int:
@@ -120,6 +117,13 @@ class Trainer:
         """Mean loss terms of the model on held-out data; see :func:`worldloom.training.evaluate`."""
         return evaluate(self.model, buffer, self.config, batches=batches, seed=seed)
 
+    def _running(self) -> TrainState:
+        """The state as the compiled update takes it."""
+        if self._state is None:
+            state = self.model.algorithm.init_state(self.model, self.config.of_update(), root_key(self.config.seed))
+            self._state = jax.device_put(state, self._device)
+        return self._state
+
     def _train(self, windows: Windows, total: int, interrupts: Interrupts) -> None:
         algorithm, hooks = self.model.algorithm, self._hooks
         update = compiled_update(
@@ -128,22 +132,23 @@ class Trainer:
         history: History | None = None
         guard = jax.device_put(update.fresh_guard(self._skipped), self._device)
         # The update consumes its state; the arrays that the model and others hold must outlive it.
-        self._state = copy(self.state)
+        self._state = copy(self._running())
 
         def plan(step: int) -> Chunk | None:
             look = min(hooks.next_look(step) or total, total)
-            count = min(look - step, self._capacity)
-            return Chunk(step, count, looks=step + count == look) if count else None
+            end = min(look, step + self._capacity)
+            return Chunk(step, end - step, looks=end == look, saves=hooks.may_save(end)) if end > step else None
 
         def read_host() -> TrainState:
             if history is not None:
                 history.sync()
+            feed.settle()
             self._skipped = int(guard.skipped)
             return on_host(self.state)
 
         look = self._looker(windows, total, read_host)
-        hooks.begin(self._step, look)
         with OfflineFeed(windows, self.config, self._device, self._capacity, plan) as feed:
+            hooks.begin(self._step, look)
             while self._step < total and not hooks.stop_reason and not interrupts.received:
                 chunk, batches, row_ids = feed.take(self._step)
                 if history is None:
@@ -156,12 +161,13 @@ class Trainer:
                 self._step += chunk.updates
                 if chunk.looks:
                     hooks.look(self._step, look)
-        if history is not None:
-            history.sync()
-        self.stop_reason = hooks.stop_reason
-        if self.stop_reason:
-            _log.info("Training stopped at step %d. %s.", self._step, self.stop_reason)
-        hooks.end(self._step, look)
+            if history is not None:
+                history.sync()
+            feed.settle()
+            self.stop_reason = hooks.stop_reason
+            if self.stop_reason:
+                _log.info("Training stopped at step %d. %s.", self._step, self.stop_reason)
+            hooks.end(self._step, look)
         self._skipped = int(guard.skipped)
 
     def _looker(self, windows: Windows, total: int, read_host: Callable[[], TrainState]) -> Look:
@@ -228,7 +234,7 @@ class Trainer:
                 record["replay_size"],
                 replay_size,
             )
-        self._state = jax.device_put(state, self._device)
+        self._state = jax.device_put(state.replace(training=self.config.of_update()), self._device)
         self._step, self._skipped, self._run_id = record["step"], record["skipped"], record["run_id"]
         self._hooks.load_state_dict(record["callbacks"], self._step)
         self._hand_over()

@@ -37,6 +37,7 @@ class CheckpointCallback(Callback):
     """
 
     order = 1
+    saves = True
 
     def __init__(
         self,

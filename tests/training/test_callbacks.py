@@ -1,0 +1,271 @@
+"""What each callback writes, shows, measures and decides."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+from toy_family import ToyConfig, ToyWorldModel
+
+from worldloom import ConfigError
+from worldloom.training import Trainer, evaluate
+from worldloom.training.callbacks import (
+    Callback,
+    CheckpointCallback,
+    EarlyStoppingCallback,
+    EvalCallback,
+    LoggingCallback,
+    ProgressCallback,
+    StopTraining,
+    every,
+)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(folder):
+    """{tag: [(step, value)]} of the TensorBoard events in ``folder``, read without TensorBoard."""
+    found = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            length = int.from_bytes(data[at : at + 8], "little")
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            at += 12 + length + 4
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_the_log_holds_means_under_the_usual_names(model, buffer, config, held_out, tmp_path, capsys):
+    means = []
+    callbacks = [
+        LoggingCallback(str(tmp_path), log_to_tensorboard=True),
+        EvalCallback(held_out, every=10, batches=2),
+        (4, lambda info: means.append(info.means["loss"])),
+    ]
+    Trainer(model, config, callbacks).train(buffer)
+    trained = [line for line in lines(tmp_path) if "train/loss" in line]
+    assert [line["step"] for line in trained] == [4, 8, 12, 16, 20]
+    assert [line["train/loss"] for line in trained] == means
+    expected = {"step", "time", "train/loss", "train/loss/prediction", "train/loss/reward", "train/grad_norm"}
+    expected |= {"train/lr", "train/update_norm", "train/first_row", "fps/update", "replay/size"}
+    assert set(trained[0]) == expected
+    assert trained[0]["replay/size"] == len(buffer)
+    assert trained[-1]["fps/update"] > 0
+    evaluated = [line for line in lines(tmp_path) if "eval/loss" in line]
+    assert [line["step"] for line in evaluated] == [10, 20]
+    assert set(evaluated[0]) == {"step", "time", "eval/loss", "eval/loss/prediction", "eval/loss/reward"}
+    events = scalars(tmp_path)
+    assert set(events) == (expected | set(evaluated[0])) - {"step", "time"}
+    assert events["train/loss"] == [(line["step"], np.float32(line["train/loss"])) for line in trained]
+    console = capsys.readouterr().out
+    assert "step 4/20  loss " in console
+    assert "eval/loss " in console
+
+
+def test_without_a_folder_nothing_is_written(model, buffer, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Trainer(model, config).train(buffer)
+    assert list(tmp_path.iterdir()) == []
+    captured = capsys.readouterr()
+    assert "step 20/20" in captured.out
+    assert "training: 100%" in captured.err
+    assert "20/20" in captured.err
+
+
+def test_tensorboard_needs_a_folder():
+    with pytest.raises(ConfigError, match=r"log_dir='./logs'"):
+        LoggingCallback(log_to_tensorboard=True)
+
+
+def test_a_second_run_moves_the_older_log_aside(buffer, config, tmp_path):
+    for _ in range(3):
+        Trainer(
+            ToyWorldModel(ToyConfig()), config.replace(total_steps=4), [LoggingCallback(str(tmp_path), False)]
+        ).train(buffer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics.1.jsonl",
+        "metrics.2.jsonl",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_resumed_log_drops_what_came_after_the_checkpoint(buffer, config, tmp_path):
+    def trainer(*further):
+        callbacks = [
+            LoggingCallback(str(tmp_path / "log"), False, True),
+            CheckpointCallback(str(tmp_path / "run"), save_every=8),
+        ]
+        return Trainer(ToyWorldModel(ToyConfig()), config, [*callbacks, *further])
+
+    def power_cut(info):
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer((15, power_cut)).train(buffer)
+    with (tmp_path / "log" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "train/lo')
+    assert [line["step"] for line in lines_until_torn(tmp_path / "log")] == [4, 8, 12]
+    trainer().train(buffer, resume=True)
+    assert [line["step"] for line in lines(tmp_path / "log")] == [4, 8, 12, 16, 20]
+
+
+def lines_until_torn(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+
+
+def test_values_that_are_not_finite_stay_valid_json(model, buffer, config, tmp_path):
+    callbacks = [(4, lambda info: {"eval/ratio": math.nan}), LoggingCallback(str(tmp_path), False)]
+    Trainer(model, config.replace(total_steps=4), callbacks).train(buffer)
+    strict = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert strict[0]["eval/ratio"] is None
+
+
+def test_evaluation_is_the_same_every_time_and_changes_nothing(model, buffer, config, held_out):
+    published = []
+
+    class Keep(Callback):
+        def on_eval(self, info, measurements):
+            published.append((info.step, dict(measurements)))
+            assert info.measurements["eval/loss"] == measurements["eval/loss"]
+
+    trainer = Trainer(model, config.replace(eval_interval=10), [EvalCallback(held_out, batches=3), Keep()])
+    trainer.train(buffer)
+    assert [step for step, _ in published] == [10, 20]
+    again = trainer.evaluate(held_out, batches=3)
+    assert {f"eval/loss/{k}" if k != "loss" else "eval/loss": v for k, v in again.items()} == published[-1][1]
+    quiet = ToyWorldModel(ToyConfig())
+    Trainer(quiet, config, []).train(buffer)
+    np.testing.assert_array_equal(quiet.params["dynamics"]["kernel"], model.params["dynamics"]["kernel"])
+
+
+def test_evaluate_averages_the_loss_terms(model, held_out, config):
+    terms = evaluate(model, held_out, config, batches=4, seed=3)
+    batches = [held_out.sample(4, 5, seed=3, update=number) for number in range(4)]
+    for name, value in terms.items():
+        singles = []
+        for batch in batches:
+            batch.pop("row_ids", None)
+            singles.append(float(model.compute_loss(batch)[name]))
+        assert value == pytest.approx(np.mean(singles), rel=1e-6)
+    assert list(terms) == ["loss", "prediction", "reward"]
+    assert terms == evaluate(model, held_out, batches=4, seed=3, batch_size=4, sequence_length=5)
+
+
+def test_eval_interval_zero_is_never(model, buffer, config, held_out):
+    seen = []
+
+    class Keep(Callback):
+        def on_eval(self, info, measurements):
+            seen.append(info.step)
+
+    Trainer(model, config.replace(eval_interval=0), [EvalCallback(held_out), Keep()]).train(buffer)
+    assert seen == []
+
+
+def measured(values):
+    """Publishes these values, one every two steps, the last one for ever."""
+    stream = itertools.chain(values, itertools.repeat(values[-1]))
+    return (2, lambda info: {"eval/score": next(stream)})
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "stop"),
+    [
+        ("min", [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 1.0], 12),  # best at 6, patience until 12
+        ("max", [5.0, 6.0, 5.0, 5.5, 5.9, 9.0], 10),  # best at 4
+        ("min", [5.0, 4.95, 4.93, 4.92], 8),  # steps below min_delta do not count: best at 2
+        ("min", [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0], None),
+    ],
+)
+def test_early_stopping_waits_for_patience(model, buffer, config, mode, values, stop):
+    callback = EarlyStoppingCallback("eval/score", patience=6, min_delta=0.1, mode=mode)
+    trainer = Trainer(model, config, [callback, measured(values)])
+    trainer.train(buffer)
+    assert trainer.step == (stop or 20)
+    assert (trainer.stop_reason is None) == (stop is None)
+    if stop:
+        assert f"eval/score has not improved for {stop - callback.best_step} steps" in trainer.stop_reason
+
+
+def test_early_stopping_on_a_training_metric(model, buffer, config):
+    callback = EarlyStoppingCallback("lr", patience=6)
+    trainer = Trainer(model, config.replace(log_interval=2), [callback])
+    trainer.train(buffer)
+    assert trainer.step == 8  # the constant is best at the first look, 2
+    assert callback.best == pytest.approx(0.01)
+
+
+def test_patience_survives_a_resume(buffer, config, tmp_path):
+    def trainer():
+        stopping = EarlyStoppingCallback("lr", patience=10)
+        callbacks = [stopping, CheckpointCallback(str(tmp_path), save_every=6, save_best=False)]
+        return Trainer(ToyWorldModel(ToyConfig()), config.replace(log_interval=2), callbacks)
+
+    trainer().train(buffer, total_steps=6)
+    second = trainer()
+    second.train(buffer, resume=True)
+    assert second.step == 12
+
+
+@pytest.mark.parametrize("name", ["los", "train/loss/predicton", "eval/loss"])
+def test_an_unknown_monitor_is_named_at_the_first_look(model, buffer, config, name):
+    advice = "need an EvalCallback" if name.startswith("eval") else "Did you mean"
+    trainer = Trainer(model, config, [EarlyStoppingCallback(name)])
+    with pytest.raises(ConfigError, match=f"monitor='{name}' is not a metric of this run.*{advice}"):
+        trainer.train(buffer)
+    assert trainer.step == 4
+
+
+def test_an_unknown_measurement_is_named_once_there_are_any(model, buffer, config, held_out):
+    callbacks = [EarlyStoppingCallback("eval/lss"), EvalCallback(held_out, every=8)]
+    trainer = Trainer(model, config, callbacks)
+    with pytest.raises(ConfigError, match="Did you mean 'eval/loss'"):
+        trainer.train(buffer)
+    assert trainer.step == 8
+
+
+@pytest.mark.parametrize("name", ["prediction", "train/loss/prediction", "grad_norm"])
+def test_monitors_take_metric_names_and_tags(model, buffer, config, name):
+    callback = EarlyStoppingCallback(name)
+    Trainer(model, config, [callback]).train(buffer)
+    assert callback.best is not None
+
+
+def test_bad_settings_are_refused():
+    for make in (
+        lambda: EarlyStoppingCallback(patience=0),
+        lambda: EarlyStoppingCallback(min_delta=-1.0),
+        lambda: EarlyStoppingCallback(mode="smallest"),
+        lambda: CheckpointCallback("x", save_every=0),
+        lambda: CheckpointCallback("x", keep_last=0),
+        lambda: EvalCallback(None, every=0),
+        lambda: every(0, print),
+    ):
+        with pytest.raises(ConfigError):
+            make()
+
+
+def test_progress_shows_where_a_resumed_run_began(buffer, config, model, capsys):
+    trainer = Trainer(model, config, [ProgressCallback("fitting")])
+    trainer.train(buffer, total_steps=10)
+    trainer.train(buffer)
+    shown = capsys.readouterr().err
+    assert "10/10" in shown
+    assert "fitting:  50%" in shown
+    assert "20/20" in shown
+
+
+def test_a_plain_function_may_stop_training(model, buffer, config):
+    trainer = Trainer(model, config, [(3, lambda info: StopTraining("enough") if info.step >= 6 else None)])
+    trainer.train(buffer)
+    assert trainer.step == 6
+    assert trainer.stop_reason.endswith(": enough")

@@ -1,0 +1,159 @@
+"""The compiled update: the same numbers however many updates a call has, and nothing lost to a bad one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_family
+from toy_family import ToyConfig, ToyWorldModel, fill
+
+from worldloom import NonFiniteError
+from worldloom.replay import ReplayBuffer
+from worldloom.training import Trainer
+from worldloom.training.step import compiled_update, copy
+
+
+def leaves(state):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((state.step, state.params, state.opt_state))]
+
+
+def assert_same(one, other):
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def record(rows):
+    """A callback that keeps the metrics of every step."""
+    return lambda info: rows.append(dict(info.metrics))
+
+
+def test_calls_of_any_length_give_the_same_bits(buffer, config):
+    states, means = [], []
+    for updates in (1, 3, 8):
+        seen = []
+        trainer = Trainer(
+            ToyWorldModel(ToyConfig()),
+            config.replace(updates_per_call=updates),
+            [(5, lambda info, seen=seen: seen.append(dict(info.means)))],
+        )
+        states.append(trainer.train(buffer))
+        means.append(seen)
+    assert_same(states[0], states[1])
+    assert_same(states[0], states[2])
+    assert means[0] == means[1] == means[2]
+    assert len(means[0]) == 4
+
+
+def test_looking_at_every_step_changes_nothing(buffer, config):
+    quiet = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=8), []).train(buffer)
+    watched = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=8), [(1, lambda info: None)])
+    assert_same(quiet, watched.train(buffer))
+
+
+def test_update_n_reads_batch_n_and_key_n(buffer, config, model):
+    trainer = Trainer(model, config, [])
+    state = copy(trainer.state)
+    trained = trainer.train(buffer, total_steps=3)
+    for number in range(3):
+        batch = buffer.sample(4, 5, seed=config.seed, update=number)
+        del batch["row_ids"]
+        state, _ = jax.jit(toy_family.update)(state, batch, jax.random.fold_in(state.key, number))
+    for a, b in zip(leaves(trained), leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_means_are_those_of_the_single_updates(buffer, config, model):
+    rows, means = [], []
+    Trainer(model, config, [(1, record(rows)), (10, lambda info: means.append(dict(info.means)))]).train(buffer)
+    assert len(rows) == 20
+    for number, mean in enumerate(means):
+        for name, value in mean.items():
+            expected = np.mean([row[name] for row in rows[10 * number : 10 * number + 10]])
+            assert value == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_model_and_earlier_states_outlive_donation(buffer, config, model):
+    before = model.params
+    values = jax.tree.map(np.array, before)
+    trainer = Trainer(model, config, [])
+    first = trainer.train(buffer, total_steps=4)
+    trained = model.params
+    trainer.train(buffer, total_steps=8)
+    assert int(first.step) == 4
+    jax.tree.map(np.testing.assert_array_equal, before, values)
+    jax.tree.map(np.testing.assert_array_equal, trained, first.params)
+    assert not np.array_equal(model.params["dynamics"]["kernel"], trained["dynamics"]["kernel"])
+
+
+def test_the_state_is_donated(buffer, config, model):
+    step = compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False)
+    state = copy(Trainer(model, config, []).state)
+    batch = buffer.sample(4, 5, seed=0, update=0)
+    del batch["row_ids"]
+    stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+    step(state, step.fresh_guard(), stacked, 1)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+
+
+def poisoned_config(config):
+    """A seed whose first bad batch is neither the first nor late."""
+    return next(c for seed in range(99) if 2 < first_bad_step(c := config.replace(seed=seed)) < 8)
+
+
+def poisoned():
+    """A buffer in which windows of the first episode overflow the reward loss; others do not."""
+    return fill(ReplayBuffer(10_000), episodes=20, poison=6)
+
+
+def first_bad_step(config):
+    source = poisoned()
+    return next(
+        number + 1
+        for number in range(1000)
+        if (source.sample(4, 5, seed=config.seed, update=number)["rewards"] > 1e29).any()
+    )
+
+
+@pytest.mark.parametrize("updates", [1, 8])
+def test_a_bad_loss_stops_with_its_name_and_leaves_the_last_good_weights(config, updates):
+    config = poisoned_config(config)
+    bad = first_bad_step(config)
+    clean = Trainer(ToyWorldModel(ToyConfig()), config, []).train(poisoned(), total_steps=bad - 1)
+    model = ToyWorldModel(ToyConfig())
+    trainer = Trainer(model, config.replace(updates_per_call=updates), [])
+    with pytest.raises(NonFiniteError, match=rf"Step {bad}: reward = inf.*No checkpoint was saved"):
+        trainer.train(poisoned())
+    assert trainer.step == bad - 1
+    assert_same(trainer.state, clean)
+    jax.tree.map(np.testing.assert_array_equal, model.params, clean.params)
+
+
+def test_reading_a_metric_finds_the_bad_update_at_once(config, model):
+    config = poisoned_config(config)
+    bad = first_bad_step(config)
+    steps = []
+
+    def read(info):
+        steps.append(info.step)
+        assert np.isfinite(info.metrics["loss"])
+
+    with pytest.raises(NonFiniteError, match=f"Step {bad}"):
+        Trainer(model, config, [(1, read)]).train(poisoned())
+    assert steps == list(range(1, bad + 1))
+
+
+def test_bad_updates_can_be_skipped_and_counted(config, model):
+    source = poisoned()
+    bad = [(source.sample(4, 5, seed=config.seed, update=n)["rewards"] > 1e29).any() for n in range(20)]
+    rows, means = [], []
+    callbacks = [(1, record(rows)), (20, lambda info: means.append(dict(info.means)))]
+    state = Trainer(model, config.replace(skip_nonfinite=True), callbacks).train(source)
+    assert int(state.step) == 20
+    assert [row["skipped"] for row in rows] == np.cumsum(bad).tolist()
+    assert np.isinf([row["loss"] for row in rows]).tolist() == bad
+    good = [row["loss"] for row, skipped in zip(rows, bad, strict=True) if not skipped]
+    assert means[0]["loss"] == pytest.approx(np.mean(good))
+    assert all(np.isfinite(leaf).all() for leaf in leaves(state))
+    # Adam counts its steps: the skipped ones are not among them.
+    assert int(state.opt_state[1].count) == 20 - sum(bad)
+    assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)

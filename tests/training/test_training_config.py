@@ -1,0 +1,192 @@
+"""Every field of `TrainingConfig` does what its row says, with both real families."""
+
+import jax
+import numpy as np
+import pytest
+
+from worldloom import ConfigError, DeviceError, DreamerV3Config, DreamerV3WorldModel, TDMPC2Config, TDMPC2WorldModel
+from worldloom.replay import ReplayBuffer
+from worldloom.training import Trainer, TrainingConfig
+from worldloom.training.callbacks import CheckpointCallback
+
+OBS, ACTIONS, STEPS = 3, 2, 12
+
+
+def dreamer():
+    return DreamerV3WorldModel(DreamerV3Config.from_size("tiny", obs_shape=(OBS,), action_dim=ACTIONS))
+
+
+def tdmpc2():
+    return TDMPC2WorldModel(TDMPC2Config.from_size("tiny", obs_shape=(OBS,), action_dim=ACTIONS))
+
+
+FAMILIES = [pytest.param(dreamer, id="dreamerv3"), pytest.param(tdmpc2, id="tdmpc2")]
+
+
+def fill(buffer):
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        obs = rng.normal(size=(STEPS + 1, OBS)).astype(np.float32)
+        actions = rng.uniform(-1, 1, (STEPS, ACTIONS)).astype(np.float32)
+        buffer.add_episode(obs, actions, rng.normal(size=STEPS).astype(np.float32), np.arange(STEPS) == STEPS - 1)
+    return buffer
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    return fill(ReplayBuffer(1000))
+
+
+def train(make, episodes, config, callbacks=()):
+    model = make()
+    before = jax.device_get(model.params)
+    trainer = Trainer(model, config, list(callbacks))
+    trainer.train(episodes)
+    return before, jax.device_get(model.params), trainer
+
+
+def by_path(params):
+    return dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+
+def moved(before, after):
+    return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+
+
+# Each variant of what an update reads is a compilation: these four are shared by the tests of a family.
+BASE = TrainingConfig(
+    total_steps=3, batch_size=4, sequence_length=5, device="cpu", learning_rate=0.02, warmup_steps=4, grad_clip=0.0
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def make(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(make, episodes):
+    """Weights before and after the base run, its trainer, and what a callback saw of each step."""
+    seen = []
+    watch = (1, lambda info: seen.append((dict(info.metrics), info.params())))
+    before, after, trainer = train(make, episodes, BASE, [watch])
+    return before, after, trainer, seen
+
+
+def trained_parts(model, params):
+    return {name: part for name, part in params.items() if name not in model.untrained}
+
+
+def test_learning_rate_rises_over_the_warmup(base):
+    """Over 4 updates from 0: an update at rate 0 moves nothing."""
+    before, _, trainer, seen = base
+    np.testing.assert_allclose([metrics["lr"] for metrics, _ in seen], [0.0, 0.005, 0.01], rtol=1e-6)
+    first, second = (trained_parts(trainer.model, params) for _, params in seen[:2])
+    assert moved(trained_parts(trainer.model, before), first) == 0.0
+    assert moved(first, second) > 0.0
+
+
+def test_weight_decay_shrinks_kernels_only(make, base, episodes):
+    """Two updates, of which only the second moves: with decay by − rate · weight_decay · kernel more, else the same."""
+    before, _, trainer, seen = base
+    _, decayed, _ = train(make, episodes, BASE.replace(total_steps=2, weight_decay=0.1))
+    start, plain, shrunk = by_path(before), by_path(seen[1][1]), by_path(decayed)
+    encoder_scale = getattr(trainer.model.config, "encoder_lr_scale", 1.0)
+    kernels = 0
+    for path, value in start.items():
+        part, last = path[0].key, path[-1].key
+        if part in trainer.model.untrained:
+            continue
+        kernels += last == "kernel"
+        rate = 0.005 * (encoder_scale if part == "encoder" else 1.0) * (last == "kernel")
+        # TD-MPC2's policy learns against the new Q networks: its own gradient differs a little too.
+        tolerance = 2e-3 if part == "policy" else 2e-6
+        np.testing.assert_allclose(shrunk[path] - plain[path], -rate * 0.1 * value, atol=tolerance)
+    assert kernels > 5
+
+
+def test_grad_clip_bounds_the_gradient_and_zero_is_off(make, base, episodes):
+    """Adam and LaProp forget a gradient's scale but not how it changes: a bound below all of them shows."""
+    _, off, _, seen = base
+    _, loose, _ = train(make, episodes, BASE.replace(grad_clip=1e6))
+    _, tight, _ = train(make, episodes, BASE.replace(grad_clip=min(m["grad_norm"] for m, _ in seen) / 10))
+    assert moved(off, loose) < 1e-6
+    assert moved(off, tight) > 1e-6
+
+
+def test_seed_decides_batches_and_draws(make, base, episodes):
+    _, one, trainer, _ = base
+    _, same, _ = train(make, episodes, BASE)
+    _, other, _ = train(make, episodes, BASE.replace(seed=43))
+    assert moved(one, same) == 0.0
+    assert moved(one, other) > 0.0
+    far = Trainer(make(), BASE.replace(seed=42 + 2**40), [])
+    assert not np.array_equal(jax.random.key_data(far.state.key), jax.random.key_data(trainer.state.key))
+
+
+class Counting(ReplayBuffer):
+    """Remembers what it was asked for."""
+
+    def sample(self, batch_size, sequence_length, **options):
+        self.asked = batch_size, sequence_length
+        return super().sample(batch_size, sequence_length, **options)
+
+
+def test_total_steps_batch_size_and_sequence_length(make):
+    buffer = fill(Counting(1000))
+    _, _, trainer = train(make, buffer, BASE)
+    assert int(trainer.state.step) == trainer.step == BASE.total_steps
+    assert buffer.asked == (BASE.batch_size, BASE.sequence_length)
+
+
+def test_device(base):
+    *_, trainer, _ = base
+    assert {leaf.device for leaf in jax.tree.leaves(trainer.state.params)} == {jax.devices("cpu")[0]}
+    with pytest.raises(DeviceError, match="cpu:7"):
+        Trainer(trainer.model, BASE.replace(device="cpu:7"))
+
+
+def test_calls_of_several_updates_give_the_same_bits(make, base, episodes):
+    _, single, _, _ = base
+    _, many, _ = train(make, episodes, BASE.replace(updates_per_call=3))
+    assert moved(single, many) == 0.0
+
+
+def test_a_family_resumes_bit_for_bit_and_is_saved_as_trained(make, base, episodes, tmp_path):
+    _, whole, trainer, _ = base
+    train(make, episodes, BASE.replace(total_steps=2), [CheckpointCallback(str(tmp_path))])
+    model = make()
+    again = Trainer(model, BASE, [CheckpointCallback(str(tmp_path))])
+    again.train(episodes, resume=True)
+    assert moved(whole, jax.device_get(model.params)) == 0.0
+    assert moved(trainer.state.opt_state, again.state.opt_state) == 0.0
+    reloaded = type(model).from_pretrained(model.save_pretrained(tmp_path / "model"))
+    assert moved(whole, jax.device_get(reloaded.params)) == 0.0
+
+
+def test_a_family_is_evaluated_by_its_loss_terms(base, episodes):
+    *_, trainer, _ = base
+    terms = trainer.evaluate(episodes, batches=1)
+    assert set(terms) <= set(trainer.model.algorithm.LOSS_TERMS)
+    assert all(np.isfinite(value) for value in terms.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"total_steps": 0},
+        {"batch_size": 1.5},
+        {"learning_rate": 0.0},
+        {"weight_decay": -1.0},
+        {"grad_clip": float("nan")},
+        {"warmup_steps": -1},
+        {"eval_interval": True},
+        {"device": "abacus"},
+        {"seed": -1},
+        {"updates_per_call": -1},
+        {"skip_nonfinite": 1},
+    ],
+)
+def test_values_out_of_range_are_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        TrainingConfig(**change)
