@@ -53,7 +53,6 @@ def moved(before, after):
     return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
 
 
-# Each variant of what an update reads is a compilation: these four are shared by the tests of a family.
 BASE = TrainingConfig(
     total_steps=3, batch_size=4, sequence_length=5, device="cpu", learning_rate=0.02, warmup_steps=4, grad_clip=0.0
 )
@@ -62,6 +61,13 @@ BASE = TrainingConfig(
 @pytest.fixture(scope="module", params=FAMILIES)
 def make(request):
     return request.param
+
+
+@pytest.fixture
+def variants(make, request):
+    """Each variant of what an update reads is a compilation. DreamerV3's, the larger ones, are for `-m slow`."""
+    if make is dreamer and "slow" not in request.config.getoption("-m").replace("not slow", ""):
+        pytest.skip("compiles a variant of DreamerV3's update; run with -m slow")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +92,7 @@ def test_learning_rate_rises_over_the_warmup(base):
     assert moved(first, second) > 0.0
 
 
+@pytest.mark.usefixtures("variants")
 def test_weight_decay_shrinks_kernels_only(make, base, episodes):
     """Two updates, of which only the second moves: with decay by − rate · weight_decay · kernel more, else the same."""
     before, _, trainer, seen = base
@@ -105,13 +112,21 @@ def test_weight_decay_shrinks_kernels_only(make, base, episodes):
     assert kernels > 5
 
 
-def test_grad_clip_bounds_the_gradient_and_zero_is_off(make, base, episodes):
+@pytest.mark.usefixtures("variants")
+def test_grad_clip_bounds_the_gradient(make, base, episodes):
     """Adam and LaProp forget a gradient's scale but not how it changes: a bound below all of them shows."""
     _, off, _, seen = base
+    bound = min(metrics["grad_norm"] for metrics, _ in seen) / 10
+    _, tight, _ = train(make, episodes, BASE.replace(grad_clip=bound))
+    assert moved(off, tight) > 1e-3
+
+
+@pytest.mark.slow
+def test_grad_clip_zero_is_no_bound(make, base, episodes):
+    _, off, _, _ = base
     _, loose, _ = train(make, episodes, BASE.replace(grad_clip=1e6))
-    _, tight, _ = train(make, episodes, BASE.replace(grad_clip=min(m["grad_norm"] for m, _ in seen) / 10))
-    assert moved(off, loose) < 1e-6
-    assert moved(off, tight) > 1e-6
+    # The same sums compiled twice, and Adam divides by roots of small numbers.
+    assert moved(off, loose) < 1e-4
 
 
 def test_seed_decides_batches_and_draws(make, base, episodes):
@@ -146,6 +161,7 @@ def test_device(base):
         Trainer(trainer.model, BASE.replace(device="cpu:7"))
 
 
+@pytest.mark.usefixtures("variants")
 def test_calls_of_several_updates_give_the_same_bits(make, base, episodes):
     _, single, _, _ = base
     _, many, _ = train(make, episodes, BASE.replace(updates_per_call=3))

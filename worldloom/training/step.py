@@ -28,7 +28,7 @@ class Guard(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one call returns beside the state; entries from the number of updates on are meaningless.
+    """What one call returns beside the state; entries from the number of updates on are padding.
 
     Attributes:
       rows: metrics, float32 [K, M], in the order of :meth:`CompiledUpdate.names`.
@@ -100,6 +100,9 @@ class CompiledUpdate:
         names = self.names(state, batches)
         measured = names[:-1] if self._skip else names
         guarded = jnp.array(self.guarded(names))
+        if jax.tree.leaves(batches)[0].shape[0] == 1:
+            # XLA folds an axis of length one away, then fuses differently and rounds differently: give it two.
+            batches = jax.tree.map(lambda x: jnp.concatenate([x, x]), batches)
         capacity = jax.tree.leaves(batches)[0].shape[0]
         fresh = self._abstract(state, batches).get(REPLAY, {}) if self._keep_fresh else {}
 
