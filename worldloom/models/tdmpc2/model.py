@@ -22,6 +22,7 @@ from worldloom.models.tdmpc2.networks import (
     ImageEncoder,
     SimNorm,
     TaskEmbedding,
+    Transition,
     ValueScale,
     VectorEncoder,
 )
@@ -253,6 +254,10 @@ class TDMPC2WorldModel(WorldModel):
         """[..., K] of the reward for ``action`` at ``z``."""
         return self.reward(self._join(z, task, action))
 
+    def transition(self, task: jax.Array | None) -> Transition:
+        """Dynamics and reward together, for many actions and one ``task`` []; the planner's inner loop."""
+        return Transition(self.dynamics, self.reward, self.embed(task, ()), self.config.latent_dim)
+
     def termination_logits(self, z: jax.Array) -> jax.Array:
         """[...] of ``z`` being terminal; for ``episodic`` configs only, which have one task."""
         return self.termination(z)[..., 0]
@@ -290,8 +295,13 @@ class TDMPC2WorldModel(WorldModel):
         return self.decode_scalar(self.q_logits(z, action, task, key, members=members, target=target))
 
     def q_pair(self, key: jax.Array | None) -> jax.Array:
-        """Indices [2] of two different Q networks, uniform over pairs; the first two without a key."""
-        return jnp.arange(2) if key is None else jax.random.permutation(key, self.config.num_q)[:2]
+        """Indices [2] of two different Q networks, uniform over ordered pairs; the first two without a key."""
+        if key is None:
+            return jnp.arange(2)
+        first, step = jax.random.randint(
+            key, (2,), jnp.zeros(2, int), jnp.array([self.config.num_q, self.config.num_q - 1])
+        )
+        return jnp.stack([first, (first + 1 + step) % self.config.num_q])
 
     def decode_scalar(self, logits: jax.Array) -> jax.Array:
         """Logits [..., K] of a reward or value → [...] in the units of the data."""

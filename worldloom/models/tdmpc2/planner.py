@@ -68,7 +68,8 @@ def plan(
     """
     pair_key, plan_key = split_key(key, 2)
     # One pair of Q networks per iteration, common to the environments: their weights are gathered once.
-    pairs = jnp.stack([model.q_pair(k) for k in split_key(pair_key, model.config.planner_iterations)])
+    iterations = model.config.planner_iterations
+    pairs = jax.vmap(model.q_pair, axis_size=iterations)(step_keys(pair_key, iterations))
 
     def plan_one(z, previous_mean, key, noise, task):  # type: ignore[no-untyped-def]
         return _plan(model, z, previous_mean, pairs, key, noise, task, explore)
@@ -103,7 +104,7 @@ def score(
       [N] values in the units of the data.
     """
     pair_key, action_key = split_key(key, 2)
-    outcome, _ = _rollout(model, _transition(model, task), z, lambda t, z: actions[t], task)
+    outcome, _ = _rollout(model, model.transition(task), z, lambda t, z: actions[t], task)
     return _value(model, outcome, model.q_pair(pair_key), action_key, task)
 
 
@@ -153,7 +154,7 @@ def _plan(
     """One environment's plan; ``pairs`` [iterations, 2] are the Q networks of each iteration."""
     c = model.config
     prior_key, noise_key, value_key, choice_key, explore_key = split_key(key, 5)
-    transition = _transition(model, task)
+    transition = model.transition(task)
     mask = model.action_mask(task)
 
     # Trajectories of the prior compete in every iteration; all but their last value is computed once.
@@ -193,10 +194,6 @@ def _plan(
         noisy = _perturb(c, action, std[0], _noise(c, explore_key, action.shape))
         action = jnp.where(explore, noisy, action)
     return jnp.clip(action, -1.0, 1.0), mean
-
-
-def _transition(model: TDMPC2WorldModel, task: jax.Array | None) -> Transition:
-    return Transition(model.dynamics, model.reward, model.embed(task, ()), model.config.latent_dim)
 
 
 def _rollout(
