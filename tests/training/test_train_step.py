@@ -10,6 +10,7 @@ from toy_family import ToyConfig, ToyWorldModel, fill
 from worldloom import NonFiniteError
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer
+from worldloom.training.callbacks import CheckpointCallback
 from worldloom.training.step import compiled_update, copy
 
 
@@ -83,6 +84,19 @@ def test_the_model_and_earlier_states_outlive_donation(buffer, config, model):
     jax.tree.map(np.testing.assert_array_equal, before, values)
     jax.tree.map(np.testing.assert_array_equal, trained, first.params)
     assert not np.array_equal(model.params["dynamics"]["kernel"], trained["dynamics"]["kernel"])
+
+
+def test_one_program_serves_a_run_its_continuation_and_other_runs(buffer, config, tmp_path):
+    """Calls of any length, a further call of train, a resume, another seed and another length: one compilation."""
+    compiled_update.cache_clear()
+    callbacks = lambda: [(3, lambda info: None), CheckpointCallback(str(tmp_path), save_every=7)]  # noqa: E731
+    trainer = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=4), callbacks())
+    trainer.train(buffer, total_steps=10)
+    trainer.train(buffer)
+    resumed = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=4, total_steps=25), callbacks())
+    resumed.train(buffer, resume=True)
+    Trainer(ToyWorldModel(ToyConfig(), seed=1), config.replace(updates_per_call=4, seed=1), []).train(buffer)
+    assert compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False)._call._cache_size() == 1
 
 
 def test_the_state_is_donated(buffer, config, model):

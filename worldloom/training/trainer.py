@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import platform
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from worldloom._version import __version__
 from worldloom.config import check
 from worldloom.devices import resolve_device
 from worldloom.errors import ConfigError, NonFiniteError
@@ -26,6 +23,7 @@ from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate
 from worldloom.training.feed import Chunk, OfflineFeed, Windows
 from worldloom.training.hooks import Hooks, Look
+from worldloom.training.host import on_host, root_key, versions, with_params
 from worldloom.training.interrupts import Interrupts
 from worldloom.training.metrics import History, Reading
 from worldloom.training.step import compiled_update, copy
@@ -102,7 +100,8 @@ class Trainer:
         if self._step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", self._step, total)
             return self.state
-        with Interrupts() as interrupts:
+        # Precision "auto" follows the default device, also where the update is traced.
+        with jax.default_device(self._device), Interrupts() as interrupts:
             try:
                 self._train(windows, total, interrupts)
             except NonFiniteError as error:
@@ -120,7 +119,8 @@ class Trainer:
     def _running(self) -> TrainState:
         """The state as the compiled update takes it."""
         if self._state is None:
-            state = self.model.algorithm.init_state(self.model, self.config.of_update(), root_key(self.config.seed))
+            with jax.default_device(self._device):
+                state = self.model.algorithm.init_state(self.model, self.config.of_update(), root_key(self.config.seed))
             self._state = jax.device_put(state, self._device)
         return self._state
 
@@ -181,11 +181,6 @@ class Trainer:
                     raise RuntimeError(f"The state of step {step} is gone; read it while the callback is called.")
                 return read_host()
 
-            def model() -> Any:
-                twin = _twin(self.model)
-                twin.load_params(read_state().params)
-                return twin
-
             return StepInfo(
                 step=step,
                 total_steps=total,
@@ -199,7 +194,7 @@ class Trainer:
                 measured=self._hooks.measured,
                 updates_per_second=rate,
                 read_state=read_state,
-                model=model,
+                model=lambda: with_params(self.model, read_state().params),
                 snapshot=lambda: self._snapshot(read_state(), len(windows.buffer)),
             )
 
@@ -283,32 +278,3 @@ def train(
     """
     trainer = Trainer(model, (config or TrainingConfig()).replace(**overrides), callbacks)
     return trainer.train(buffer, resume=resume)
-
-
-def root_key(seed: int) -> jax.Array:
-    """The root key of a run; unlike ``jax.random.key`` alone it tells seeds beyond 32 bits apart."""
-    key = jax.random.key(seed & 0xFFFFFFFF)
-    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
-
-
-def on_host(state: TrainState) -> TrainState:
-    """A copy with NumPy arrays, which no later update can touch. The key stays a JAX key."""
-    fetched = jax.device_get((state.step, state.params, state.opt_state))
-    step, params, opt_state = jax.tree.map(np.array, fetched)
-    return state.replace(step=step, params=params, opt_state=opt_state, key=copy(state.key))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result may depend on."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "worldloom": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
-
-
-def _twin(model: Any) -> Any:
-    from flax import nnx
-
-    return nnx.clone(model)

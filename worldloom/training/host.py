@@ -1,0 +1,45 @@
+"""What crosses between a run and its host: the root key, copies of state and model, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from worldloom._version import __version__
+from worldloom.state import TrainState
+from worldloom.training.step import copy
+
+
+def root_key(seed: int) -> jax.Array:
+    """The root key of a run; unlike ``jax.random.key`` alone it tells seeds beyond 32 bits apart."""
+    key = jax.random.key(seed & 0xFFFFFFFF)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
+
+
+def on_host(state: TrainState) -> TrainState:
+    """A copy with NumPy arrays, which no later update can touch. The key stays a JAX key."""
+    fetched = jax.device_get((state.step, state.params, state.opt_state))
+    step, params, opt_state = jax.tree.map(np.array, fetched)
+    return state.replace(step=step, params=params, opt_state=opt_state, key=copy(state.key))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "worldloom": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def with_params(model: Any, params: dict[str, Any]) -> Any:
+    """A model of its own with the weights ``params``; ``model`` stays as it is."""
+    twin = nnx.clone(model)
+    twin.load_params(params)
+    return twin
