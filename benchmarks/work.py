@@ -1,8 +1,14 @@
 """The pieces of work that benchmarks time: a model, a batch of random data, and a call that does one of it."""
 
+import os
+import platform
+import time
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import worldloom
 from worldloom import create_world_model
 from worldloom.training import TrainingConfig
 
@@ -62,3 +68,46 @@ def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
         jax.block_until_ready(act(state, carry, obs, key))
 
     return call, model, act.lower(state, carry, obs, key)
+
+
+def measure(call, *, repeats):
+    """Seconds per call: median and 5th to 95th percentile over ``repeats`` calls, after one that is not counted."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    low, median, high = np.percentile(seconds, [5, 50, 95])
+    return {"median_seconds": median, "p5_seconds": low, "p95_seconds": high, "repeats": repeats}
+
+
+def matmul_ceiling(size=1024, repeats=20):
+    """Floating-point operations per second of a square float32 product in this process: what could be had at most."""
+    x = jnp.ones((size, size))
+    product = jax.jit(lambda a, b: a @ b)
+    timing = measure(lambda: jax.block_until_ready(product(x, x)), repeats=repeats)
+    return 2 * size**3 / timing["p5_seconds"]
+
+
+def report(question, timing, model, lowered, /, **about):
+    """Everything that a reader needs to judge a timing, as a dict for JSON."""
+    cost = lowered.compile().cost_analysis() or {}
+    flops, ceiling = cost.get("flops", float("nan")), matmul_ceiling()
+    return {
+        "question": question,
+        **timing,
+        "parameters": model.num_parameters(),
+        "gflop": flops / 1e9,
+        "fraction_of_matmul_ceiling": flops / timing["median_seconds"] / ceiling,
+        "matmul_ceiling_gflops": ceiling / 1e9,
+        "device": jax.devices()[0].device_kind,
+        "cpus": os.cpu_count(),
+        "versions": {
+            "worldloom": worldloom.__version__,
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        **about,
+    }
