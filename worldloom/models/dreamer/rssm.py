@@ -76,10 +76,10 @@ class BlockGRU(nnx.Module):
         """Next deterministic state [..., D]."""
         embedded = jnp.concatenate([self.deter_in(state.deter), self.stoch_in(state.flat_stoch)], -1)
         hidden = block_matmul(state.deter, mixing[0]) + embedded @ mixing[1] + action_share
-        gates = self.gates(jax.nn.silu(self.norm(hidden)))
         # Each block's 3·D/g outputs are its reset, candidate and update gates, in this order.
-        gates = gates.reshape(*gates.shape[:-1], self.gates.kernel.shape[0], 3, -1)
-        reset, candidate, update = (gates[..., i, :].reshape(state.deter.shape) for i in range(3))
+        gates = block_matmul(jax.nn.silu(self.norm(hidden)), self.gates.kernel.astype(hidden.dtype), 3)
+        bias = self.gates.bias.astype(hidden.dtype).reshape(self.gates.kernel.shape[0], 3, -1)
+        reset, candidate, update = (gates[i] + bias[:, i].reshape(-1) for i in range(3))
         candidate = jnp.tanh(jax.nn.sigmoid(reset) * candidate)
         update = jax.nn.sigmoid(update - 1)
         return update * candidate + (1 - update) * state.deter
