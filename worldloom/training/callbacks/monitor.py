@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from worldloom.config import nearest
 from worldloom.errors import ConfigError
@@ -49,10 +49,6 @@ class Monitor:
         if values and self.name not in info.measurements:
             self._check([*values, *info.measurements], waiting=info.measured and not info.measurements)
         return None
-
-    def measured(self, info: StepInfo, measurements: Mapping[str, float]) -> float | None:
-        """The value among newly published measurements; None if it is not among them."""
-        return measurements.get(self.name)
 
     def _check(self, known: Iterable[str], waiting: bool) -> None:
         if waiting and "/" in self.name and not self.name.startswith("train/"):
