@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from worldloom.models import dreamer
-from worldloom.models.base import merge
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.training.config import TrainingConfig
 
