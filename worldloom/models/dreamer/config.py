@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 from worldloom.config import BaseConfig, check, config_dataclass
 from worldloom.errors import ConfigError
@@ -62,12 +62,12 @@ class DreamerV3Config(BaseConfig):
       ConfigError: a value is out of range; ``UnknownFieldError`` for a field that does not exist.
     """
 
-    obs_shape: Any
+    obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]
     """Shape of one observation, or a mapping of names to shapes. Three axes are an image (channels first or last,
     the shorter end; sides multiples of 16 from 48 to 256), fewer a vector."""
-    action_dim: Any
+    action_dim: int | Mapping[str, int]
     """Entries of a continuous action, number of choices of a discrete one, or a mapping of names to either."""
-    action_type: Any = "continuous"
+    action_type: str | Mapping[str, str] = "continuous"
     """``continuous`` or ``discrete``; a mapping of names where ``action_dim`` is one and they differ."""
 
     deter_dim: int = 2048
@@ -154,7 +154,7 @@ class DreamerV3Config(BaseConfig):
             self.model_type == "dreamerv3",
             f"model_type={self.model_type!r} is not a DreamerV3 config; it must be 'dreamerv3'.",
         )
-        check(bool(self.observations), "obs_shape names no observation.")
+        check(self.obs_shape not in ((), {}), "obs_shape is empty; give a shape like (24,) or a mapping of names to shapes.")
         for name, shape in self.observations.items():
             _check_shape(name, shape)
         sides = {self.image_layout(name)[:2] for name in self.image_keys}
@@ -194,7 +194,7 @@ class DreamerV3Config(BaseConfig):
         if isinstance(self.obs_shape, Mapping):
             return dict(self.obs_shape)
         is_image = isinstance(self.obs_shape, tuple) and len(self.obs_shape) == 3
-        return {"image" if is_image else "vector": self.obs_shape}
+        return {"image" if is_image else "vector": cast("tuple[int, ...]", self.obs_shape)}
 
     @property
     def actions(self) -> dict[str, ActionSpace]:
