@@ -31,7 +31,7 @@ def resolve_device(name: str = "auto") -> jax.Device:
     what JAX has and says so once; a numbered device that is absent raises ``DeviceError`` listing what is there.
     """
     check_device_name(name)
-    default = jax.config.jax_default_device or jax.devices()[0]
+    default = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
     if isinstance(default, str):
         default = jax.devices(default)[0]
     if name == "auto":

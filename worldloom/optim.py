@@ -39,9 +39,9 @@ def clip_by_agc(clip: float = 0.3, minimum_norm: float = 1e-3) -> optax.Gradient
 
 
 class LaPropState(NamedTuple):
-    """``count`` int32 [], first moment ``mu`` of the normalised gradient, second moment ``nu`` of the gradient."""
+    """``step`` int32 [], first moment ``mu`` of the normalised gradient, second moment ``nu`` of the gradient."""
 
-    count: jax.Array
+    step: jax.Array
     mu: optax.Updates
     nu: optax.Updates
 
@@ -59,12 +59,12 @@ def scale_by_laprop(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-20) -> o
 
     def update(updates: optax.Updates, state: LaPropState, params: optax.Params | None = None) -> tuple:
         del params
-        count = optax.safe_increment(state.count)
+        step = optax.safe_increment(state.step)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-        normalised = jax.tree.map(lambda g, v: g / (jnp.sqrt(v / (1 - b2 ** count.astype(g.dtype))) + eps), updates, nu)
+        normalised = jax.tree.map(lambda g, v: g / (jnp.sqrt(v / (1 - b2 ** step.astype(g.dtype))) + eps), updates, nu)
         mu = jax.tree.map(lambda m, u: b1 * m + (1 - b1) * u, state.mu, normalised)
-        debiased = jax.tree.map(lambda m: m / (1 - b1 ** count.astype(m.dtype)), mu)
-        return debiased, LaPropState(count, mu, nu)
+        debiased = jax.tree.map(lambda m: m / (1 - b1 ** step.astype(m.dtype)), mu)
+        return debiased, LaPropState(step, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from worldloom.config import BaseConfig
 from worldloom.devices import compute_dtype, resolve_device
 from worldloom.errors import ConfigError, WeightsError
 
@@ -40,7 +39,7 @@ class WorldModel(nnx.Module):
       dtype: dtype of activations; None follows ``config.precision`` on that device.
     """
 
-    config_class: ClassVar[type[BaseConfig]]
+    config_class: ClassVar[type[Any]]
     untrained: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, *, seed: int = 0, device: str = "auto", dtype: Any = None):
@@ -189,10 +188,10 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
     """Inverse of :func:`flatten`; parts that are digits become ints again."""
-    nested: Params = {}
+    nested: dict[Any, Any] = {}
     for name, value in flat.items():
         *path, last = (int(part) if part.isdigit() else part for part in name.split("."))
-        node = nested
+        node: Any = nested
         for part in path:
             node = node.setdefault(part, {})
         node[last] = value
