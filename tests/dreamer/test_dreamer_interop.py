@@ -58,7 +58,11 @@ def test_sizes_and_settings_of_the_imported_config(recorded):
 def test_files_and_prefixes(recorded, tmp_path):
     params, spaces = recorded("vector-discrete")
     # Optimizer state is ignored, whatever it is called.
-    extra = {"opt/state/0/mu/dyn/dyngru/kernel": np.zeros(3, np.float32), "input/obs": np.zeros(2)}
+    extra = {
+        "opt/state/0/mu/dyn/dyngru/kernel": np.zeros(3, np.float32),
+        "input/obs": np.zeros(2),
+        "config": np.array("{}"),
+    }
     np.savez(tmp_path / "weights.npz", **{f"params/{k}": v for k, v in params.items()}, **extra)
     assert_same(to_official_dreamerv3(load_official_dreamerv3(tmp_path / "weights.npz", **spaces)), params)
     save = tmp_path / "ckpt" / "20250601T120000F000000"

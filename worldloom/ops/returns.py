@@ -9,8 +9,8 @@ import jax.numpy as jnp
 def lambda_return(r_t: jax.Array, discount_t: jax.Array, v_t: jax.Array, lambda_: jax.Array | float) -> jax.Array:
     """``G_{t−1} = r_t + γ_t · [(1 − λ_t) · v_t + λ_t · G_t]`` for t = T … 1, starting from ``G_T = v_T``.
 
-    Everything is time-major and belongs to *arriving* at step t (Sutton & Barto 2018, section 12.1; DreamerV3,
-    equation 7, whose printed index is off by one: danijar/dreamerv3#181).
+    Everything is time-major and belongs to *arriving* at step t (Sutton & Barto 2018, section 12.1; DreamerV3's
+    ``lambda_return``; the paper prints v_t beside r_t, one step off: danijar/dreamerv3#181).
 
     Args:
       r_t: rewards [T, ...] of steps 1 … T.

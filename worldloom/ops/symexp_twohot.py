@@ -1,4 +1,4 @@
-"""Regression as classification over symexp-spaced bins (DreamerV3, equations 10 and 11).
+"""Regression as classification over symexp-spaced bins (DreamerV3's ``symexp_twohot``).
 
 The bins live in *raw* space: targets are not squashed. (TD-MPC2's two-hot is linear in symlog space.)
 """

@@ -154,7 +154,10 @@ class DreamerV3Config(BaseConfig):
             self.model_type == "dreamerv3",
             f"model_type={self.model_type!r} is not a DreamerV3 config; it must be 'dreamerv3'.",
         )
-        check(self.obs_shape not in ((), {}), "obs_shape is empty; give a shape like (24,) or a mapping of names to shapes.")
+        check(
+            self.obs_shape not in ((), {}),
+            "obs_shape is empty; give a shape like (24,) or a mapping of names to shapes.",
+        )
         for name, shape in self.observations.items():
             _check_shape(name, shape)
         sides = {self.image_layout(name)[:2] for name in self.image_keys}

@@ -158,7 +158,7 @@ def reconstruction_loss(decoded: Mapping[str, jax.Array], obs: Mapping[str, jax.
 def actor_loss(
     policy: Policy, actions: Mapping[str, jax.Array], advantages: jax.Array, entropy_scale: float
 ) -> jax.Array:
-    """REINFORCE with an entropy bonus, ``−(A_t · log π(a_t) + η · H(π_t))`` [H, N] (equation 6).
+    """REINFORCE with an entropy bonus, ``−(A_t · log π(a_t) + η · H(π_t))`` [H, N] (``imag_loss``).
 
     Discrete and continuous actions alike: no gradient runs through actions, advantages or dynamics. The policy and
     its actions have one step more than the advantages [H, N]; it is left out.
@@ -168,7 +168,7 @@ def actor_loss(
 
 
 def critic_loss(logits: jax.Array, returns: jax.Array, slow_values: jax.Array, slow_scale: float) -> jax.Array:
-    """Two-hot cross entropy to the returns, and to the slow critic's value as a regulariser (equation 5)."""
+    """Two-hot cross entropy to the returns, and to the slow critic's value as a regulariser (``slowreg``)."""
     return symexp_twohot_loss(logits, returns) + slow_scale * symexp_twohot_loss(logits, slow_values)
 
 
@@ -194,7 +194,7 @@ def normalise(
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Move the 5th and 95th percentile towards those of ``returns``; the scale is their distance, at least 1.
 
-    ``lo ← (1 − rate) lo + rate · Per(R, 5)``, ``S = max(1, hi − lo)`` with the moved values (equation 7).
+    ``lo ← (1 − rate) lo + rate · Per(R, 5)``, ``S = max(1, hi − lo)`` with the moved values (``retnorm``).
     """
     percentiles = jnp.percentile(sg(returns), jnp.array([5.0, 95.0]))
     moved = {
