@@ -30,8 +30,11 @@ def optimizer(config: DreamerV3Config, training: Any) -> optax.GradientTransform
 
 
 def init_state(model: DreamerV3WorldModel, training_config: Any, key: jax.Array) -> TrainState:
-    """The state before the first update; its weights are copies, so that updates may donate them."""
-    params = jax.tree.map(jnp.copy, model.params)
+    """The state before the first update under a ``TrainingConfig``; ``key`` is the root of the run.
+
+    Weights and key are copies, so that updates may donate the state.
+    """
+    params, key = jax.tree.map(jnp.copy, (model.params, key))
     trained, _ = _split(params)
     opt_state = optimizer(model.config, training_config).init(trained)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, model.config, training_config)

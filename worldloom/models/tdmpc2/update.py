@@ -25,8 +25,11 @@ _NOT_OF_THE_MODEL = ("policy", "target_q", "scale")
 
 
 def init_state(model: TDMPC2WorldModel, training: Any, key: jax.Array) -> TrainState:
-    """A fresh state that trains ``model``'s weights under a ``TrainingConfig``; ``key`` is the root of the run."""
-    params = model.params
+    """The state before the first update under a ``TrainingConfig``; ``key`` is the root of the run.
+
+    Weights and key are copies, so that updates may donate the state.
+    """
+    params, key = jax.tree.map(jnp.copy, (model.params, key))
     opt_state = {
         "model": _model_optimizer(model.config, training).init(_model_part(params)),
         "policy": _policy_optimizer(model.config, training).init(params["policy"]),
