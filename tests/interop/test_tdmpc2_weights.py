@@ -120,6 +120,8 @@ def test_published_task_sets(task, num_tasks):
     )
     without_masks = to_official_tdmpc2(TDMPC2WorldModel(config))
     del without_masks["_action_masks"]
+    with pytest.warns(UserWarning, match="action_dims"):
+        load_official_tdmpc2(without_masks)
     loaded = load_official_tdmpc2(without_masks, task=task).config
     assert loaded.action_dims[:8] == (6, 6, 6, 6, 2, 2, 1, 1)
     assert loaded.action_dims[26:30] == (3, 3, 2, 1)

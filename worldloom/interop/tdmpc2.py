@@ -11,6 +11,7 @@ Its files come in three layouts (specification of the names in :func:`to_officia
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ def load_official_tdmpc2(
     oldest, arrays = _to_current_layout(_read(path_or_state_dict))
     inferred = _infer(arrays) | {"symlog_obs": oldest}
     config = TDMPC2Config(**{**inferred, **_facts_of(task), **overrides})
+    if config.multitask and not config.action_dims:
+        warnings.warn(
+            "These multitask weights do not tell which action dimensions each task has (files of 2023 do not), so all "
+            "count as valid; give task='mt30' or 'mt80', or action_dims=…",
+            stacklevel=2,
+        )
     model = TDMPC2WorldModel(config)
     expected = dict(_layout(config))
     _check_fit(expected, flatten(model.params), arrays)
