@@ -209,9 +209,15 @@ def _initializer(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> tuple[
         return nnx.Dict(cls.build(config, dtype, nnx.Rngs(key)))
 
     graph = nnx.split(nnx.eval_shape(parts, jax.random.key(0)))[0]
+
+    def params(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(parts(key)))
+
     # It runs once, so it should be quick to compile rather than quick.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return graph, jax.jit(lambda key: nnx.to_pure_dict(nnx.state(parts(key))), compiler_options=options)
+    quick = jax.jit(params, compiler_options=options)
+    # Abstract evaluation builds models too, and takes no compiler options.
+    return graph, lambda key: params(key) if isinstance(key, jax.core.Tracer) else quick(key)
 
 
 @functools.lru_cache(maxsize=512)
