@@ -41,8 +41,3 @@ def getkey():
         return key
 
     return fresh
-
-
-def pytest_make_parametrize_id(val, argname):
-    """A name that every worker process agrees on for values that print their address."""
-    return argname if " at 0x" in repr(val) else None
