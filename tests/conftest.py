@@ -10,8 +10,8 @@ DATA = ROOT / "tests" / "data"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-# A test's program runs a few times: quick to compile is better than quick. The recorded numbers of the reference programs
-# are compared once more with XLA's usual optimization by .ci/run.
+# A test's program runs a few times, so it should be quick to compile rather than quick. .ci/run compares the recorded
+# numbers of the reference programs once more with XLA's usual optimization.
 if os.environ.get("WORLDLOOM_TEST_OPTIMIZED") != "1":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
