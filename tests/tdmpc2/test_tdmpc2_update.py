@@ -29,9 +29,16 @@ def test_updates_change_every_part_and_stay_finite(variant):
     for name, part in state.params.items():
         moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before[name], part)
         assert any(jax.tree.leaves(moved)) or name == "scale", name
-    carry = initial_carry(model.config, 4)
-    carry, action = act(state, carry, observations(model.config, 4), jax.random.key(0), **tasks(model.config, 4))
-    assert np.isfinite(action).all()
+
+
+def test_a_state_acts_as_its_model_does():
+    model = make("multitask")
+    state = init_state(model, TrainingConfig(), jax.random.key(0))
+    obs, task = observations(model.config, 4), tasks(model.config, 4)
+    carry, action = jax.jit(act)(state, initial_carry(model.config, 4), obs, jax.random.key(0), **task)
+    expected = model.act(None, obs, jax.random.key(0), **task)
+    np.testing.assert_allclose(carry, expected[0], atol=1e-5)
+    np.testing.assert_allclose(action, expected[1], atol=1e-5)
 
 
 def test_long_task_embeddings_are_shrunk_where_used_and_written_back():
