@@ -41,3 +41,10 @@ def getkey():
         return key
 
     return fresh
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of a module are of no use to the next, and gigabytes by the end."""
+    yield
+    jax.clear_caches()
