@@ -156,7 +156,7 @@ def both_errors(prediction, truth, scale):
 
 def print_table(results):
     print("\nOpen-loop error on held-out episodes, in standard deviations (in brackets: of 'nothing changes')")
-    print(f"{'model':30}{'quantity':14}" + "".join(f"{f'after {k} steps':>22}" for k in SHOWN))
+    print(f"{'model':30}{'quantity':14}" + "".join(f"{f'imagined step {k}':>22}" for k in SHOWN))
     for title, errors in results.items():
         for quantity in sorted(errors, key=["observation", "reward", "latent"].index):
             cells = [f"{errors[quantity]['imagined'][k]:.3f} ({errors[quantity]['still'][k]:.3f})" for k in SHOWN]

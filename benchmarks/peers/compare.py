@@ -57,10 +57,10 @@ class Side:
         self.process.wait()
 
     def _answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.process.args[1]} ended without an answer (exit code {self.process.wait()}).")
-        return json.loads(line)
+        for line in self.process.stdout:
+            if line.startswith("{"):  # Programs greet while they start.
+                return json.loads(line)
+        sys.exit(f"{self.process.args[1]} ended without an answer (exit code {self.process.wait()}).")
 
 
 def main():
