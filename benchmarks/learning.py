@@ -45,7 +45,7 @@ def run(args):
         batch_size=args.batch_size, sequence_length=args.length, learning_rate=args.learning_rate, grad_clip=20.0
     )
     window = algorithm.window(model.config, training)
-    buffer = ReplayBuffer(max(args.steps + 1000, 10_000), latents=window.latents or None)
+    buffer = ReplayBuffer(max(args.steps + 1000, 10_000))
     root = jax.random.key(args.seed)
     state = algorithm.init_state(model, training, root)
     update = jax.jit(algorithm.update, donate_argnums=0)

@@ -76,6 +76,16 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an ``int`` and not a ``bool``."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an ``int`` or ``float`` and not a ``bool``."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass_transform(frozen_default=True)
 def config_dataclass(cls: type[T]) -> type[T]:
     """A frozen dataclass whose constructor answers unknown fields with the nearest known one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worldloom.config import BaseConfig, check, config_dataclass
+from worldloom.config import BaseConfig, check, config_dataclass, is_integer, is_number
 from worldloom.devices import check_device_name
 
 
@@ -47,24 +47,25 @@ class TrainingConfig(BaseConfig):
     def __post_init__(self) -> None:
         for name in ("total_steps", "batch_size", "sequence_length", "log_interval"):
             check(
-                _is_int(getattr(self, name)) and getattr(self, name) >= 1,
+                is_integer(getattr(self, name)) and getattr(self, name) >= 1,
                 f"{name} must be an integer ≥ 1, not {getattr(self, name)!r}.",
             )
         for name in ("warmup_steps", "eval_interval", "save_interval", "updates_per_call"):
             check(
-                _is_int(getattr(self, name)) and getattr(self, name) >= 0,
+                is_integer(getattr(self, name)) and getattr(self, name) >= 0,
                 f"{name} must be an integer ≥ 0, not {getattr(self, name)!r}.",
             )
         check(
-            _is_int(self.seed) and 0 <= self.seed < 2**63, f"seed must be an integer in [0, 2^63), not {self.seed!r}."
+            is_integer(self.seed) and 0 <= self.seed < 2**63,
+            f"seed must be an integer in [0, 2^63), not {self.seed!r}.",
         )
         check(
-            _is_number(self.learning_rate) and 0 < self.learning_rate < float("inf"),
+            is_number(self.learning_rate) and 0 < self.learning_rate < float("inf"),
             f"learning_rate must be a number above 0, not {self.learning_rate!r}.",
         )
         for name in ("weight_decay", "grad_clip"):
             value = getattr(self, name)
-            check(_is_number(value) and 0 <= value < float("inf"), f"{name} must be a number ≥ 0, not {value!r}.")
+            check(is_number(value) and 0 <= value < float("inf"), f"{name} must be a number ≥ 0, not {value!r}.")
         check(
             isinstance(self.skip_nonfinite, bool), f"skip_nonfinite must be True or False, not {self.skip_nonfinite!r}."
         )
@@ -77,11 +78,3 @@ class TrainingConfig(BaseConfig):
         """
         read = ("batch_size", "sequence_length", "learning_rate", "weight_decay", "grad_clip", "warmup_steps")
         return TrainingConfig(**{name: getattr(self, name) for name in read})
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self, cast
 
-from worldloom.config import BaseConfig, check, config_dataclass
+from worldloom.config import BaseConfig, check, config_dataclass, is_integer, is_number
 from worldloom.errors import ConfigError
 
 LEVELS = 4
@@ -313,8 +313,7 @@ class DreamerV3Config(BaseConfig):
         limits |= dict.fromkeys(non_negative, (0, math.inf)) | {f"{name}_scale": (0, math.inf) for name in scales}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            check(number and low <= value <= high, f"{name}={value!r} must be a number from {low} to {high}.")
+            check(is_number(value) and low <= value <= high, f"{name}={value!r} must be a number from {low} to {high}.")
         check(self.unimix < 1, f"unimix={self.unimix} must be below 1.")
         check(
             0 < self.min_std <= self.max_std,
@@ -325,7 +324,7 @@ class DreamerV3Config(BaseConfig):
 
 def _check_shape(name: str, shape: Any) -> None:
     _check_name(name)
-    whole = isinstance(shape, tuple) and all(_is_integer(side) and side >= 1 for side in shape)
+    whole = isinstance(shape, tuple) and all(is_integer(side) and side >= 1 for side in shape)
     check(
         whole and len(shape) <= 3,
         f"obs_shape of '{name}' is {shape!r}; give a vector like (24,) or an image like (3, 64, 64).",
@@ -347,8 +346,4 @@ def _check_name(name: str) -> None:
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:
-    check(_is_integer(value) and value >= least, f"{name}={value!r} must be an integer ≥ {least}.")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    check(is_integer(value) and value >= least, f"{name}={value!r} must be an integer ≥ {least}.")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
-from worldloom.config import BaseConfig, check, config_dataclass, nearest
+from worldloom.config import BaseConfig, check, config_dataclass, is_integer, is_number, nearest
 from worldloom.errors import ConfigError
 
 IMAGE_SIZE = 64
@@ -178,12 +178,12 @@ class TDMPC2Config(BaseConfig):
             value = getattr(self, name)
             if name == "iterations" and value is None:
                 continue
-            check(_is_int(value) and value >= least, f"{name} must be an integer ≥ {least}, not {value!r}.")
+            check(is_integer(value) and value >= least, f"{name} must be an integer ≥ {least}, not {value!r}.")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if name == "discount" and value is None:
                 continue
-            good = _is_number(value) and math.isfinite(value) and low <= value <= high
+            good = is_number(value) and math.isfinite(value) and low <= value <= high
             check(good, f"{name} must be a number in [{low}, {high}], not {value!r}.")
         for name in ("symlog_obs", "episodic", "mpc"):
             check(isinstance(getattr(self, name), bool), f"{name} must be True or False, not {getattr(self, name)!r}.")
@@ -191,7 +191,7 @@ class TDMPC2Config(BaseConfig):
     def _check_observations(self) -> None:
         shape = self.obs_shape
         check(
-            isinstance(shape, tuple) and len(shape) in (1, 3) and all(_is_int(n) and n > 0 for n in shape),
+            isinstance(shape, tuple) and len(shape) in (1, 3) and all(is_integer(n) and n > 0 for n in shape),
             f"obs_shape={shape!r} must be (D,) for vectors, or (C, 64, 64) or (64, 64, C) for images.",
         )
         if not self.is_image:
@@ -213,11 +213,11 @@ class TDMPC2Config(BaseConfig):
         tasks = max(self.num_tasks, 1)
         check(tasks == 1 or self.task_dim > 0, f"{tasks} tasks need task_dim ≥ 1.")
         check(
-            all(_is_int(n) and 1 <= n <= self.action_dim for n in self.action_dims),
+            all(is_integer(n) and 1 <= n <= self.action_dim for n in self.action_dims),
             f"action_dims={self.action_dims} must lie in [1, action_dim={self.action_dim}].",
         )
         check(
-            all(_is_int(n) and n >= 1 for n in self.episode_lengths),
+            all(is_integer(n) and n >= 1 for n in self.episode_lengths),
             f"episode_lengths={self.episode_lengths} must be integers ≥ 1.",
         )
         for name in ("action_dims", "episode_lengths"):
@@ -329,11 +329,3 @@ _RANGES = {
     "log_std_min": (-_UNBOUNDED, _UNBOUNDED), "log_std_max": (-_UNBOUNDED, _UNBOUNDED),
     "temperature": (0.0, _UNBOUNDED), "min_std": (0.0, _UNBOUNDED), "max_std": (0.0, _UNBOUNDED),
 }  # fmt: skip
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
