@@ -1,0 +1,108 @@
+"""Learning curves from the records of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worldloom.errors import DataError
+from worldloom.report.figure import BLUE, COLOURS, GREY, ORANGE, count_axis, new_figure, save_figure
+
+Record = Mapping[str, Any]
+Points = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; a last line that was cut off amid a write is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def points(records: Iterable[Record], name: str) -> Points:
+    """x and y of a metric: x are environment steps online and updates offline; values that are not finite are NaN."""
+    found = [record for record in records if name in record]
+    x = [record.get("env_steps") or record["step"] for record in found]
+    y = [np.nan if record[name] is None else record[name] for record in found]
+    return np.array(x, float), np.array(y, float)
+
+
+def learning_curve(records: Sequence[Record], path: str | Path, *, title: str = "") -> Path:
+    """Draw how a run learned, and return the path of the PNG.
+
+    With returns among the records: evaluation return (mean and a band of one standard deviation over episodes) and
+    return while collecting, against environment steps. Without: the loss on training and held-out data and every loss
+    term, against updates.
+
+    Raises:
+      DataError: there is nothing to draw yet.
+      MissingDependencyError: Matplotlib is missing.
+    """
+    if any("eval/return" in record or "collect/return" in record for record in records):
+        return _draw_returns(records, path, title)
+    if any("train/loss" in record for record in records):
+        return _draw_losses(records, path, title)
+    raise DataError("There is no curve to draw: the records hold neither returns nor losses.")
+
+
+def _draw_returns(records: Sequence[Record], path: str | Path, title: str) -> Path:
+    figure, axes = new_figure()
+    axis = axes[0, 0]
+    x, y = points(records, "collect/return")
+    if len(x):
+        axis.plot(x, y, color=ORANGE, linewidth=1.0, alpha=0.75, label="while collecting")
+    x, y = points(records, "eval/return")
+    if len(x):
+        spread = points([record for record in records if "eval/return" in record], "eval/return_std")[1]
+        if len(spread) == len(y):
+            axis.fill_between(x, y - spread, y + spread, color=BLUE, alpha=0.18, linewidth=0)
+        axis.plot(x, y, color=BLUE, linewidth=1.8, marker="o", markersize=3, label="evaluation (± std over episodes)")
+    count_axis(axis, "environment steps" if _is_online(records) else "updates")
+    axis.set_ylabel("return", fontsize=9)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.legend(frameon=False, fontsize=8, loc="best")
+    return save_figure(figure, path)
+
+
+def _draw_losses(records: Sequence[Record], path: str | Path, title: str) -> Path:
+    prefix = "train/loss/"
+    terms = [name for name in _names(records) if name.startswith(prefix)]
+    rows = -(-(1 + len(terms)) // 3)
+    figure, axes = new_figure(rows, 3, width=9.6, height=2.2 * rows + 0.3)
+    for index, axis in enumerate(axes.flat):
+        if index > len(terms):
+            axis.set_axis_off()
+            continue
+        name = "train/loss" if index == 0 else terms[index - 1]
+        x, y = points(records, name)
+        axis.plot(x, y, color=COLOURS[0], linewidth=1.4, label="training")
+        x, y = points(records, name.replace("train/", "eval/"))
+        if len(x):
+            axis.plot(x, y, color=ORANGE, linewidth=1.4, marker="o", markersize=3, label="held out")
+        axis.set_title("loss" if index == 0 else name.removeprefix(prefix), fontsize=9, loc="left")
+        count_axis(axis, "updates")
+        axis.axhline(0, color=GREY, linewidth=0.6)
+    if len(axes.flat[0].lines) > 2:
+        axes.flat[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return save_figure(figure, path)
+
+
+def _is_online(records: Iterable[Record]) -> bool:
+    return any(record.get("env_steps") for record in records)
+
+
+def _names(records: Iterable[Record]) -> list[str]:
+    """Names of all metrics, in the order in which they first appear."""
+    return list(dict.fromkeys(name for record in records for name in record))
