@@ -1,6 +1,6 @@
 """Environments behind one small shape."""
 
-from worldloom.envs.make import SUITES, make_env
+from worldloom.envs.make import SUITES, is_env, make_env
 from worldloom.envs.rows import EpisodeEnd, Event, Rows, WorkerRestart, episode_seed
 from worldloom.envs.vector import VectorEnv
 
@@ -12,5 +12,6 @@ __all__ = [
     "VectorEnv",
     "WorkerRestart",
     "episode_seed",
+    "is_env",
     "make_env",
 ]

@@ -109,6 +109,11 @@ def make_env(
     return make(num_envs, seed, render)
 
 
+def is_env(value: Any) -> bool:
+    """Whether ``value`` is something to make an environment of, or a :class:`VectorEnv`."""
+    return isinstance(value, str | gym.Env | gym.vector.VectorEnv | VectorEnv) or callable(value)
+
+
 class _Shape(NamedTuple):
     """The arguments of ``make_env`` that shape one environment; ``None`` leaves things as they are."""
 

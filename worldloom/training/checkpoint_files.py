@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +25,19 @@ from worldloom.state import TrainState
 FORMAT = 1
 _MAX_JSON = 64 << 20
 # Fields of TrainingConfig that may change between parts of a run: none of them moves a number.
-_FREE = frozenset({"total_steps", "log_interval", "eval_interval", "save_interval", "device", "updates_per_call"})
+_FREE = frozenset(
+    {"total_steps", "env_steps", "log_interval", "eval_interval", "save_interval", "device", "updates_per_call"}
+)
+_AROUND = "around/"
+"""Prefix of the arrays that are not part of the state."""
 
 
 class Snapshot(NamedTuple):
-    """All that a run needs to go on: the state on the host, and JSON-serialisable values of everything around it."""
+    """All that a run needs to go on: the state on the host, JSON-serialisable values and arrays of all around it."""
 
     state: TrainState
     record: dict[str, Any]
+    arrays: Mapping[str, np.ndarray] = types.MappingProxyType({})
 
     @property
     def step(self) -> int:
@@ -45,8 +51,10 @@ def write_checkpoint(target: Path, snapshot: Snapshot, **further: Any) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _save_arrays(partial / "state", flatten_state(snapshot.state))
-        _write_json(partial / "run.json", {**snapshot.record, **further})
+        around = {_AROUND + name: value for name, value in snapshot.arrays.items()}
+        _save_arrays(partial / "state", flatten_state(snapshot.state) | around)
+        empty = {k: [value.shape, value.dtype.str] for k, value in snapshot.arrays.items() if not value.size}
+        _write_json(partial / "run.json", {**snapshot.record, **further, "empty": empty})
         _write_json(partial / "manifest.json", {"files": dict(_checksums(partial))})
         if target.exists():
             shutil.rmtree(target)
@@ -74,7 +82,10 @@ def read_checkpoint(path: Path, template: TrainState) -> Snapshot:
         raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
     check_config(path, "model", record.get("config"), template.config.to_dict())
     check_config(path, "training", record.get("training"), template.training.to_dict(), _FREE)
-    return Snapshot(unflatten_state(_load_arrays(path / "state"), template, path), record)
+    arrays = _load_arrays(path / "state")
+    around = {name.removeprefix(_AROUND): value for name, value in arrays.items() if name.startswith(_AROUND)}
+    around |= {name: np.zeros(shape, dtype) for name, (shape, dtype) in record.get("empty", {}).items()}
+    return Snapshot(unflatten_state(arrays, template, path), record, around)
 
 
 def read_params(path: Path, model: Any) -> dict[str, Any]:

@@ -38,6 +38,17 @@ class TrainingConfig(BaseConfig):
     """``auto cpu cuda gpu tpu`` or numbered (``cuda:1``); ``cuda`` without a GPU trains on what JAX has."""
     seed: int = 42
     """Root of all randomness of the run: batches, sampling, dropout."""
+    env_steps: int = 0
+    """Environment steps in all, action repeat counted, at which online training ends; 0: ``total_steps`` decides."""
+    prefill: int = 1_000
+    """Decision steps before the first online update: TD-MPC2 takes random actions, DreamerV3 its initial policy's."""
+    prefill_updates: int = 0
+    """Updates done in a burst when the prefill is there; the TD-MPC2 reference does as many as prefill steps."""
+    train_ratio: float = 0.0
+    """Rows replayed per decision step, of which an update replays ``batch_size`` × ``sequence_length`` (TD-MPC2:
+    rows of its window); 0 is one update per decision step."""
+    replay_capacity: int = 1_000_000
+    """Rows that online training keeps; ignored for a buffer of your own."""
     updates_per_call: int = 0
     """Most updates in one compiled call (it holds as many batches on the device); 0 is 1 on a CPU and 8 elsewhere.
     The result does not depend on it."""
@@ -45,12 +56,13 @@ class TrainingConfig(BaseConfig):
     """Leave out updates whose loss or gradient is NaN or infinite and count them, instead of stopping."""
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "sequence_length", "log_interval"):
+        for name in ("total_steps", "batch_size", "sequence_length", "log_interval", "prefill", "replay_capacity"):
             check(
                 is_integer(getattr(self, name)) and getattr(self, name) >= 1,
                 f"{name} must be an integer ≥ 1, not {getattr(self, name)!r}.",
             )
-        for name in ("warmup_steps", "eval_interval", "save_interval", "updates_per_call"):
+        counts = ("warmup_steps", "eval_interval", "save_interval", "updates_per_call", "env_steps", "prefill_updates")
+        for name in counts:
             check(
                 is_integer(getattr(self, name)) and getattr(self, name) >= 0,
                 f"{name} must be an integer ≥ 0, not {getattr(self, name)!r}.",
@@ -63,7 +75,7 @@ class TrainingConfig(BaseConfig):
             is_number(self.learning_rate) and 0 < self.learning_rate < float("inf"),
             f"learning_rate must be a number above 0, not {self.learning_rate!r}.",
         )
-        for name in ("weight_decay", "grad_clip"):
+        for name in ("weight_decay", "grad_clip", "train_ratio"):
             value = getattr(self, name)
             check(is_number(value) and 0 <= value < float("inf"), f"{name} must be a number ≥ 0, not {value!r}.")
         check(

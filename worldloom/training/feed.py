@@ -42,17 +42,19 @@ class Windows:
       model: the world model the batches are for.
       config: batch size and sequence length.
 
+      empty: whether the buffer may be empty, because it is yet to be filled.
+
     Raises:
       DataError: the buffer is empty or holds data of other shapes.
       TypeError: ``buffer`` cannot be sampled.
     """
 
-    def __init__(self, buffer: Any, model: Any, config: TrainingConfig):
+    def __init__(self, buffer: Any, model: Any, config: TrainingConfig, *, empty: bool = False):
         if not callable(getattr(buffer, "sample", None)):
             raise TypeError(f"A ReplayBuffer is expected as the source of data, not a {type(buffer).__name__}.")
-        if not len(buffer):
+        if not len(buffer) and not empty:
             raise DataError("The buffer is empty; add episodes first.")
-        if hasattr(buffer, "match"):
+        if hasattr(buffer, "match") and len(buffer):
             shapes = {"obs_shape": model.config.obs_shape, "action_dim": model.config.action_dim}
             buffer.match(**shapes, action_type=getattr(model.config, "action_type", None))
         spec = model.algorithm.window(model.config, config)
@@ -114,7 +116,7 @@ class OfflineFeed:
             self._next[1].cancel()
         self._worker.shutdown()
 
-    def take(self, step: int) -> tuple[Chunk, Batch, list[Any]]:
+    def take(self, step: int) -> tuple[Chunk, Batch, list[Any]] | None:
         """The chunk after ``step``, its batches [K, B, T, ...] on the device, and their row numbers.
 
         Entries from ``chunk.updates`` on are padding. Raises what sampling or writing back raised.
@@ -135,7 +137,7 @@ class OfflineFeed:
     def give_back(self, chunk: Chunk, outcome: Outcome, row_ids: list[Any]) -> None:
         """Write the fresh latents of a call back to replay, once it is done."""
         if self._windows.latents and outcome.fresh:
-            self._writes.append(self._worker.submit(self._write, chunk, outcome, row_ids))
+            self._writes.append(self._worker.submit(write_back, self._windows.buffer, row_ids, outcome))
 
     def settle(self) -> None:
         """Return when everything given back is written."""
@@ -148,18 +150,27 @@ class OfflineFeed:
             self._next = chunk, self._worker.submit(self._load, chunk)
 
     def _load(self, chunk: Chunk) -> tuple[Batch, list[Any]]:
-        drawn = [self._windows.draw(self._seed, chunk.step + i) for i in range(chunk.updates)]
-        stacked = jax.tree.map(lambda *arrays: _stack(arrays, self._capacity), *(batch for batch, _ in drawn))
-        return jax.device_put(stacked, self._device), [row_ids for _, row_ids in drawn]
+        return send(self._windows, self._seed, chunk, self._capacity, self._device)
 
-    def _write(self, chunk: Chunk, outcome: Outcome, row_ids: list[Any]) -> None:
-        good = np.asarray(outcome.good)
-        fresh = {name: np.asarray(value) for name, value in outcome.fresh.items()}
-        for i in range(chunk.updates):
-            if good[i]:
-                latents = {name: value[i] for name, value in fresh.items()}
-                length = next(iter(latents.values())).shape[1]
-                self._windows.buffer.write_latents(row_ids[i][:, -length:], latents)
+
+def send(
+    windows: Windows, seed: int, chunk: Chunk, capacity: int, device: jax.Device
+) -> tuple[Batch, list[np.ndarray | None]]:
+    """The batches of a chunk [K, B, T, ...], padded to ``capacity``, sent to ``device``, and their row numbers."""
+    drawn = [windows.draw(seed, chunk.step + i) for i in range(chunk.updates)]
+    stacked = jax.tree.map(lambda *arrays: _stack(arrays, capacity), *(batch for batch, _ in drawn))
+    return jax.device_put(stacked, device), [row_ids for _, row_ids in drawn]
+
+
+def write_back(buffer: Any, row_ids: list[Any], outcome: Outcome) -> None:
+    """Write the fresh latents of a call to ``buffer``, update by update; waits until they are computed."""
+    good = np.asarray(outcome.good)
+    fresh = {name: np.asarray(value) for name, value in outcome.fresh.items()}
+    for i, ids in enumerate(row_ids):
+        if good[i]:
+            latents = {name: value[i] for name, value in fresh.items()}
+            length = next(iter(latents.values())).shape[1]
+            buffer.write_latents(ids[:, -length:], latents)
 
 
 def _stack(arrays: tuple[np.ndarray, ...], capacity: int) -> np.ndarray:

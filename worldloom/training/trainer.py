@@ -13,12 +13,22 @@ import numpy as np
 
 from worldloom.config import check
 from worldloom.devices import resolve_device
+from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.errors import ConfigError, NonFiniteError
+from worldloom.replay import ReplayBuffer
 from worldloom.state import TrainState
-from worldloom.training.callbacks import CheckpointCallback, LoggingCallback, ProgressCallback, StepInfo
+from worldloom.training.callbacks import (
+    CheckpointCallback,
+    EpisodesCallback,
+    EvalCallback,
+    LoggingCallback,
+    ProgressCallback,
+    StepInfo,
+)
 from worldloom.training.callbacks.base import as_callback
 from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.checkpoint_files import FORMAT, Snapshot, flatten_state
+from worldloom.training.collect import Collector, OnlineFeed, Schedule, check_match
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate
 from worldloom.training.feed import Chunk, OfflineFeed, Windows
@@ -29,6 +39,9 @@ from worldloom.training.metrics import History, Reading
 from worldloom.training.step import compiled_update, copy
 
 _log = logging.getLogger("worldloom")
+
+_EPISODES = 10
+"""Episodes of the evaluation that comes by default."""
 
 
 class Trainer:
@@ -41,8 +54,9 @@ class Trainer:
       model: a world model of either family.
       config: how to train; None takes the defaults.
       callbacks: :class:`~worldloom.training.callbacks.Callback` objects, functions of a ``StepInfo``, or pairs
-        ``(updates, function)``. None is a progress bar and a log on the console; nothing is written to disk unless a
-        callback is given that does. An empty list is silent.
+        ``(updates, function)``. None is a progress bar, a log on the console and, online, an evaluation of 10 episodes
+        every ``eval_interval`` updates; nothing is written to disk unless a callback is given that does. An empty list
+        is silent.
 
     Raises:
       DeviceError: ``config.device`` is a numbered device that is not there.
@@ -54,13 +68,14 @@ class Trainer:
         self._device = resolve_device(self.config.device)
         # On a CPU, a call costs little beside an update, and a short one answers Ctrl-C sooner.
         self._capacity = self.config.updates_per_call or (1 if self._device.platform == "cpu" else 8)
+        self._evaluates = callbacks is None
         callbacks = [ProgressCallback(), LoggingCallback()] if callbacks is None else callbacks
-        self._hooks = Hooks(
-            [as_callback(callback) for callback in callbacks], self.config.replace(updates_per_call=self._capacity)
-        )
+        self._hooks = Hooks([as_callback(callback) for callback in callbacks], self._hooks_config())
         self._run_id = uuid.uuid4().hex
         self._state: TrainState | None = None
         self._step = self._skipped = 0
+        self._collector: Collector | None = None
+        self._made: tuple[Any, VectorEnv] | None = None
 
     @property
     def state(self) -> TrainState:
@@ -72,15 +87,28 @@ class Trainer:
         """Updates done."""
         return self._step
 
-    def train(self, source: Any, *, total_steps: int | None = None, resume: bool | str | Path = False) -> TrainState:
+    @property
+    def replay(self) -> Any:
+        """The buffer that online training collects into; None before."""
+        return self._collector.replay if self._collector else None
+
+    def train(
+        self, source: Any, *, total_steps: int | None = None, resume: bool | str | Path = False, replay: Any = None
+    ) -> TrainState:
         """Train until ``total_steps`` updates are done in all; a further call goes on from there.
 
+        From an environment: act, store, and update as often as ``config.train_ratio`` says, after ``config.prefill``
+        decision steps without updates. ``config.env_steps`` then sets the end, unless it is 0 or ``total_steps`` given.
+
         Args:
-          source: a :class:`~worldloom.replay.ReplayBuffer`.
+          source: recorded episodes, a :class:`~worldloom.replay.ReplayBuffer`; or environments: a
+            :class:`~worldloom.envs.VectorEnv`, or what ``make_env`` makes one of (an id such as ``"Pendulum-v1"``, a
+            function). They are reset when training begins, and yours to close.
           total_steps: updates in all, those of earlier calls and of a resumed run included; None takes the config's.
           resume: ``"auto"`` goes on from the newest checkpoint in the folder of the ``CheckpointCallback`` if there is
             one, True insists on one, a path names another folder of checkpoints or a single one. The run then equals
-            one that was never stopped, bit for bit, if the data are the same.
+            one that was never stopped, bit for bit, if the data (the environments) are the same.
+          replay: buffer to collect into, perhaps with episodes in it; None makes one of ``config.replay_capacity``.
 
         Returns:
           The state after training, also in :attr:`state`.
@@ -88,15 +116,17 @@ class Trainer:
         Raises:
           DataError: the buffer is empty, has other shapes than the model, or no episode is as long as a window.
           CheckpointError: there is nothing (readable) to resume from, or nowhere to save.
-          ConfigError: the checkpoint belongs to a run with another config.
+          ConfigError: the checkpoint belongs to a run with another config; environment and model do not fit.
           NonFiniteError: a loss or gradient became NaN or infinite. State and model are as before that update.
           KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after callbacks have saved and closed their files.
         """
-        total = self.config.total_steps if total_steps is None else total_steps
-        check(isinstance(total, int) and total >= 1, f"total_steps must be an integer ≥ 1, not {total!r}.")
-        windows = Windows(source, self.model, self.config)
+        if is_env(source):
+            windows = self._open(self._env(source), replay)
+        else:
+            windows, self._collector = Windows(source, self.model, self.config), None
+        total = self._total(windows, total_steps)
         if resume:
-            self._resume(resume, len(source))
+            self._resume(resume, windows.buffer)
         if self._step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", self._step, total)
             return self.state
@@ -111,6 +141,54 @@ class Trainer:
                 self._hand_over()
         interrupts.leave()
         return self.state
+
+    def _env(self, source: Any) -> VectorEnv:
+        """The environments meant by ``source``; what is made of an id is kept for the next call."""
+        if isinstance(source, VectorEnv):
+            return source
+        if self._made is None or self._made[0] is not source:
+            self._made = source, make_env(source, seed=self.config.seed)
+        return self._made[1]
+
+    def _open(self, env: VectorEnv, replay: Any) -> Windows:
+        """Make ready to collect from ``env``, or to go on collecting from it."""
+        config, model = self.model.config, self.model
+        if self._collector is not None and self._collector.env is env and replay in (None, self._collector.replay):
+            return Windows(self._collector.replay, model, self.config, empty=True)
+        check_match(env, model)
+        if replay is None:
+            shapes = {"obs_shape": config.obs_shape, "action_dim": config.action_dim}
+            replay = ReplayBuffer(self.config.replay_capacity, **shapes, action_type=env.action_type)
+        replay.ensure_latents(model.algorithm.window(config, self.config).latents)
+        windows = Windows(replay, model, self.config, empty=True)
+        self._collector = Collector(env, replay, model, self.config, windows.latents)
+        given = [callback for callback in self._hooks.callbacks if not isinstance(callback, EpisodesCallback)]
+        if self._evaluates:
+            self._evaluates = False
+            given.append(EvalCallback(env.another(_EPISODES, env.seed + 1), episodes=_EPISODES, seed=env.seed + 1))
+        self._hooks = Hooks([EpisodesCallback(self._collector), *given], self._hooks_config())
+        return windows
+
+    def _hooks_config(self) -> TrainingConfig:
+        return self.config.replace(updates_per_call=self._capacity)
+
+    def _schedule(self, windows: Windows) -> Schedule:
+        return Schedule.of(self.config, windows.rows - windows.latents)
+
+    def _total(self, windows: Windows, total_steps: int | None) -> int:
+        """Updates in all."""
+        total = self.config.total_steps if total_steps is None else total_steps
+        check(isinstance(total, int) and total >= 1, f"total_steps must be an integer ≥ 1, not {total!r}.")
+        if self._collector is None or total_steps is not None or not self.config.env_steps:
+            return total
+        decisions = self.config.env_steps // self._collector.env.action_repeat
+        total = self._schedule(windows).due(decisions)
+        check(
+            total >= 1,
+            f"env_steps={self.config.env_steps} are {decisions} decision steps, which end before the first update: "
+            f"prefill={self.config.prefill}.",
+        )
+        return total
 
     def evaluate(self, buffer: Any, *, batches: int = 8, seed: int = 0) -> dict[str, float]:
         """Mean loss terms of the model on held-out data; see :func:`worldloom.training.evaluate`."""
@@ -134,10 +212,10 @@ class Trainer:
         # The update consumes its state; the arrays that the model and others hold must outlive it.
         self._state = copy(self._running())
 
-        def plan(step: int) -> Chunk | None:
+        def plan(step: int, most: int) -> Chunk:
             look = min(hooks.next_look(step) or total, total)
-            end = min(look, step + self._capacity)
-            return Chunk(step, end - step, looks=end == look, saves=hooks.may_save(end)) if end > step else None
+            end = min(look, step + most)
+            return Chunk(step, end - step, looks=end == look, saves=hooks.may_save(end))
 
         def read_host() -> TrainState:
             if history is not None:
@@ -147,10 +225,13 @@ class Trainer:
             return on_host(self.state)
 
         look = self._looker(windows, total, read_host)
-        with OfflineFeed(windows, self.config, self._device, self._capacity, plan) as feed:
+        with self._feed(windows, total, plan) as feed:
             hooks.begin(self._step, look)
             while self._step < total and not hooks.stop_reason and not interrupts.received:
-                chunk, batches, row_ids = feed.take(self._step)
+                taken = feed.take(self._step)
+                if taken is None:
+                    continue
+                chunk, batches, row_ids = taken
                 if history is None:
                     names = update.names(self._state, batches)
                     history = History(names, () if self.config.skip_nonfinite else update.guarded(names))
@@ -170,6 +251,12 @@ class Trainer:
             hooks.end(self._step, look)
         self._skipped = int(guard.skipped)
 
+    def _feed(self, windows: Windows, total: int, plan: Callable[[int, int], Chunk]) -> OfflineFeed | OnlineFeed:
+        arguments = windows, self.config, self._device, self._capacity
+        if self._collector is None:
+            return OfflineFeed(*arguments, lambda step: plan(step, self._capacity) if step < total else None)
+        return OnlineFeed(self._collector, self._schedule(windows), *arguments, plan, self._running)
+
     def _looker(self, windows: Windows, total: int, read_host: Callable[[], TrainState]) -> Look:
         """What makes the record that a callback sees; its accessors work for as long as the loop waits."""
 
@@ -183,6 +270,7 @@ class Trainer:
 
             return StepInfo(
                 step=step,
+                env_steps=self._collector.env_steps if self._collector else 0,
                 total_steps=total,
                 metrics=metrics,
                 means=means,
@@ -195,12 +283,12 @@ class Trainer:
                 updates_per_second=rate,
                 read_state=read_state,
                 model=lambda: with_params(self.model, read_state().params),
-                snapshot=lambda: self._snapshot(read_state(), len(windows.buffer)),
+                snapshot=lambda: self._snapshot(read_state(), windows.buffer),
             )
 
         return look
 
-    def _snapshot(self, state: TrainState, replay_size: int) -> Snapshot:
+    def _snapshot(self, state: TrainState, replay: Any) -> Snapshot:
         for name, array in flatten_state(state).items():
             if name.startswith("params/") and not np.isfinite(array).all():
                 raise NonFiniteError(f"Step {self._step}: the weights {name} are not finite and are not saved.")
@@ -209,25 +297,30 @@ class Trainer:
             "run_id": self._run_id,
             "step": self._step,
             "skipped": self._skipped,
-            "replay_size": replay_size,
+            "replay_size": len(replay),
             "config": self.model.config.to_dict(),
             "training": self.config.to_dict(),
             "callbacks": self._hooks.state_dict(),
             "versions": versions(),
         }
-        return Snapshot(state, record)
+        if self._collector is None:
+            return Snapshot(state, record)
+        record["collector"], arrays = self._collector.state_dict()
+        return Snapshot(state, record, arrays)
 
-    def _resume(self, resume: bool | str | Path, replay_size: int) -> None:
+    def _resume(self, resume: bool | str | Path, replay: Any) -> None:
         folder, step = self._place(resume)
         checkpoints = Checkpointer(folder)
         if resume == "auto" and not checkpoints.steps():
             return
-        state, record = checkpoints.restore(self.state, step)
-        if record["replay_size"] != replay_size:
+        state, record, arrays = checkpoints.restore(self.state, step)
+        if self._collector is not None:
+            self._collector.load_state_dict(record["collector"], arrays)
+        if record["replay_size"] != len(replay):
             _log.warning(
                 "The run was saved with %d rows in replay, now there are %d: its batches will not be the same.",
                 record["replay_size"],
-                replay_size,
+                len(replay),
             )
         self._state = jax.device_put(state.replace(training=self.config.of_update()), self._device)
         self._step, self._skipped, self._run_id = record["step"], record["skipped"], record["run_id"]

@@ -6,7 +6,9 @@ from worldloom.models.dreamer.model import ActorCarry as ActorCarry
 from worldloom.models.dreamer.model import DreamerV3WorldModel as DreamerV3WorldModel
 from worldloom.models.dreamer.model import Trajectory as Trajectory
 from worldloom.models.dreamer.rssm import Latent as Latent
+from worldloom.models.dreamer.update import RANDOM_PREFILL as RANDOM_PREFILL
 from worldloom.models.dreamer.update import act as act
+from worldloom.models.dreamer.update import act_in_evaluation as act_in_evaluation
 from worldloom.models.dreamer.update import init_state as init_state
 from worldloom.models.dreamer.update import initial_carry as initial_carry
 from worldloom.models.dreamer.update import stored_latents as stored_latents

@@ -17,6 +17,9 @@ from worldloom.models.dreamer.model import ActorCarry, DreamerV3WorldModel, zero
 from worldloom.optim import clip_by_agc, clip_by_norm, decay_kernels, scale_by_laprop, warmup_schedule
 from worldloom.state import TrainState, WindowSpec
 
+RANDOM_PREFILL = False
+"""Online training begins with what the untrained policy does, so that latents are stored from the first row on."""
+
 
 def optimizer(config: DreamerV3Config, training: Any) -> optax.GradientTransformation:
     """AGC → global clip → LaProp → decoupled weight decay → warmed-up learning rate."""
@@ -79,6 +82,10 @@ def act(
 ) -> tuple[ActorCarry, Any]:
     """The policy of the weights in ``state``; see :meth:`DreamerV3WorldModel.act`."""
     return merge(DreamerV3WorldModel, state.config, state.params).act(carry, obs, key, is_first=is_first)
+
+
+act_in_evaluation = act
+"""The reference's evaluation mode changes nothing: latents and actions are drawn, and published scores are of that."""
 
 
 def initial_carry(config: DreamerV3Config, batch_size: int) -> ActorCarry:

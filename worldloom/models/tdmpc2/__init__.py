@@ -2,15 +2,26 @@
 
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.model import LatentState, TDMPC2WorldModel, Trajectory
-from worldloom.models.tdmpc2.update import LOSS_TERMS, act, init_state, initial_carry, update, window
+from worldloom.models.tdmpc2.update import (
+    LOSS_TERMS,
+    RANDOM_PREFILL,
+    act,
+    act_in_evaluation,
+    init_state,
+    initial_carry,
+    update,
+    window,
+)
 
 __all__ = [
     "LOSS_TERMS",
+    "RANDOM_PREFILL",
     "LatentState",
     "TDMPC2Config",
     "TDMPC2WorldModel",
     "Trajectory",
     "act",
+    "act_in_evaluation",
     "init_state",
     "initial_carry",
     "update",

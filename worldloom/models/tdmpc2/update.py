@@ -21,6 +21,9 @@ from worldloom.state import TrainState, WindowSpec
 LOSS_TERMS = ("loss", "consistency", "reward", "value", "termination", "policy")
 """Names of the losses in metrics; ``loss`` is the model's total and leaves ``policy`` out."""
 
+RANDOM_PREFILL = True
+"""Online training begins with uniformly random actions."""
+
 _NOT_OF_THE_MODEL = ("policy", "target_q", "scale")
 
 
@@ -108,6 +111,13 @@ def act(
 ) -> tuple[jax.Array, jax.Array]:
     """:meth:`TDMPC2WorldModel.act` with the weights of ``state``: pure. With a key it explores unless told not to."""
     return merge(TDMPC2WorldModel, state.config, state.params).act(carry, obs, key, **options)
+
+
+def act_in_evaluation(
+    state: TrainState, carry: jax.Array | None, obs: jax.Array, key: jax.Array | None, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`act` as scores are measured: it still draws among the elites, but adds no exploration noise."""
+    return act(state, carry, obs, key, explore=False, **options)
 
 
 def initial_carry(config: TDMPC2Config, batch_size: int) -> jax.Array:

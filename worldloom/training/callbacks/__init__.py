@@ -3,6 +3,7 @@
 from worldloom.training.callbacks.base import Answer, Callback, StepInfo, StopTraining, every
 from worldloom.training.callbacks.checkpointing import CheckpointCallback
 from worldloom.training.callbacks.early_stopping import EarlyStoppingCallback
+from worldloom.training.callbacks.episodes import EpisodesCallback
 from worldloom.training.callbacks.evaluation import EvalCallback
 from worldloom.training.callbacks.logs import LoggingCallback
 from worldloom.training.callbacks.progress import ProgressCallback
@@ -12,6 +13,7 @@ __all__ = [
     "Callback",
     "CheckpointCallback",
     "EarlyStoppingCallback",
+    "EpisodesCallback",
     "EvalCallback",
     "LoggingCallback",
     "ProgressCallback",

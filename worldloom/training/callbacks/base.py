@@ -26,6 +26,7 @@ class StepInfo:
 
     Attributes:
       step: updates done.
+      env_steps: environment steps taken, action repeat counted; 0 when training from recorded episodes.
       total_steps: updates at which this call of ``train`` ends.
       metrics: metrics of the last update by name, as the family's ``update`` returns them.
       means: their means over the updates since this callback last looked; values that are not finite are left out.
@@ -42,6 +43,7 @@ class StepInfo:
     """
 
     step: int
+    env_steps: int
     total_steps: int
     metrics: Mapping[str, float]
     means: Mapping[str, float]

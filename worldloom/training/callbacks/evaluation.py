@@ -1,32 +1,42 @@
-"""Measure on held-out data while training."""
+"""Measure on held-out data, or in environments of their own, while training."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from worldloom.config import check
+from worldloom.envs import VectorEnv
 from worldloom.training.callbacks.base import Answer, Callback, StepInfo
 from worldloom.training.config import TrainingConfig
-from worldloom.training.evaluation import evaluate
+from worldloom.training.evaluation import evaluate, play
 
 
 class EvalCallback(Callback):
-    """Publishes the mean loss terms on held-out data as ``eval/loss`` and ``eval/loss/<term>``.
+    """Evaluates the weights of a step, on data or in environments.
+
+    * A ``ReplayBuffer`` of held-out episodes: publishes the mean loss terms ``eval/loss`` and ``eval/loss/<term>``.
+    * A ``VectorEnv``: plays whole episodes with the evaluation policy and publishes ``eval/return`` (their mean),
+      ``eval/return_std`` and ``eval/length``. Which episodes is a function of ``seed`` and the step alone.
 
     Args:
-      buffer: held-out episodes, such as the second part of ``ReplayBuffer.split``.
+      source: held-out episodes, such as the second part of ``ReplayBuffer.split``, or environments that nobody else
+        steps, such as ``env.another(10, seed=1)``.
       every: steps between two evaluations; None follows ``TrainingConfig.eval_interval``.
       batches: batches an evaluation averages over, the same ones every time.
+      episodes: episodes an evaluation plays.
       seed: which ones.
     """
 
     order = -1
     measures = True
 
-    def __init__(self, buffer: Any, every: int | None = None, *, batches: int = 8, seed: int = 0):
+    def __init__(self, source: Any, every: int | None = None, *, batches: int = 8, episodes: int = 10, seed: int = 0):
         check(every is None or (isinstance(every, int) and every >= 1), f"every must be an integer ≥ 1, not {every!r}.")
         check(isinstance(batches, int) and batches >= 1, f"batches must be an integer ≥ 1, not {batches!r}.")
-        self.buffer, self.every, self.batches, self.seed = buffer, every, batches, seed
+        check(isinstance(episodes, int) and episodes >= 1, f"episodes must be an integer ≥ 1, not {episodes!r}.")
+        self.source, self.every, self.batches, self.episodes, self.seed = source, every, batches, episodes, seed
 
     def interval(self, config: TrainingConfig) -> int:
         """``every``, or ``config.eval_interval``."""
@@ -34,5 +44,14 @@ class EvalCallback(Callback):
 
     def on_step(self, info: StepInfo) -> Answer:
         """Evaluate the weights of this step."""
-        terms = evaluate(info.model(), self.buffer, info.config, batches=self.batches, seed=self.seed)
+        model = info.model()
+        if isinstance(self.source, VectorEnv):
+            ends = play(model, self.source, episodes=self.episodes, seed=self.seed + info.step)
+            returns = np.array([end.episode_return for end in ends])
+            return {
+                "eval/return": float(returns.mean()),
+                "eval/return_std": float(returns.std()),
+                "eval/length": float(np.mean([end.length for end in ends])),
+            }
+        terms = evaluate(model, self.source, info.config, batches=self.batches, seed=self.seed)
         return {f"eval/loss/{name}" if name != "loss" else "eval/loss": value for name, value in terms.items()}
