@@ -146,3 +146,13 @@ def test_resizing_is_pillows_bilinear(shape, size):
         assert np.abs(ours.astype(int) - pillow).max() <= 1
     constant = np.full(shape, 77, np.uint8)
     assert (resize(constant, size) == 77).all()
+
+
+def test_settings_make_such_environments_again():
+    with make_env("CartPole-v1", 2, seed=3, action_repeat=2, sutton_barto_reward=True) as env:
+        first = env.reset()
+        with make_env(**env.settings) as again:
+            np.testing.assert_array_equal(again.reset().obs, first.obs)
+            assert (again.num_envs, again.action_repeat, again.settings) == (2, 2, env.settings)
+        with env.another(5, seed=4) as other:
+            assert other.settings == {**env.settings, "num_envs": 5, "seed": 4}

@@ -82,12 +82,20 @@ def make_env(
     _check(num_envs, parallel, action_repeat, time_limit, image_size, frame_stack)
     if isinstance(spec, gym.vector.VectorEnv):
         _refuse_changes(spec, parallel, num_envs, action_repeat, time_limit, image_size, frame_stack, options)
-        return VectorEnv(GymVector(spec), seed=seed)
+        return VectorEnv(GymVector(spec), seed=seed, settings={"spec": spec, "seed": seed})
     if isinstance(spec, gym.Env) and (num_envs != 1 or parallel != "sync" or options):
         raise ConfigError(
             "A gymnasium.Env object is one environment in this process, already configured; give make_env its id or "
             "a function that returns a new one for more environments, workers or options."
         )
+
+    limits = {
+        "action_repeat": action_repeat,
+        "time_limit": time_limit,
+        "image_size": image_size,
+        "frame_stack": frame_stack,
+        "worker_timeout": worker_timeout,
+    }
 
     def make(count: int, root: int, pictures: bool) -> VectorEnv:
         shape = _Shape(action_repeat, time_limit, image_size, frame_stack, pictures)
@@ -100,8 +108,9 @@ def make_env(
         else:
             backend = InProcess(build, count)
         remake = None if isinstance(spec, gym.Env) else make
+        settings = {"spec": spec, "num_envs": count, "parallel": parallel, "seed": root, **limits, **options}
         try:
-            return VectorEnv(backend, seed=root, action_repeat=repeat, remake=remake)
+            return VectorEnv(backend, seed=root, action_repeat=repeat, remake=remake, settings=settings)
         except BaseException:
             backend.close()
             raise

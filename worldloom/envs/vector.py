@@ -37,6 +37,8 @@ class VectorEnv:
       action_repeat: environment steps per decision step.
       episode_length: decision steps after which an episode is truncated, or ``None`` if that is not known.
       seed: root of the episodes' seeds.
+      settings: what :func:`worldloom.envs.make_env` was given, by name: ``make_env(**env.settings)`` makes such
+        environments again, unless ``spec`` is an object.
     """
 
     def __init__(
@@ -46,13 +48,14 @@ class VectorEnv:
         seed: int = 0,
         action_repeat: int = 1,
         remake: Callable[[int, int, bool], VectorEnv] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
         observations, actions = ObservationSpec(backend.observation_space), ActionSpec(backend.action_space)
         self._backend, self._observations, self._actions, self._remake = backend, observations, actions, remake
         self.num_envs, self._all = backend.num_envs, range(backend.num_envs)
         self.obs_shape, self.obs_dtype = observations.shape, observations.dtype
         self.action_dim, self.action_type = actions.dim, actions.type
-        self.action_repeat = action_repeat
+        self.action_repeat, self.settings = action_repeat, dict(settings or {})
         self.episode_length = None if backend.time_limit is None else -(-backend.time_limit // action_repeat)
         self.seed = _checked_seed(seed)
         self._closed = False
