@@ -23,6 +23,7 @@ from worldloom.replay.schema import (
     by_key,
     column_name,
     integer,
+    latent_name,
     one_hot,
     shape,
 )
@@ -83,6 +84,8 @@ class ReplayBuffer:
         self._latents = {key: shape(size, f"latents[{key!r}]") for key, size in (latents or {}).items()}
         self._schema: Schema | None = None
         self._rows = Rows({})
+        # Beside the rows and not among them: rows never change once they are there, latents do all the time.
+        self._latent_rows = Rows({})
         self._index = Index()
 
     # ---- what it holds --------------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ class ReplayBuffer:
             "episodes_too_short": len(short),
             "rows_too_short": int(short.sum()),
             "rows_evicted": self._rows.first,
-            "bytes": self._rows.nbytes,
+            "bytes": self._rows.nbytes + self._latent_rows.nbytes,
         }
 
     def __repr__(self) -> str:
@@ -259,17 +262,26 @@ class ReplayBuffer:
         for number in columns["stream"][columns["flags"] & FIRST == 0].tolist():
             if not self._index.in_progress(number):
                 raise DataError(f"Stream {number} has no episode in progress: its next row must have is_first.")
-        for key, values in self._convert_latents(latents or {}, (len(columns["flags"]),)).items():
-            columns[f"latents/{key}"] = values
-        return self._append(schema, columns)
+        return self._append(schema, columns, self._convert_latents(latents or {}, (len(columns["flags"]),)))
 
-    def _append(self, schema: Schema, columns: dict[str, np.ndarray]) -> np.ndarray:
+    def _append(
+        self, schema: Schema, columns: door.Arrays, latents: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
         """Store checked columns, all or (out of memory) nothing, and let the oldest rows go."""
-        rows = self._rows if self._schema else Rows(schema.columns | self._latent_columns(), first=self._rows.end)
-        for name, column in self._latent_columns().items():
-            columns.setdefault(name, np.zeros((len(columns["flags"]), *column.shape), column.dtype))
-        ids = rows.append(columns)
-        self._schema, self._rows = schema, rows
+        count = len(columns["flags"])
+        given = {latent_name(key): values for key, values in (latents or {}).items()}
+        stored = {
+            name: given.get(name, np.zeros((count, *column.shape), column.dtype))
+            for name, column in self._latent_columns().items()
+        }
+        if self._schema is None:
+            rows, latent_rows = self._tables(schema, self._rows.end)
+        else:
+            rows, latent_rows = self._rows, self._latent_rows
+        rows.reserve(count)
+        latent_rows.append(stored, count)
+        ids = rows.append(columns, count)
+        self._schema, self._rows, self._latent_rows = schema, rows, latent_rows
         self._enter(ids, columns["stream"], columns["flags"])
         self._drop_before(rows.end - self.capacity)
         return ids
@@ -283,6 +295,7 @@ class ReplayBuffer:
     def _drop_before(self, first: int) -> None:
         if first > self._rows.first:
             self._rows.drop_before(first)
+            self._latent_rows.drop_before(first)
             self._index.drop_before(first)
 
     # ---- sampling -------------------------------------------------------------------------------------------------
@@ -394,8 +407,8 @@ class ReplayBuffer:
         if self._schema.has_task:
             batch["task"] = self._rows.take(["task"], head.ravel())["task"].reshape(head.shape)
         if latents:
-            stored = self._rows.take([f"latents/{key}" for key in self._latents], head.ravel())
-            batch["context"] = {k: stored[f"latents/{k}"].reshape(*head.shape, *s) for k, s in self._latents.items()}
+            stored = self._latent_rows.take(list(self._latent_columns()), head.ravel())
+            batch["context"] = {k: stored[latent_name(k)].reshape(*head.shape, *s) for k, s in self._latents.items()}
         return batch
 
     def _too_short(self, rows: int, cross_episodes: bool, longest: int) -> str:
@@ -420,11 +433,15 @@ class ReplayBuffer:
         for key, size in wanted.items():
             if self._latents.get(key, size) != size:
                 raise DataError(f"latents '{key}' are stored with shape {self._latents[key]}; {size} was asked for.")
-        before = self._latent_columns()
-        self._latents |= wanted
-        for name, column in self._latent_columns().items():
-            if self._schema is not None and name not in before:
-                self._rows.add_column(name, column)
+        if wanted.keys() <= self._latents.keys():
+            return
+        before, self._latents = self._latent_rows, self._latents | wanted
+        if self._schema is not None:
+            grown = Rows(self._latent_columns(), first=self._rows.first)
+            ids = grown.extend(len(self))
+            for name in before.columns:
+                grown.put(name, ids, before.take([name], ids)[name])
+            self._latent_rows = grown
 
     def write_latents(self, row_ids: np.ndarray, latents: Mapping[str, np.ndarray]) -> None:
         """Replace stored latents: ``row_ids`` int [...], ``{name: [..., *shape]}``. Rows evicted meanwhile are skipped.
@@ -441,7 +458,7 @@ class ReplayBuffer:
         held = ids.ravel() >= self._rows.first
         for key, value in values.items():
             flat = value.reshape(ids.size, *self._latents[key])
-            self._rows.put(f"latents/{key}", ids.ravel()[held], flat[held])
+            self._latent_rows.put(latent_name(key), ids.ravel()[held], flat[held])
 
     def _convert_latents(self, latents: Mapping[str, np.ndarray], lead: tuple[int, ...]) -> dict[str, np.ndarray]:
         converted = {}
@@ -455,7 +472,10 @@ class ReplayBuffer:
         return converted
 
     def _latent_columns(self) -> dict[str, Column]:
-        return {f"latents/{key}": Column(size, FLOAT32) for key, size in self._latents.items()}
+        return {latent_name(key): Column(size, FLOAT32) for key, size in self._latents.items()}
+
+    def _tables(self, schema: Schema, first: int) -> tuple[Rows, Rows]:
+        return Rows(schema.columns, first=first), Rows(self._latent_columns(), first=first)
 
     # ---- meeting a model ------------------------------------------------------------------------------------------
 
@@ -544,9 +564,10 @@ class ReplayBuffer:
             )
         self._drop_before(first)
         self._rows.truncate(end)
+        self._latent_rows.truncate(end)
         newest = self._index.truncate(end)
         if len(newest) == 0:
-            self._schema = None
+            self._schema, self._rows, self._latent_rows = None, Rows({}, first=end), Rows({}, first=end)
             return
         flags = self._rows.take(["flags"], newest)["flags"] & GIVEN
         self._rows.put("flags", newest, flags)
@@ -560,7 +581,8 @@ class ReplayBuffer:
         target = Path(path)
         meta = np.frombuffer(json.dumps(self._meta()).encode(), np.uint8)
         members = [Member("meta", len(meta), Column((), UINT8), [meta])]
-        members += [Member(n, len(self), column, self._rows.pieces(n)) for n, column in self._rows.columns.items()]
+        for table in (self._rows, self._latent_rows):
+            members += [Member(n, len(self), column, table.pieces(n)) for n, column in table.columns.items()]
         write_npz(target, members)
         return target
 
@@ -576,50 +598,63 @@ class ReplayBuffer:
             return cls._from_npz(file)
 
     def _meta(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "capacity": self.capacity,
-            **self.state_dict(),
-            "declared": self._declared.to_json(),
-            "schema": self._schema and self._schema.to_json(),
-            "latents": self._latents,
-        }
+        return {"format": FORMAT, "version": VERSION, **self._description()}
 
     @classmethod
     def _from_npz(cls, file: NpzFile) -> Self:
         meta = json.loads(file.small("meta", 1 << 20))
         if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != VERSION:
             raise FileFormatError(f"it is not in the format {FORMAT}, version {VERSION}")
-        buffer = cls(meta["capacity"], latents=meta["latents"], **meta["declared"])
-        first = integer(meta["first_row"], "first_row", 0)
-        count = integer(meta["next_row"], "next_row", first) - first
-        schema = Schema.from_json(meta["schema"]) if count else None
-        columns = schema.columns | buffer._latent_columns() if schema else {}
-        if count > buffer.capacity or file.names != {"meta", *columns}:
+        buffer, schema, first, count = cls._described(meta)
+        tables = buffer._tables(schema, first) if schema else (Rows({}, first=first), Rows({}, first=first))
+        columns = {name: column for table in tables for name, column in table.columns.items()}
+        if file.names != {"meta", *columns}:
             raise FileFormatError("its members are not those its description names")
         for name, column in columns.items():
             file.check(name, count, column)
         # Only now is memory taken: as much as the file really holds.
-        buffer._rows = Rows(columns, first=first)
-        buffer._rows.extend(count)
-        if schema is not None:
-            buffer._schema = schema
-            buffer._read_rows(file, schema)
+        for table in tables:
+            ids = table.extend(count)
+            for name, column in table.columns.items():
+                start = 0
+                for piece in file.pieces(name, count, column, table.block_rows):
+                    assert schema is not None
+                    door.check_stored(schema, name, piece)
+                    table.put(name, ids[start : start + len(piece)], piece)
+                    start += len(piece)
+        buffer._take_over(schema, *tables)
         return buffer
 
-    def _read_rows(self, file: NpzFile, schema: Schema) -> None:
-        ids = np.arange(self._rows.first, self._rows.end)
-        for name, column in self._rows.columns.items():
-            start = 0
-            for piece in file.pieces(name, len(ids), column, self._rows.block_rows):
-                door.check_stored(schema, name, piece)
-                self._rows.put(name, ids[start : start + len(piece)], piece)
-                start += len(piece)
-        held = self._rows.take(["stream", "flags"], ids)
+    def _description(self) -> dict[str, Any]:
+        """All but the rows themselves, as JSON values."""
+        return {
+            "capacity": self.capacity,
+            **self.state_dict(),
+            "declared": self._declared.to_json(),
+            "schema": self._schema and self._schema.to_json(),
+            "latents": dict(self._latents),
+        }
+
+    @classmethod
+    def _described(cls, description: Mapping[str, Any]) -> tuple[Self, Schema | None, int, int]:
+        """An empty buffer for the rows of a :meth:`_description`: it, their schema, the first number, how many."""
+        buffer = cls(description["capacity"], latents=description["latents"], **description["declared"])
+        first = integer(description["first_row"], "first_row", 0)
+        count = integer(description["next_row"], "next_row", first) - first
+        if count > buffer.capacity:
+            raise DataError(f"{count} rows are more than the capacity of {buffer.capacity}.")
+        return buffer, Schema.from_json(description["schema"]) if count else None, first, count
+
+    def _take_over(self, schema: Schema | None, rows: Rows, latent_rows: Rows) -> None:
+        """Hold these rows, read from a file; their order is checked and indexed."""
+        self._schema, self._rows, self._latent_rows = schema, rows, latent_rows
+        if schema is None:
+            return
+        ids = np.arange(rows.first, rows.end)
+        held = rows.take(["stream", "flags"], ids)
         held["flags"] &= GIVEN
         door.check_order(held["stream"], held["flags"])
-        self._rows.put("flags", ids, held["flags"])
+        rows.put("flags", ids, held["flags"])
         self._enter(ids, held["stream"], held["flags"])
 
 

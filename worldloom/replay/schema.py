@@ -107,6 +107,11 @@ def column_name(prefix: str, key: str) -> str:
     return f"{prefix}/{key}" if key else prefix
 
 
+def latent_name(key: str) -> str:
+    """Column of the stored latents ``key``."""
+    return f"latents/{key}"
+
+
 def by_key(value: Any) -> dict[str, Any]:
     """A mapping as a dict; anything else under the key ``""``."""
     return dict(value) if isinstance(value, Mapping) else {"": value}
