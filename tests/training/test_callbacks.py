@@ -52,16 +52,18 @@ def test_the_log_holds_means_under_the_usual_names(model, buffer, config, held_o
     trained = [line for line in lines(tmp_path) if "train/loss" in line]
     assert [line["step"] for line in trained] == [4, 8, 12, 16, 20]
     assert [line["train/loss"] for line in trained] == means
-    expected = {"step", "time", "train/loss", "train/loss/prediction", "train/loss/reward", "train/grad_norm"}
+    place = {"step", "env_steps", "time"}
+    expected = place | {"train/loss", "train/loss/prediction", "train/loss/reward", "train/grad_norm"}
     expected |= {"train/lr", "train/update_norm", "train/first_row", "fps/update", "replay/size"}
     assert set(trained[0]) == expected
     assert trained[0]["replay/size"] == len(buffer)
     assert trained[-1]["fps/update"] > 0
     evaluated = [line for line in lines(tmp_path) if "eval/loss" in line]
     assert [line["step"] for line in evaluated] == [10, 20]
-    assert set(evaluated[0]) == {"step", "time", "eval/loss", "eval/loss/prediction", "eval/loss/reward"}
+    assert set(evaluated[0]) == place | {"eval/loss", "eval/loss/prediction", "eval/loss/reward"}
+    assert {line["env_steps"] for line in evaluated} == {0}
     events = scalars(tmp_path)
-    assert set(events) == (expected | set(evaluated[0])) - {"step", "time"}
+    assert set(events) == (expected | set(evaluated[0])) - place
     assert events["train/loss"] == [(line["step"], np.float32(line["train/loss"])) for line in trained]
     console = capsys.readouterr().out
     assert "step 4/20  loss " in console
@@ -231,6 +233,14 @@ def test_an_unknown_measurement_is_named_once_there_are_any(model, buffer, confi
     with pytest.raises(ConfigError, match="Did you mean 'eval/loss'"):
         trainer.train(buffer)
     assert trainer.step == 8
+
+
+def test_a_monitor_waits_for_its_first_measurement_while_others_are_published(model, buffer, config, held_out):
+    """Online, returns of collected episodes come long before the first evaluation."""
+    callback = EarlyStoppingCallback("eval/loss", patience=100)
+    others = [(4, lambda info: {"collect/return": 1.0}), EvalCallback(held_out, every=16)]
+    Trainer(model, config, [callback, *others]).train(buffer)
+    assert callback.best is not None
 
 
 @pytest.mark.parametrize("name", ["prediction", "train/loss/prediction", "grad_norm"])

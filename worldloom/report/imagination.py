@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import DataError
+from worldloom.replay import ReplayBuffer
 from worldloom.report.figure import BLUE, COLOURS, ORANGE, RED, new_figure, save_figure, whole_ticks
-from worldloom.report.openloop import OpenLoop
+from worldloom.report.openloop import OpenLoop, open_loop
 
 _SEQUENCES, _ENTRIES, _COLUMNS = 3, 12, 16
+_OBSERVED, _IMAGINED, _HORIZON = 8, 24, 15
 
 
 def draw_open_loop(report: OpenLoop, path: str | Path, *, name: str | None = None, title: str = "") -> Path:
@@ -100,6 +102,30 @@ class HorizonErrors(NamedTuple):
     still: dict[str, NDArray[np.float64]]
 
 
+def draw_imagination(model: Any, replay: ReplayBuffer, folder: str | Path, *, title: str = "") -> list[Path]:
+    """Draw how far the imagination of ``model`` can be trusted on recorded episodes, and return the paths of the PNGs.
+
+    For a model with a decoder (DreamerV3) ``open_loop.png``, or with several observations one ``open_loop_<name>.png``
+    each; for others (TD-MPC2) ``horizon.png``.
+
+    Raises:
+      DataError: no episode has two rows.
+      MissingDependencyError: Matplotlib is missing.
+    """
+    folder, longest = Path(folder), int(max(replay.episode_lengths, default=0))
+    if longest < 2:
+        raise DataError("There is nothing to imagine: no recorded episode has two rows.")
+    if not hasattr(model, "decoder"):
+        errors = horizon_errors(model, replay.sample(256, min(_HORIZON + 1, longest)))
+        return [draw_horizon_errors(errors, folder / "horizon.png", title=title)]
+    rows = min(_OBSERVED + _IMAGINED, longest)
+    report = open_loop(model, replay.sample(_SEQUENCES, rows), observed=min(_OBSERVED, rows // 2))
+    files = {name: "open_loop.png" if len(report.truth) == 1 else f"open_loop_{name}.png" for name in report.truth}
+    return [
+        draw_open_loop(report, folder / file.replace("/", "_"), name=name, title=title) for name, file in files.items()
+    ]
+
+
 def horizon_errors(model: Any, batch: Mapping[str, Any]) -> HorizonErrors:
     """How far a model without decoder, such as TD-MPC2, can imagine.
 
@@ -116,11 +142,13 @@ def horizon_errors(model: Any, batch: Mapping[str, Any]) -> HorizonErrors:
     sequences, length = obs.shape[:2]
     if length < 2:
         raise DataError("Sequences need at least 2 rows to imagine a step.")
-    seen = model.encode(obs.reshape(-1, *obs.shape[2:]))
-    dream = model.imagine(model.encode(obs[:, 0]), np.swapaxes(actions[:, :-1], 0, 1))
+    task = {"task": np.asarray(batch["task"])} if getattr(model.config, "num_tasks", 0) else {}
+    tasks = {name: np.repeat(value, length) for name, value in task.items()}
+    seen = model.encode(obs.reshape(-1, *obs.shape[2:]), **tasks)
+    dream = model.imagine(model.encode(obs[:, 0], **task), np.swapaxes(actions[:, :-1], 0, 1), **task)
     by_time = lambda x: np.swapaxes(np.asarray(x, np.float64).reshape(sequences, length, *x.shape[1:]), 0, 1)  # noqa: E731
     rewards = np.swapaxes(np.asarray(batch["rewards"], np.float64), 0, 1)
-    values = jax.device_get([model.decode(state)["value"] for state in (seen, dream.states)])
+    values = jax.device_get([model.decode(seen, **tasks)["value"], model.decode(dream.states, **task)["value"]])
     latents = by_time(seen.features)
     truth = {"reward": rewards, "value": by_time(values[0]), "latent": latents}
     imagined = {

@@ -21,7 +21,8 @@ class LoggingCallback(Callback):
     """Writes a record every ``TrainingConfig.log_interval`` steps, of means over these steps, and one per evaluation.
 
     Names are the same everywhere: ``train/loss``, ``train/loss/<term>``, ``train/grad_norm``, ``train/lr``,
-    ``fps/update``, ``replay/size``, ``eval/…``. The x-axis is the number of updates.
+    ``fps/update``, ``replay/size``, ``collect/…``, ``eval/…``. Every JSON line has ``step`` (updates),
+    ``env_steps`` and ``time``. TensorBoard's x-axis is the number of environment steps online and of updates offline.
 
     Args:
       log_dir: folder of ``metrics.jsonl`` (always written there) and TensorBoard events; None writes no files. A
@@ -56,7 +57,7 @@ class LoggingCallback(Callback):
         if self.log_to_tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.log_dir), purge_step=info.step + 1 if info.step else None)
+            self._writer = SummaryWriter(str(self.log_dir), purge_step=_x(info) + 1 if info.step else None)
         return None
 
     def on_step(self, info: StepInfo) -> Answer:
@@ -88,15 +89,21 @@ class LoggingCallback(Callback):
 
     def _write(self, info: StepInfo, record: Mapping[str, float]) -> None:
         if self.log_to_console:
-            _print(f"step {info.step:,}/{info.total_steps:,}  " + "  ".join(_short(record)))
+            taken = f"env steps {info.env_steps:,}  " if info.env_steps else ""
+            _print(f"step {info.step:,}/{info.total_steps:,}  {taken}" + "  ".join(_short(record)))
         if self._file is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-            self._file.write(json.dumps({"step": info.step, "time": time.time(), **finite}) + "\n")
+            place = {"step": info.step, "env_steps": info.env_steps, "time": time.time()}
+            self._file.write(json.dumps({**place, **finite}) + "\n")
             self._file.flush()
         if self._writer is not None:
             for name, value in record.items():
-                self._writer.add_scalar(name, value, info.step)
+                self._writer.add_scalar(name, value, _x(info))
             self._writer.flush()
+
+
+def _x(info: StepInfo) -> int:
+    return info.env_steps or info.step
 
 
 def _short(record: Mapping[str, float]) -> list[str]:

@@ -47,11 +47,16 @@ class Monitor:
         if self.name in values:
             return values[self.name]
         if values and self.name not in info.measurements:
-            self._check([*values, *info.measurements], waiting=info.measured and not info.measurements)
+            self._check([*values, *info.measurements], waiting=info.measured and self._unheard(info.measurements))
         return None
 
+    def _unheard(self, measurements: Iterable[str]) -> bool:
+        """Whether nothing of the monitored group (``eval/``) has been published yet, so that it may still come."""
+        group, slash, _ = self.name.rpartition("/")
+        return bool(slash) and group != "train" and not any(name.startswith(f"{group}/") for name in measurements)
+
     def _check(self, known: Iterable[str], waiting: bool) -> None:
-        if waiting and "/" in self.name and not self.name.startswith("train/"):
+        if waiting:
             return
         known = sorted(set(known))
         advice = " Names under eval/ need an EvalCallback." if self.name.startswith("eval/") else ""

@@ -1,0 +1,52 @@
+"""Recipes fit their environment, and what is given wins."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from worldloom import create_world_model, list_models
+from worldloom.envs import make_env
+from worldloom.training import TrainingConfig
+from worldloom.training.recipes import never_terminates, recipe
+
+
+class Camera(gym.Env):
+    observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+
+@pytest.mark.parametrize("spec", ["Pendulum-v1", "CartPole-v1"])
+@pytest.mark.parametrize("name", [name for name in list_models() if name.endswith((":tiny", ":5m", ":size12m"))])
+def test_a_recipe_makes_a_model_and_a_config(name, spec):
+    with make_env(spec) as env:
+        model, training, reasons = recipe(name, env)
+        config = TrainingConfig(**training)
+        assert config.device == "auto"
+        assert {*reasons} <= {*model, *training}
+        if name.endswith(":tiny"):
+            assert create_world_model(name, **model).config.action_type == env.action_type
+
+
+@pytest.mark.parametrize(
+    ("spec", "endless"),
+    [("Pendulum-v1", True), ("CartPole-v1", False), ("MountainCarContinuous-v0", False), (Camera, False)],
+)
+def test_terminations_are_learned_wherever_they_may_happen(spec, endless):
+    with make_env(spec) as env:
+        assert never_terminates(env) is endless
+        assert recipe("tdmpc2:tiny", env).model["episodic"] is not endless
+
+
+def test_what_is_given_wins_and_the_rest_follows_from_it():
+    with make_env("Pendulum-v1") as env:
+        model, training, reasons = recipe("tdmpc2:tiny", env, {"prefill": 7, "episodic": True, "batch_size": 3})
+        assert (training["prefill"], training["prefill_updates"], training["batch_size"]) == (7, 7, 3)
+        assert model["episodic"] is True
+        assert not {"prefill", "episodic"} & reasons.keys()
+        assert recipe("tdmpc2:tiny", env).training["prefill"] == 1_000
+        assert recipe("tdmpc2:tiny", env, {"episode_length": 500}).training["prefill"] == 2_500
+
+
+def test_images_get_the_latent_that_their_encoder_needs():
+    with make_env(Camera) as env:
+        assert recipe("tdmpc2:tiny", env).model["latent_dim"] == 512
