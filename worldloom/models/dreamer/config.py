@@ -116,6 +116,9 @@ class DreamerV3Config(BaseConfig):
 
     imagination_horizon: int = 15
     """Steps imagined from every replayed state (``imag_length``)."""
+    imagination_starts: int = 0
+    """States K of a window, its last ones, from which imagination starts and on whose rows the critic learns from
+    replay (``imag_last``); at least 2, or 0 for all, as published."""
     return_horizon: float = 333.0
     """Discount horizon in steps: γ = 1 − 1 / horizon, learned into the continue head."""
     return_lambda: float = 0.95
@@ -167,6 +170,8 @@ class DreamerV3Config(BaseConfig):
             _check_integer(name, getattr(self, name), 1)
         for name in ("reward_layers", "continue_layers", "imagination_horizon"):
             _check_integer(name, getattr(self, name), 1)
+        _check_integer("imagination_starts", self.imagination_starts, 0)
+        check(self.imagination_starts != 1, "imagination_starts=1 leaves no replayed transition; use 0 (all) or ≥ 2.")
         if self.units is not None:
             _check_integer("units", self.units, 1)
         check(

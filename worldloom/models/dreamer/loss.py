@@ -41,7 +41,7 @@ class LossAux(NamedTuple):
     """What the loss knows besides its terms.
 
     Attributes:
-      elements: each term before its mean: [B, T], ``actor`` and ``critic`` [H, B·T], ``replay_critic`` [B, T − 1].
+      elements: each term before its mean: [B, T], ``actor`` and ``critic`` [H, B·K], ``replay_critic`` [B, K − 1].
       latents: posterior states [B, T, ...] of the rows that counted.
       posterior: logits of those states, [B, T, S, C].
       return_range: the moved percentiles ``{"lo": [], "hi": []}``.
@@ -82,9 +82,10 @@ def loss(
     losses["dynamics"] = jnp.maximum(sg(posterior).kl(prior), config.kl_free)
     losses["representation"] = jnp.maximum(posterior.kl(sg(prior)), config.kl_free)
 
-    # Imagination: the policy acts in the world model from every state; neither learns through the rollout.
+    # Imagination: the policy acts in the world model from the last K states; neither learns through the rollout.
     frozen = merge(type(model), config, sg(model.params), model.dtype)
-    starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), latents)
+    starting = min(config.imagination_starts or length, length)
+    starts = jax.tree.map(lambda x: sg(x[:, -starting:]).reshape(-1, *x.shape[2:]), latents)
     dream, actions = imagine(frozen, starts, config.imagination_horizon, imagine_key)
     dream_features = dream.features
 
@@ -102,11 +103,13 @@ def loss(
     losses["critic"] = weights * critic_loss(critic_logits[:-1], returns, slow_values, config.slow_critic_scale)
 
     # The critic also learns from replayed rewards, with the imagined returns as its bootstrap.
-    bootstrap = returns[0].reshape(batch_size, length)
-    targets = replay_return(rows.rewards, rows.is_terminal, rows.is_last, bootstrap, discount, config.return_lambda)
-    slow_values = symexp_twohot_mean(frozen.slow_critic(sg(features[:, :-1])))
-    replayed = critic_loss(model.critic(features[:, :-1]), targets, slow_values, config.slow_critic_scale)
-    losses["replay_critic"] = (1 - rows.is_last[:, :-1]) * replayed
+    bootstrap = returns[0].reshape(batch_size, starting)
+    real = (x[:, -starting:] for x in (features, rows.rewards, rows.is_terminal, rows.is_last))
+    real_features, real_rewards, is_terminal, is_last = real
+    targets = replay_return(real_rewards, is_terminal, is_last, bootstrap, discount, config.return_lambda)
+    slow_values = symexp_twohot_mean(frozen.slow_critic(sg(real_features[:, :-1])))
+    replayed = critic_loss(model.critic(real_features[:, :-1]), targets, slow_values, config.slow_critic_scale)
+    losses["replay_critic"] = (1 - is_last[:, :-1]) * replayed
 
     terms = {name: jnp.mean(value) for name, value in losses.items()}
     scales = loss_scales(config)
