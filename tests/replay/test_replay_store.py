@@ -78,6 +78,14 @@ def test_an_empty_or_new_buffer_keeps_what_was_declared(rows, tmp_path):
     add(again, [5], [True])
 
 
+def test_a_buffer_of_your_own_can_hold_what_comes_back(tmp_path):
+    buffer, own = filled(), ReplayBuffer(3)
+    own.adopt(ReplayStore(tmp_path / "store").load(ReplayStore(tmp_path / "store").write(buffer)))
+    assert content(own, tmp_path) == content(buffer, tmp_path)
+    assert add(own, [60], [True]).tolist() == [60]
+    assert own.capacity == len(own) == 45
+
+
 def test_numbers_go_on_in_an_emptied_buffer(tmp_path):
     buffer = filled()
     buffer.load_state_dict({"first_row": 60, "next_row": 60})

@@ -544,6 +544,10 @@ class ReplayBuffer:
             parts[number in held_out]._append(self._schema, columns)
         return parts
 
+    def adopt(self, other: ReplayBuffer) -> None:
+        """Hold exactly what ``other`` holds, under the same numbers, instead of what was here; ``other`` is used up."""
+        vars(self).update(vars(other))
+
     # ---- saving ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, int]:
