@@ -226,6 +226,21 @@ def test_an_episode_closed_later_changes_no_file(tmp_path):
     assert not ReplayStore(tmp_path).load(before).take(np.array([39]))["is_last"].any()
 
 
+def test_files_that_are_there_are_not_written_by_another_store_either(tmp_path):
+    """As when a run is resumed by way of a folder's name; only what is not a full block is written anew."""
+    buffer = ReplayStore(tmp_path / "a").load(ReplayStore(tmp_path / "a").write(filled()))
+    before = files(tmp_path / "a")
+    reference = ReplayStore(tmp_path / "a").write(buffer)
+    after = files(tmp_path / "a")
+    assert before.keys() == after.keys()
+    full = [name for name in before if "-8-" in name]
+    assert len(full) == 5
+    assert {name: after[name] for name in full} == {name: before[name] for name in full}
+    assert ReplayStore(tmp_path / "b").write(buffer) == reference
+    shutil.rmtree(tmp_path / "a")
+    assert content(ReplayStore(tmp_path / "b").load(reference), tmp_path) == content(filled(), tmp_path)
+
+
 def test_a_file_that_went_missing_is_written_again(tmp_path):
     buffer, store = filled(), ReplayStore(tmp_path)
     reference = store.write(buffer)

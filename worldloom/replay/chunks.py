@@ -165,14 +165,22 @@ class MappedBlock(Mapping[str, np.ndarray]):
     """The rows of a chunk file as a block of read-only arrays, without reading them.
 
     Args:
-      layout: of the file.
+      chunk: the file.
+      columns: its columns.
       memory: function that maps the file; called anew at every access, so that it may let go of maps it has not used
         for a while. Every map costs a file descriptor.
       held: columns that are kept in memory instead, and can be changed there.
     """
 
-    def __init__(self, layout: Layout, memory: Callable[[], mmap.mmap], held: Mapping[str, np.ndarray]):
-        self._layout, self._memory, self._held = layout, memory, dict(held)
+    def __init__(
+        self,
+        chunk: Chunk,
+        columns: Mapping[str, Column],
+        memory: Callable[[], mmap.mmap],
+        held: Mapping[str, np.ndarray],
+    ):
+        self.chunk, self._layout = chunk, Layout(chunk.kind, columns, chunk.first, chunk.rows)
+        self._memory, self._held = memory, dict(held)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self._held:

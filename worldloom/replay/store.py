@@ -152,7 +152,8 @@ class ReplayStore:
 
     def _chunk(self, table: _Table, part: Part) -> Chunk:
         """The file that holds ``part``, written if it is not there."""
-        known = self._written.get(part.stamp)
+        mapped = part.block.chunk if isinstance(part.block, MappedBlock) else None
+        known = self._written.get(part.stamp, mapped)
         if known and known.first <= part.first and known.first + known.rows == part.first + part.rows:
             path, layout = self.folder / known.name, Layout(table.kind, table.columns, known.first, known.rows)
             if path.is_file() and path.stat().st_size == layout.size:
@@ -214,9 +215,8 @@ class ReplayStore:
                 held[name][start : start + len(values)] = values
 
         read_chunk(self.folder, chunk, columns, look)
-        layout = Layout(chunk.kind, columns, chunk.first, chunk.rows)
-        path = self.folder / chunk.name
-        return MappedBlock(layout, lambda: self._map(path, layout.size), held)
+        path, size = self.folder / chunk.name, Layout(chunk.kind, columns, chunk.first, chunk.rows).size
+        return MappedBlock(chunk, columns, lambda: self._map(path, size), held)
 
     def _read(self, chunk: Chunk, table: Rows, schema: Schema) -> None:
         ids = table.extend(chunk.rows)
