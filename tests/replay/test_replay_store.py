@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import gc
 import json
 import os
 import resource
@@ -282,7 +283,7 @@ def test_files_are_deleted_when_nothing_refers_to_them(tmp_path):
 def test_a_store_of_many_blocks_takes_little_memory_and_few_descriptors(tmp_path, monkeypatch):
     """12 MB in 192 files: loading and sampling stay within a few blocks, and 8 descriptors."""
     monkeypatch.setattr("worldloom.replay.rows.BLOCK_BYTES", 1 << 16)
-    monkeypatch.setattr("worldloom.replay.store.MAX_MAPS", 8)
+    monkeypatch.setattr("worldloom.replay.chunks.MAPS.most", 8)
     buffer, episode = ReplayBuffer(3072), np.zeros((256, 64, 21, 3), np.uint8)
     for number in range(12):
         episode[:] = number
@@ -300,7 +301,10 @@ def test_a_store_of_many_blocks_takes_little_memory_and_few_descriptors(tmp_path
     finally:
         tracemalloc.stop()
     assert peak < 4 << 20
-    assert len(os.listdir("/proc/self/fd")) <= descriptors + 8
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 8
+    del again
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 # ---- a full disk, damaged files, made-up references ------------------------------------------------------------------

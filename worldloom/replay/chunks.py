@@ -14,6 +14,8 @@ import mmap
 import os
 import re
 import stat
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,40 +167,66 @@ class MappedBlock(Mapping[str, np.ndarray]):
     """The rows of a chunk file as a block of read-only arrays, without reading them.
 
     Args:
+      folder: where the file is.
       chunk: the file.
       columns: its columns.
-      memory: function that maps the file; called anew at every access, so that it may let go of maps it has not used
-        for a while. Every map costs a file descriptor.
       held: columns that are kept in memory instead, and can be changed there.
     """
 
-    def __init__(
-        self,
-        chunk: Chunk,
-        columns: Mapping[str, Column],
-        memory: Callable[[], mmap.mmap],
-        held: Mapping[str, np.ndarray],
-    ):
-        self.chunk, self._layout = chunk, Layout(chunk.kind, columns, chunk.first, chunk.rows)
-        self._memory, self._held = memory, dict(held)
+    def __init__(self, folder: Path, chunk: Chunk, columns: Mapping[str, Column], held: Mapping[str, np.ndarray]):
+        self.chunk, self.path = chunk, folder / chunk.name
+        self.layout = Layout(chunk.kind, columns, chunk.first, chunk.rows)
+        self._held = dict(held)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self._held:
             return self._held[name]
-        column, rows = self._layout.columns[name], self._layout.rows
+        column, rows = self.layout.columns[name], self.layout.rows
         values: np.ndarray = np.ndarray(
-            (rows, *column.shape), _stored(column), self._memory(), self._layout.offsets[name]
+            (rows, *column.shape), _stored(column), MAPS.of(self), self.layout.offsets[name]
         )
         return values
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layout.columns)
+        return iter(self.layout.columns)
 
     def __len__(self) -> int:
-        return len(self._layout.columns)
+        return len(self.layout.columns)
+
+    # Two blocks are the same if they are the same object.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
-def map_file(path: Path, size: int) -> mmap.mmap:
+class Maps:
+    """The files that are mapped into memory at present: the ones used last, of blocks that are still in use.
+
+    Every map costs a file descriptor, and the disk space of a deleted file.
+
+    Args:
+      most: how many at a time.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self._maps: weakref.WeakKeyDictionary[MappedBlock, mmap.mmap] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def of(self, block: MappedBlock) -> mmap.mmap:
+        """The file of ``block``, mapped. Raises ``FileFormatError`` if it is not there any more."""
+        with self._lock:
+            memory = self._maps.pop(block, None) or _map_file(block.path, block.layout.size)
+            self._maps[block] = memory
+            while len(self._maps) > self.most:
+                del self._maps[next(iter(self._maps))]
+        return memory
+
+
+MAPS = Maps(128)
+"""Of this process. Some systems allow 256 descriptors."""
+
+
+def _map_file(path: Path, size: int) -> mmap.mmap:
     """Map a file of ``size`` bytes into memory, read-only."""
     with _opened(path, size) as file:
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import threading
@@ -23,7 +22,6 @@ from worldloom.replay.chunks import (
     Layout,
     MappedBlock,
     check_size,
-    map_file,
     read_chunk,
     write_chunk,
 )
@@ -32,8 +30,6 @@ from worldloom.replay.schema import Schema
 
 FORMAT, VERSION = "worldloom.replay.store", 1
 
-MAX_MAPS = 128
-"""Files mapped at a time; each takes a descriptor, of which some systems allow 256."""
 MAX_BLOCK_BYTES = 1 << 30
 """Largest block that is taken memory for when reading, and largest row."""
 
@@ -63,7 +59,6 @@ class ReplayStore:
         self._written: dict[int, Chunk] = {}
         self._newest: set[str] = set()
         self._lock = threading.Lock()
-        self._map = functools.lru_cache(MAX_MAPS)(map_file)
 
     def snapshot(self, buffer: ReplayBuffer) -> Pending:
         """What ``buffer`` holds now, to be written later; cheap.
@@ -112,7 +107,6 @@ class ReplayStore:
             keep |= self._newest
             found = [path for path in self.folder.iterdir() if _ours(path)] if self.folder.is_dir() else []
             doomed = [path for path in found if path.name not in keep]
-            self._map.cache_clear()
             for path in doomed:
                 path.unlink(missing_ok=True)
             self._written = {stamp: chunk for stamp, chunk in self._written.items() if chunk.name in keep}
@@ -215,8 +209,7 @@ class ReplayStore:
                 held[name][start : start + len(values)] = values
 
         read_chunk(self.folder, chunk, columns, look)
-        path, size = self.folder / chunk.name, Layout(chunk.kind, columns, chunk.first, chunk.rows).size
-        return MappedBlock(chunk, columns, lambda: self._map(path, size), held)
+        return MappedBlock(self.folder, chunk, columns, held)
 
     def _read(self, chunk: Chunk, table: Rows, schema: Schema) -> None:
         ids = table.extend(chunk.rows)
