@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.errors import CheckpointError, FileFormatError
+from worldloom.replay.store import Pending, ReplayStore
 from worldloom.state import TrainState
 from worldloom.training.checkpoint_files import (
     Snapshot,
@@ -22,9 +23,14 @@ from worldloom.training.checkpoint_files import (
     write_checkpoint,
 )
 
+REPLAY_FOLDER = "replay"
+"""Beside the checkpoints: the chunk files that they refer to."""
+
 
 class Checkpointer:
     """The checkpoints in one folder, written in the background one at a time.
+
+    Replay that training changes lies in the same folder under ``replay/``, each row once, for all of them.
 
     Args:
       folder: where they are; created by :meth:`open`.
@@ -35,6 +41,7 @@ class Checkpointer:
     def __init__(self, folder: str | Path, *, keep_last: int = 3, mode: str | None = None):
         self.folder = Path(folder)
         self._keep_last, self._mode = keep_last, mode
+        self._store = ReplayStore(self.folder / REPLAY_FOLDER)
         self._values: dict[int, float | None] = {}
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
@@ -83,7 +90,8 @@ class Checkpointer:
         self.wait()
         assert self._writer is not None, "open() comes first"
         value = None if value is None or not np.isfinite(value) else float(value)
-        self._pending = self._writer.submit(self._write, snapshot, value)
+        replay = None if snapshot.replay is None else self._store.snapshot(snapshot.replay)
+        self._pending = self._writer.submit(self._write, snapshot, value, replay)
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises ``CheckpointError`` if the last write failed."""
@@ -114,16 +122,19 @@ class Checkpointer:
         problems = []
         for number in reversed(steps):
             try:
-                return read_checkpoint(self.folder / str(number), template)
+                found = read_checkpoint(self.folder / str(number), template)
+                reference = found.record.get("replay")
+                return found if reference is None else found._replace(replay=self._store.load(reference))
             except FileFormatError as error:
                 problems.append(str(error))
                 if number != steps[0]:
                     warnings.warn(f"{error} Going back to the checkpoint before it.", stacklevel=2)
         raise CheckpointError(f"No checkpoint in {self.folder} can be read. {' '.join(problems)}")
 
-    def _write(self, snapshot: Snapshot, value: float | None) -> None:
+    def _write(self, snapshot: Snapshot, value: float | None, replay: Pending | None) -> None:
         try:
-            write_checkpoint(self.folder / str(snapshot.step), snapshot, value=value, mode=self._mode)
+            further = {"value": value, "mode": self._mode, "replay": replay.write() if replay else None}
+            write_checkpoint(self.folder / str(snapshot.step), snapshot, **further)
         except Exception as error:
             raise CheckpointError(
                 f"The checkpoint of step {snapshot.step} could not be written to {self.folder}: {error}. "
@@ -140,6 +151,8 @@ class Checkpointer:
             if step not in keep:
                 delete_checkpoint(self.folder / str(step))
                 self._values.pop(step, None)
+        references = [read_summary(self.folder / str(step)).get("replay") for step in self.steps()]
+        self._store.collect(reference for reference in references if reference)
 
 
 def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> int:

@@ -33,11 +33,19 @@ _AROUND = "around/"
 
 
 class Snapshot(NamedTuple):
-    """All that a run needs to go on: the state on the host, JSON-serialisable values and arrays of all around it."""
+    """All that a run needs to go on.
+
+    Attributes:
+      state: the state, on the host.
+      record: JSON-serialisable values of everything around it.
+      arrays: arrays of everything around it, by name.
+      replay: the buffer that training changes, by collecting or by writing latents back; None for one it only reads.
+    """
 
     state: TrainState
     record: dict[str, Any]
     arrays: Mapping[str, np.ndarray] = types.MappingProxyType({})
+    replay: Any = None
 
     @property
     def step(self) -> int:

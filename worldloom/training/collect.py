@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -16,7 +15,7 @@ from worldloom.envs import EpisodeEnd, Rows, VectorEnv
 from worldloom.errors import ConfigError
 from worldloom.state import TrainState
 from worldloom.training.config import TrainingConfig
-from worldloom.training.feed import Chunk, Windows, send, write_back
+from worldloom.training.feed import Chunk, Fresh, Unwritten, Windows, below, send
 from worldloom.training.step import Batch, Outcome
 
 _log = logging.getLogger("worldloom")
@@ -51,34 +50,6 @@ class Schedule(NamedTuple):
         return 0 if decisions < self.prefill else self.burst + int((decisions - self.prefill) * self.rate)
 
 
-class Fresh(NamedTuple):
-    """Latents that a call of updates computed anew.
-
-    Attributes:
-      row_ids: the rows of each update's batch, [B, T'] each; the latents are those of the last T of them.
-      outcome: of the call, perhaps still being computed.
-    """
-
-    row_ids: list[Any]
-    outcome: Outcome
-
-    def write(self, replay: Any) -> None:
-        """Write them to ``replay``, in the order of the updates; waits for the device."""
-        write_back(replay, self.row_ids, self.outcome)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """For a checkpoint."""
-        fresh = {f"latents/{name}": np.asarray(value) for name, value in self.outcome.fresh.items()}
-        return {"row_ids": np.stack(self.row_ids), "good": np.asarray(self.outcome.good), **fresh}
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> Fresh:
-        """Inverse of :meth:`arrays`."""
-        latents: Any = below(arrays, "latents/")
-        good: Any = arrays["good"]
-        return cls(list(arrays["row_ids"]), Outcome(good, latents, good))
-
-
 class Collector:
     """Steps environments and stores what they show. One call of :meth:`step` is one step of all environments.
 
@@ -99,7 +70,6 @@ class Collector:
       decisions: decision steps taken so far.
       ends: episodes that ended since someone took them from here.
       restarts: environment processes that had to be replaced so far.
-      fresh: latents of updates that are yet to be written to replay.
     """
 
     def __init__(self, env: VectorEnv, replay: Any, model: Any, config: TrainingConfig, latents: bool):
@@ -114,7 +84,6 @@ class Collector:
         self._calls = 0
         self.decisions = self.restarts = 0
         self.ends: list[EpisodeEnd] = []
-        self.fresh: deque[Fresh] = deque()
 
     @property
     def env_steps(self) -> int:
@@ -144,9 +113,7 @@ class Collector:
         arrays |= {f"carry/{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self._carry))}
         arrays |= {f"actions/{name}": np.asarray(value) for name, value in _by_name(actions).items()}
         arrays |= {f"latents/{name}": np.asarray(value) for name, value in latents.items()}
-        return counts, arrays | {
-            f"fresh/{name}": value for fresh in self.fresh for name, value in fresh.arrays().items()
-        }
+        return counts, arrays
 
     def load_state_dict(self, counts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Take back :meth:`state_dict`: the environments play their current episodes up to here again.
@@ -158,8 +125,6 @@ class Collector:
         if not arrays:
             return
         saved = below(arrays, "env/")
-        fresh = below(arrays, "fresh/")
-        self.fresh = deque([Fresh.of(fresh)] if fresh else [])
         self._rows = self.env.restore(saved)
         leaves = below(arrays, "carry/")
         structure = jax.tree.structure(self._carry)
@@ -210,8 +175,7 @@ class Collector:
 class OnlineFeed:
     """Batches from what a collector stores, collecting until the next update is due.
 
-    Everything happens in an order that depends on the schedule alone: the fresh latents of all calls but the last are
-    written back before a batch is drawn; those of the last are still being computed and wait in the collector.
+    Everything happens in this thread, in an order that depends on the schedule alone.
 
     Args:
       collector: steps the environments.
@@ -221,6 +185,7 @@ class OnlineFeed:
       device: where the batches go.
       capacity: batches per call, K.
       plan: function (step, most) → the chunk after ``step``, of at most ``most`` updates.
+      unwritten: fresh latents, which a batch drawn later may see; what remains at the end is for the next feed.
       state: function () → the newest state.
     """
 
@@ -233,10 +198,12 @@ class OnlineFeed:
         device: jax.Device,
         capacity: int,
         plan: Callable[[int, int], Chunk],
+        unwritten: Unwritten,
         state: Callable[[], TrainState],
     ):
         self._collector, self._windows, self._schedule, self._seed = collector, windows, schedule, config.seed
-        self._device, self._capacity, self._plan, self._state = device, capacity, plan, state
+        self._device, self._capacity, self._plan = device, capacity, plan
+        self._unwritten, self._state = unwritten, state
 
     def __enter__(self) -> Self:
         return self
@@ -255,19 +222,18 @@ class OnlineFeed:
             self._collector.step(self._state())
         if self._due() <= step:
             return None
-        self.settle()
-        chunk = self._plan(step, min(self._capacity, self._due() - step))
+        for fresh in self._unwritten.due(step):
+            fresh.write(self._windows.buffer)
+        chunk = self._plan(step, self._due() - step)
         return chunk, *send(self._windows, self._seed, chunk, self._capacity, self._device)
 
     def give_back(self, chunk: Chunk, outcome: Outcome, row_ids: list[Any]) -> None:
-        """Have the fresh latents of a call written back to replay, once it is done."""
+        """Have the fresh latents of a call written back to replay, when a batch is to see them."""
         if self._windows.latents and outcome.fresh:
-            self._collector.fresh.append(Fresh(row_ids[: chunk.updates], outcome))
+            self._unwritten.append(Fresh(chunk.step, row_ids[: chunk.updates], outcome))
 
     def settle(self) -> None:
-        """Write back what the next batch will read; what is in flight then belongs to the collector's state."""
-        while len(self._collector.fresh) > 1:
-            self._collector.fresh.popleft().write(self._windows.buffer)
+        """Nothing is being written behind the caller's back."""
 
     def _due(self) -> int:
         return self._schedule.due(self._collector.decisions)
@@ -306,11 +272,6 @@ def check_match(env: VectorEnv, model: Any) -> None:
                 f"The environment has {name}={wanted!r}, the model {given!r}. Create the model with obs_shape="
                 "env.obs_shape, action_dim=env.action_dim, action_type=env.action_type."
             )
-
-
-def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The entries whose name begins with ``prefix``, without it."""
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 def _by_name(actions: Any) -> Mapping[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -22,13 +23,80 @@ class Chunk(NamedTuple):
       step: updates done before it.
       updates: how many it does.
       looks: whether a callback looks after it.
-      saves: whether one then may save a checkpoint.
     """
 
     step: int
     updates: int
     looks: bool
-    saves: bool
+
+
+class Fresh(NamedTuple):
+    """Latents that a call of updates computed anew, to be written to replay.
+
+    Attributes:
+      step: updates done before the call.
+      row_ids: the rows of each update's batch, [B, T'] each; the latents are those of the last T of them.
+      outcome: of the call, perhaps still being computed.
+    """
+
+    step: int
+    row_ids: list[Any]
+    outcome: Outcome
+
+    def write(self, buffer: Any) -> None:
+        """Write them to ``buffer``, update by update; waits until they are computed."""
+        good = np.asarray(self.outcome.good)
+        fresh = {name: np.asarray(value) for name, value in self.outcome.fresh.items()}
+        for i, ids in enumerate(self.row_ids):
+            if good[i]:
+                latents = {name: value[i] for name, value in fresh.items()}
+                length = next(iter(latents.values())).shape[1]
+                buffer.write_latents(ids[:, -length:], latents)
+
+
+class Unwritten:
+    """Fresh latents in the order of their updates, until they are due.
+
+    Updates are counted in groups of K, and a batch sees the latents of all groups but its own and the one before it.
+    So it does not depend on how the updates of a group came to be split into calls, and the latents of the call that
+    is still running are never waited for.
+
+    Args:
+      capacity: K, the most updates in one call.
+    """
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._queue: deque[Fresh] = deque()
+
+    def append(self, fresh: Fresh) -> None:
+        """Add those of the newest call."""
+        self._queue.append(fresh)
+
+    def due(self, step: int) -> list[Fresh]:
+        """Remove and return those that must be written before batch number ``step`` is drawn."""
+        found = []
+        while self._queue and self._queue[0].step // self._capacity <= step // self._capacity - 2:
+            found.append(self._queue.popleft())
+        return found
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For a checkpoint; waits until they are computed."""
+        found: dict[str, np.ndarray] = {}
+        for number, (step, row_ids, outcome) in enumerate(self._queue):
+            found[f"{number}/step"] = np.array(step)
+            found[f"{number}/row_ids"] = np.stack(row_ids)
+            found[f"{number}/good"] = np.asarray(outcome.good)
+            found |= {f"{number}/latents/{name}": np.asarray(value) for name, value in outcome.fresh.items()}
+        return found
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Inverse of :meth:`arrays`."""
+        self._queue.clear()
+        while one := below(arrays, f"{len(self._queue)}/"):
+            latents: Any = below(one, "latents/")
+            good: Any = one["good"]
+            self._queue.append(Fresh(int(one["step"]), list(one["row_ids"]), Outcome(good, latents, good)))
 
 
 class Windows:
@@ -80,9 +148,7 @@ class Windows:
 class OfflineFeed:
     """Batches from a buffer, one call ahead of the device.
 
-    One background thread samples and writes back in an order that depends on the chunks alone: the batches of a call
-    are drawn when the fresh latents of the call before the last are written; after a step at which a checkpoint may be
-    saved, when all are. So a checkpoint has nothing in flight, and a resumed run draws the same batches.
+    One background thread samples and writes back, in an order that depends on the chunks alone.
 
     Args:
       windows: what to draw.
@@ -90,6 +156,7 @@ class OfflineFeed:
       device: where the batches go.
       capacity: batches per call, K.
       plan: function (step) → the chunk after ``step``, or None at the end.
+      unwritten: fresh latents, which a batch drawn later may see; what remains at the end is for the next feed.
     """
 
     def __init__(
@@ -99,9 +166,10 @@ class OfflineFeed:
         device: jax.Device,
         capacity: int,
         plan: Callable[[int], Chunk | None],
+        unwritten: Unwritten,
     ):
         self._windows, self._seed, self._device, self._capacity = windows, config.seed, device, capacity
-        self._plan = plan
+        self._plan, self._unwritten = plan, unwritten
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="worldloom-feed")
         self._next: tuple[Chunk, Future[tuple[Batch, list[Any]]]] | None = None
         self._writes: list[Future[None]] = []
@@ -129,28 +197,26 @@ class OfflineFeed:
         assert self._next is not None
         (chunk, loading), self._next = self._next, None
         assert chunk.step == step
-        batches, row_ids = loading.result()
-        if not (chunk.saves and self._windows.latents):
-            self._prefetch(step + chunk.updates)
-        return chunk, batches, row_ids
+        self._prefetch(step + chunk.updates)
+        return chunk, *loading.result()
 
     def give_back(self, chunk: Chunk, outcome: Outcome, row_ids: list[Any]) -> None:
-        """Write the fresh latents of a call back to replay, once it is done."""
+        """Have the fresh latents of a call written back to replay, when a batch is to see them."""
         if self._windows.latents and outcome.fresh:
-            self._writes.append(self._worker.submit(write_back, self._windows.buffer, row_ids, outcome))
+            self._unwritten.append(Fresh(chunk.step, row_ids[: chunk.updates], outcome))
 
     def settle(self) -> None:
-        """Return when everything given back is written."""
+        """Return when nothing is being written to replay."""
         while self._writes:
             self._writes.pop(0).result()
 
     def _prefetch(self, step: int) -> None:
         chunk = self._plan(step)
         if chunk is not None:
-            self._next = chunk, self._worker.submit(self._load, chunk)
-
-    def _load(self, chunk: Chunk) -> tuple[Batch, list[Any]]:
-        return send(self._windows, self._seed, chunk, self._capacity, self._device)
+            for fresh in self._unwritten.due(step):
+                self._writes.append(self._worker.submit(fresh.write, self._windows.buffer))
+            arguments = self._windows, self._seed, chunk, self._capacity, self._device
+            self._next = chunk, self._worker.submit(send, *arguments)
 
 
 def send(
@@ -162,15 +228,17 @@ def send(
     return jax.device_put(stacked, device), [row_ids for _, row_ids in drawn]
 
 
-def write_back(buffer: Any, row_ids: list[Any], outcome: Outcome) -> None:
-    """Write the fresh latents of a call to ``buffer``, update by update; waits until they are computed."""
-    good = np.asarray(outcome.good)
-    fresh = {name: np.asarray(value) for name, value in outcome.fresh.items()}
-    for i, ids in enumerate(row_ids):
-        if good[i]:
-            latents = {name: value[i] for name, value in fresh.items()}
-            length = next(iter(latents.values())).shape[1]
-            buffer.write_latents(ids[:, -length:], latents)
+def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The entries whose name begins with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def copy_latents(source: Any, target: Any, rows: int = 4096) -> None:
+    """Give the rows of ``target`` the latents stored in ``source``, a buffer of the same rows, ``rows`` at a time."""
+    first, end = source.state_dict().values()
+    for begin in range(first, end, rows):
+        ids = np.arange(begin, min(begin + rows, end))
+        target.write_latents(ids, source.take(ids[:, None], latents=True)["context"])
 
 
 def _stack(arrays: tuple[np.ndarray, ...], capacity: int) -> np.ndarray:

@@ -44,11 +44,6 @@ class Hooks:
         """First step after ``step`` at which some callback looks; None if none ever does."""
         return min(((step // every + 1) * every for every in self.every if every), default=None)
 
-    def may_save(self, step: int) -> bool:
-        """Whether a callback that saves looks at ``step``."""
-        pairs = zip(self.callbacks, self.every, strict=True)
-        return any(callback.saves and every and step % every == 0 for callback, every in pairs)
-
     def attach(self, history: History) -> None:
         """Take metrics from ``history`` from now on."""
         self._history = history

@@ -31,7 +31,7 @@ from worldloom.training.checkpoint_files import FORMAT, Snapshot, flatten_state
 from worldloom.training.collect import Collector, OnlineFeed, Schedule, check_match
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate
-from worldloom.training.feed import Chunk, OfflineFeed, Windows
+from worldloom.training.feed import Chunk, OfflineFeed, Unwritten, Windows, below, copy_latents
 from worldloom.training.hooks import Hooks, Look
 from worldloom.training.host import on_host, root_key, versions, with_params
 from worldloom.training.interrupts import Interrupts
@@ -75,6 +75,7 @@ class Trainer:
         self._state: TrainState | None = None
         self._step = self._skipped = 0
         self._collector: Collector | None = None
+        self._unwritten = Unwritten(self._capacity)
         self._made: tuple[Any, VectorEnv] | None = None
 
     @property
@@ -126,7 +127,7 @@ class Trainer:
             windows, self._collector = Windows(source, self.model, self.config), None
         total = self._total(windows, total_steps)
         if resume:
-            self._resume(resume, windows.buffer)
+            windows = self._resume(resume, windows)
         if self._step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", self._step, total)
             return self.state
@@ -214,8 +215,9 @@ class Trainer:
 
         def plan(step: int, most: int) -> Chunk:
             look = min(hooks.next_look(step) or total, total)
-            end = min(look, step + most)
-            return Chunk(step, end - step, looks=end == look, saves=hooks.may_save(end))
+            # Calls end at multiples of the capacity, so that a resumed run groups its updates in the same way.
+            end = min(look, step + most, (step // self._capacity + 1) * self._capacity)
+            return Chunk(step, end - step, looks=end == look)
 
         def read_host() -> TrainState:
             if history is not None:
@@ -254,8 +256,9 @@ class Trainer:
     def _feed(self, windows: Windows, total: int, plan: Callable[[int, int], Chunk]) -> OfflineFeed | OnlineFeed:
         arguments = windows, self.config, self._device, self._capacity
         if self._collector is None:
-            return OfflineFeed(*arguments, lambda step: plan(step, self._capacity) if step < total else None)
-        return OnlineFeed(self._collector, self._schedule(windows), *arguments, plan, self._running)
+            offline = lambda step: plan(step, self._capacity) if step < total else None  # noqa: E731
+            return OfflineFeed(*arguments, offline, self._unwritten)
+        return OnlineFeed(self._collector, self._schedule(windows), *arguments, plan, self._unwritten, self._running)
 
     def _looker(self, windows: Windows, total: int, read_host: Callable[[], TrainState]) -> Look:
         """What makes the record that a callback sees; its accessors work for as long as the loop waits."""
@@ -283,12 +286,12 @@ class Trainer:
                 updates_per_second=rate,
                 read_state=read_state,
                 model=lambda: with_params(self.model, read_state().params),
-                snapshot=lambda: self._snapshot(read_state(), windows.buffer),
+                snapshot=lambda: self._snapshot(read_state(), windows),
             )
 
         return look
 
-    def _snapshot(self, state: TrainState, replay: Any) -> Snapshot:
+    def _snapshot(self, state: TrainState, windows: Windows) -> Snapshot:
         for name, array in flatten_state(state).items():
             if name.startswith("params/") and not np.isfinite(array).all():
                 raise NonFiniteError(f"Step {self._step}: the weights {name} are not finite and are not saved.")
@@ -297,35 +300,48 @@ class Trainer:
             "run_id": self._run_id,
             "step": self._step,
             "skipped": self._skipped,
-            "replay_size": len(replay),
+            "replay_size": len(windows.buffer),
             "config": self.model.config.to_dict(),
             "training": self.config.to_dict(),
             "callbacks": self._hooks.state_dict(),
             "versions": versions(),
         }
-        if self._collector is None:
-            return Snapshot(state, record)
-        record["collector"], arrays = self._collector.state_dict()
-        return Snapshot(state, record, arrays)
+        arrays = {f"fresh/{name}": value for name, value in self._unwritten.arrays().items()}
+        if self._collector is not None:
+            record["collector"], around = self._collector.state_dict()
+            arrays |= {f"collector/{name}": value for name, value in around.items()}
+        changed = self._collector is not None or windows.latents
+        return Snapshot(state, record, arrays, windows.buffer if changed else None)
 
-    def _resume(self, resume: bool | str | Path, replay: Any) -> None:
+    def _resume(self, resume: bool | str | Path, windows: Windows) -> Windows:
+        """Go back to a checkpoint; returns what to draw from, which after online training is what it collected."""
         folder, step = self._place(resume)
         checkpoints = Checkpointer(folder)
         if resume == "auto" and not checkpoints.steps():
-            return
-        state, record, arrays = checkpoints.restore(self.state, step)
+            return windows
+        state, record, arrays, replay = checkpoints.restore(self.state, step)
+        if (self._collector is None) != ("collector" not in record):
+            kinds = ("recorded episodes", "environments")
+            saved, given = kinds if self._collector else kinds[::-1]
+            raise ConfigError(f"The run in {folder} was trained from {saved}; it cannot go on from {given}.")
         if self._collector is not None:
-            self._collector.load_state_dict(record["collector"], arrays)
-        if record["replay_size"] != len(replay):
+            self._collector.replay = replay
+            self._collector.load_state_dict(record["collector"], below(arrays, "collector/"))
+            windows = Windows(replay, self.model, self.config, empty=True)
+        elif record["replay_size"] != len(windows.buffer):
             _log.warning(
                 "The run was saved with %d rows in replay, now there are %d: its batches will not be the same.",
                 record["replay_size"],
-                len(replay),
+                len(windows.buffer),
             )
+        elif replay is not None:
+            copy_latents(replay, windows.buffer)
+        self._unwritten.load(below(arrays, "fresh/"))
         self._state = jax.device_put(state.replace(training=self.config.of_update()), self._device)
         self._step, self._skipped, self._run_id = record["step"], record["skipped"], record["run_id"]
         self._hooks.load_state_dict(record["callbacks"], self._step)
         self._hand_over()
+        return windows
 
     def _place(self, resume: bool | str | Path) -> tuple[Path, int | None]:
         """Folder of checkpoints and, if one was named, the step."""

@@ -82,13 +82,11 @@ class Callback:
       every: updates between two calls of :meth:`on_step`; None follows ``TrainingConfig.log_interval``, 0 is never.
       order: callbacks look in increasing order: −1 measures, 0 is everyone else, 1 saves what the others concluded.
       measures: whether it publishes measurements.
-      saves: whether it saves what a run goes on from. Then replay has nothing in flight when it looks.
     """
 
     every: int | None = None
     order: int = 0
     measures: bool = False
-    saves: bool = False
 
     def interval(self, config: TrainingConfig) -> int:
         """Updates between two calls of :meth:`on_step` in a run with ``config``; 0 is never."""

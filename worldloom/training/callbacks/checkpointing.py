@@ -37,7 +37,6 @@ class CheckpointCallback(Callback):
     """
 
     order = 1
-    saves = True
 
     def __init__(
         self,
