@@ -79,7 +79,7 @@ def recipe(name: str, env: Any, given: Mapping[str, Any] | None = None) -> Recip
     family = name.partition(":")[0]
     shapes = {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
     model: dict[str, Any] = dict(shapes)
-    training: dict[str, Any] = {"device": "auto", **_TRAINING.get(name, _TRAINING.get(family, {}))}
+    training = usual_training(name)
     reasons = dict.fromkeys(shapes, "of the environment")
     if family == "tdmpc2":
         endless = never_terminates(env)
@@ -100,6 +100,11 @@ def recipe(name: str, env: Any, given: Mapping[str, Any] | None = None) -> Recip
         {field: given.get(field, value) for field, value in training.items()},
         {field: why for field, why in reasons.items() if field not in given},
     )
+
+
+def usual_training(name: str) -> dict[str, Any]:
+    """Fields of ``TrainingConfig`` for the preset ``name`` that do not depend on the environment."""
+    return {"device": "auto", **_TRAINING.get(name, _TRAINING.get(name.partition(":")[0], {}))}
 
 
 def never_terminates(env: Any) -> bool:

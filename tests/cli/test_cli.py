@@ -1,0 +1,212 @@
+"""The commands, as somebody types them."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import worldloom
+from worldloom.cli import COMMANDS, main
+from worldloom.cli.about import EXTRAS
+
+ROOT = Path(worldloom.__file__).parents[1]
+TINY = [
+    "--latent-dim=8", "--hidden-dim=8", "--encoder-dim=8", "--num-bins=11", "--num-samples=8", "--num-elites=2",
+    "--num-pi-trajs=2", "--iterations=1", "--precision=float32", "--device=cpu", "--batch-size=4",
+    "--sequence-length=4", "--prefill=12", "--eval-interval=10", "--save-interval=10", "--log-interval=5", "--time-limit=6",
+]  # fmt: skip
+
+
+@pytest.fixture
+def tell(capsys):
+    """Run a command: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        code = main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "pendulum"
+    words = ["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--steps", "30", "--run", str(folder), *TINY]
+    assert main(words) == 0
+    return folder
+
+
+def test_training_leaves_a_run(run_folder, tell):
+    assert {"config.json", "checkpoints", "learning_curve.png", "eval.gif", "horizon.png"} <= {
+        path.name for path in run_folder.iterdir()
+    }
+    settings = json.loads((run_folder / "config.json").read_text())
+    assert settings["model"]["episodic"] is False
+    assert settings["model"]["episode_length"] == 6
+    assert settings["training"]["env_steps"] == 30
+    assert settings["training"]["prefill_updates"] == 12
+    assert settings["env"] == {
+        "spec": "Pendulum-v1", "num_envs": 1, "parallel": "sync", "seed": 42, "time_limit": 6, "worker_timeout": 60.0,
+    }  # fmt: skip
+
+
+def test_a_run_is_evaluated(run_folder, tell):
+    code, out, _ = tell("eval", run_folder)
+    assert code == 0
+    assert "0 of 10 episodes terminated; weights after 30 updates" in out
+    assert tell("eval", run_folder)[1] == out
+    assert "after 10 updates" in tell("eval", run_folder, "--checkpoint", "10")[1]
+
+
+def test_a_run_is_played(run_folder, tell, tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    code, out, _ = tell("play", run_folder, "--video", tmp_path / "out.gif", "--episodes", 2)
+    assert code == 0
+    assert f"{tmp_path / 'out.gif'}: 12 pictures" in out
+    with image_module.open(tmp_path / "out.gif") as gif:
+        assert 6 <= gif.n_frames <= 12
+
+
+def test_a_folder_is_not_trained_in_twice_by_accident(run_folder, tell):
+    code, _, err = tell("train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--run", run_folder)
+    assert code == 2
+    assert "holds a run; add --resume" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "Did you mean 'train'"),
+        (["train"], "needs --model and --env"),
+        (["train", "--model", "tdmpc2:tiny"], "needs --model and --env"),
+        (["train", "--model", "tdmpc:tiny", "--env", "CartPole-v1"], "Did you mean 'tdmpc2:tiny'"),
+        (["train", "--model", "tdmpc2:tony", "--env", "CartPole-v1"], "Did you mean 'tdmpc2:tiny'"),
+        (["train", "--model", "tdmpc2:tiny", "--env", "CartPole-v9"], "CartPole"),
+        (["train", "--model", "tdmpc2:tiny", "--env", "CartPole-v1", "--batchsiz", "3"], "Did you mean '--batch-size'"),
+        (["train", "--model", "tdmpc2:tiny", "--env", "CartPole-v1", "--latent", "3"], "Did you mean '--latent-dim'"),
+        (["train", "--model", "tdmpc2:tiny", "--env", "CartPole-v1", "--batch-size", "0"], "batch_size must be"),
+        (["train", "--model", "tdmpc2:tiny", "--env", "CartPole-v1", "--parallel", "both"], "parallel must be"),
+        (["train", "--run", "/nowhere/at/all", "--resume"], "needs --model and --env"),
+        (["eval"], "required: folder"),
+        (["eval", "/nowhere/at/all"], "not the folder of a run"),
+        (["info", "tdmpc2:tony"], "There is no model 'tdmpc2:tony'"),
+        (["info", "nothing"], "There is no model 'nothing'"),
+        (["list", "all"], "'all' is not expected"),
+        (["doctor", "--help-me"], "no flag '--help-me'. Did you mean '--help'"),
+    ],
+)
+def test_mistakes_cost_a_sentence_and_exit_code_2(words, said, tell):
+    code, out, err = tell(*words)
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert err.startswith("worldloom: ")
+    assert err.count("\n") == 1
+
+
+def test_wrong_checkpoints_are_named(run_folder, tell):
+    for wrong, said in (("77", "no checkpoint of step 77"), ("newest", "latest, best or a number")):
+        code, _, err = tell("eval", run_folder, "--checkpoint", wrong)
+        assert code == 2
+        assert said in err
+
+
+def test_help_names_every_command(tell):
+    for words in ([], ["--help"], ["-h"]):
+        code, out, _ = tell(*words)
+        assert code == 0
+        assert all(f"  {name} " in out for name in COMMANDS)
+    assert tell("--version")[1] == f"worldloom {worldloom.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, tell, capsys):
+    with pytest.raises(SystemExit) as caught:
+        tell(command, "--help")
+    assert caught.value.code == 0
+    assert f"usage: worldloom {command}" in capsys.readouterr().out
+
+
+def test_help_of_training_shows_the_fields_of_the_family(tell, capsys):
+    for family, shown, hidden in (("tdmpc2", "--num-elites", "--deter-dim"), ("dreamerv3", "--deter-dim", "--num-q")):
+        with pytest.raises(SystemExit):
+            tell("train", "--help", "--model", f"{family}:tiny")
+        out = capsys.readouterr().out
+        assert shown in out
+        assert hidden not in out
+        assert "--steps" in out
+
+
+def test_list_names_every_model(tell):
+    out = tell("list")[1].split()
+    assert set(worldloom.list_models()) <= set(out)
+    assert "dmc:…" in out
+
+
+def test_info_counts_parameters_and_memory(tell):
+    model = worldloom.create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1)
+    code, out, _ = tell("info", "tdmpc2:tiny", "--env", "Pendulum-v1", "--batch-size", "8")
+    assert code == 0
+    numbers = {
+        line.rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in out.splitlines() if line.startswith("  ")
+    }
+    assert numbers["parameters"] == f"{model.num_parameters():,}"
+    assert "memory for an update of 8 × 8 rows" in out
+    # Adam keeps two numbers per weight, and the policy's is one of them.
+    weights = model.num_parameters() * 4 / 1e6
+    assert f"  gradients        {weights:>10,.1f} MB" in out
+    assert f"  optimizer        {2 * weights:>10,.1f} MB" in out
+
+
+def test_info_of_larger_batches_is_larger(tell):
+    def activations(batch):
+        out = tell("info", "dreamerv3:tiny", "--obs-shape", "4", "--batch-size", batch, "--sequence-length", 8)[1]
+        line = next(line for line in out.splitlines() if "activations" in line)
+        return float(line.split()[-2])
+
+    assert 1.7 < activations(8) / activations(4) < 2.1
+
+
+def test_doctor_tells_what_is_here(tell):
+    code, out, _ = tell("doctor")
+    assert code == 0
+    assert "JAX computes on cpu" in out
+    assert "no problems found" in out
+    assert all(f"  {extra} " in out for extra in EXTRAS)
+
+
+def test_doctor_finds_a_gpu_that_jax_does_not_use(tell, monkeypatch):
+    monkeypatch.setattr("worldloom.cli.about.nvidia_driver", lambda: "NVIDIA X, 8 MiB, 1.0")
+    monkeypatch.setattr("worldloom.cli.about.cuda_plugins", dict)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    code, out, _ = tell("doctor")
+    assert code == 1
+    assert "pip install 'worldloom[cuda12]'" in out.split("problems:")[1]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert "JAX_PLATFORMS=cpu keeps JAX off it" in tell("doctor")[1]
+    monkeypatch.setattr("worldloom.cli.about.cuda_plugins", lambda: {"jax-cuda12-plugin": "0.4.1"})
+    assert "does not fit jaxlib" in tell("doctor")[1]
+
+
+def test_extras_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS) == set(project["optional-dependencies"]) - {"cuda12", "cuda13", "tpu", "test", "dev"}
+    assert project["scripts"]["worldloom"] == "worldloom.cli:main"
+
+
+def test_a_bare_call_is_light():
+    code = (
+        "import sys, worldloom.cli; worldloom.cli.main(['--help']); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert out.splitlines()[-1] == "False False"
+
+
+def test_the_module_runs_and_passes_its_exit_code_on():
+    done = subprocess.run([sys.executable, "-m", "worldloom", "trian"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("worldloom: There is no command 'trian'.")
+    assert done.stdout == ""

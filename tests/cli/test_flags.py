@@ -1,0 +1,112 @@
+"""Flags come from config fields: every field one, no name twice, texts become the values that the fields take."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from worldloom import DreamerV3Config, TDMPC2Config
+from worldloom.cli.flags import Flag, Flags, field_notes, fields, peek, value_of
+from worldloom.cli.train import ENV_FLAGS, RUN_FLAGS, SHAPES
+from worldloom.envs import make_env
+from worldloom.errors import ConfigError, UnknownFieldError
+from worldloom.training import TrainingConfig
+
+
+@pytest.mark.parametrize("config", [DreamerV3Config, TDMPC2Config, TrainingConfig])
+def test_every_field_has_a_note_and_a_flag_that_takes_its_default(config):
+    notes = field_notes(config)
+    for flag in fields(config):
+        assert notes[flag.name] == flag.note != ""
+        if flag.default is not None:
+            text = str(flag.default) if not isinstance(flag.default, tuple) else "[]"
+            assert value_of(flag, text) == flag.default
+            assert type(value_of(flag, text)) is type(flag.default)
+
+
+@pytest.mark.parametrize("config", [DreamerV3Config, TDMPC2Config])
+def test_no_name_is_taken_twice(config):
+    names = [flag.name for flag in (*RUN_FLAGS, *ENV_FLAGS, *fields(TrainingConfig), *fields(config, leave=SHAPES))]
+    assert len(set(names)) == len(names)
+    flags = Flags("x", "")
+    flags.group("a", [Flag("seed", int, "")])
+    with pytest.raises(ValueError, match="called seed"):
+        flags.group("b", [Flag("seed", int, "")])
+
+
+def test_environment_flags_are_arguments_of_make_env():
+    with make_env("CartPole-v1") as env:
+        assert {flag.name for flag in ENV_FLAGS} == env.settings.keys() - {"spec", "seed"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (int, "1e6", 1_000_000),
+        (int, "10_000", 10_000),
+        (float, "3e-4", 3e-4),
+        (int | None, "none", None),
+        (int | None, "4", 4),
+        (float | None, "4", 4.0),
+        (bool, "False", False),
+        (bool, "on", True),
+        (str, "12", "12"),
+        (tuple[int, ...], "3,64,64", (3, 64, 64)),
+        (tuple[int, ...], "(4,)", (4,)),
+        (tuple[int, ...], "[1, 2]", (1, 2)),
+        (tuple[int, ...] | Mapping[str, tuple[int, ...]], '{"a": [2]}', {"a": [2]}),
+        (int | Mapping[str, int], "2", 2),
+        (int | Mapping[str, int], '{"a": 2}', {"a": 2}),
+        (str | Mapping[str, str], "discrete", "discrete"),
+        (str | Mapping[str, str], '{"a": "discrete"}', {"a": "discrete"}),
+    ],
+)
+def test_texts_become_values(kind, text, value):
+    found = value_of(Flag("field", kind, ""), text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (int, "1.5"), (int, "x"), (int, "inf"), (int, "nan"), (int, "none"), (float, "x"), (bool, "2"),
+        (tuple[int, ...], "x"),
+    ],
+)  # fmt: skip
+def test_texts_of_another_type_are_refused(kind, text):
+    with pytest.raises(ConfigError, match=f"--a-field takes .*, not '{text}'"):
+        value_of(Flag("a_field", kind, ""), text)
+
+
+def test_given_flags_are_parsed():
+    flags = Flags("x", "", argument="folder")
+    flags.group("a", [*fields(TrainingConfig), Flag("mpc", bool, "", True)])
+    words = ["there", "--batch_size=8", "--no-mpc", "--skip-nonfinite", "--learning-rate", "1e-3"]
+    expected = {"folder": "there", "batch_size": 8, "mpc": False, "skip_nonfinite": True, "learning_rate": 1e-3}
+    assert flags.parse(words) == expected
+    assert flags.parse(["there", "--mpc", "false"]) == {"folder": "there", "mpc": False}
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["there", "--batchsiz", "8"], UnknownFieldError, "Did you mean '--batch-size'"),
+        (["there", "--batch", "8"], UnknownFieldError, "has no flag '--batch'"),
+        (["there", "--bach_size=8"], UnknownFieldError, "no flag '--bach-size'. Did you mean '--batch-size'"),
+        (["there", "here"], ConfigError, "'here' is not expected"),
+        (["there", "--batch-size"], ConfigError, "expected one argument"),
+        ([], ConfigError, "required: folder"),
+    ],
+)
+def test_mistakes_are_answered_with_a_sentence(words, error, message):
+    flags = Flags("x", "", argument="folder")
+    flags.group("a", fields(TrainingConfig))
+    with pytest.raises(error, match=message):
+        flags.parse(words)
+
+
+def test_peeking_sees_both_spellings():
+    assert peek(["--model", "a"], "--model") == "a"
+    assert peek(["--x", "--model=a"], "--model") == "a"
+    assert peek(["--model"], "--model") is None
+    assert peek(["--x", "1"], "--model") is None

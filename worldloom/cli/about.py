@@ -1,0 +1,267 @@
+"""``worldloom list``, ``info`` and ``doctor``: what there is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from worldloom.cli.flags import Flag, Flags, fields
+from worldloom.errors import UnknownModelError
+from worldloom.models.base import count_parameters, merge
+from worldloom.models.registry import ALIASES, FAMILIES, cache_dir, get_config, list_models
+from worldloom.training.config import TrainingConfig
+from worldloom.training.recipes import usual_training
+
+EXTRAS = {
+    "envs": ("dm_control", "mujoco", "ale_py", "crafter"),
+    "video": ("matplotlib", "PIL"),
+    "hub": ("huggingface_hub",),
+    "wandb": ("wandb",),
+    "minari": ("minari", "h5py"),
+}
+"""Extras and the packages they bring."""
+
+
+def names(words: Sequence[str]) -> int:
+    """Print the names of models and kinds of environments."""
+    from worldloom.envs import SUITES
+
+    Flags("list", "Names of models and kinds of environments.").parse(words)
+    print("models (worldloom info NAME tells more):", *(f"  {name}" for name in list_models()), sep="\n")
+    print("environments: any Gymnasium id (Pendulum-v1, module:Id), or a suite and a task:")
+    print(*(f"  {prefix}:…" for prefix in SUITES), sep="\n")
+    return 0
+
+
+# ---- info -----------------------------------------------------------------------------------------------------------
+
+
+def info(words: Sequence[str]) -> int:
+    """Print parameters of a model, and memory for training it."""
+    name = next((word for word in words if not word.startswith("-")), "")
+    family = ALIASES.get(name.partition(":")[0])
+    about = "Parameters of a model, and memory for training it. Nothing is allocated."
+    flags = Flags("info", about, argument="name", note="preset, as worldloom list shows them")
+    flags.group(
+        "options",
+        [
+            Flag("env", str, "Take the shapes of this environment."),
+            Flag("exact", bool, "Compile the update and ask XLA, which takes up to some minutes."),
+            *[flag for flag in fields(TrainingConfig) if flag.name in ("batch_size", "sequence_length")],
+        ],
+    )
+    if family:
+        config_class = FAMILIES[family].config_class()
+        flags.group(f"model ({config_class.__name__})", fields(config_class, leave=("model_type",)))
+    given = flags.parse(words)
+    if not family:
+        raise UnknownModelError(f"There is no model '{given['name']}'. Known: {', '.join(list_models())}.")
+    changes: dict[str, Any] = {field: given.pop(field) for field in ("batch_size", "sequence_length") if field in given}
+    training = TrainingConfig(**{**usual_training(given["name"]), **changes})
+    exact, env_id = given.pop("exact", False), given.pop("env", None)
+    usual = {"obs_shape": (64, 64, 3) if family == "dreamerv3" else (24,), "action_dim": 6}
+    shapes = _shapes_of(env_id) if env_id else usual
+    config = get_config(given.pop("name"), **{**shapes, **given})
+    print(f"{name} for observations {config.obs_shape} and {config.action_dim} {config.action_type} actions")
+    print(*_memory_report(config, training, exact), sep="\n")
+    return 0
+
+
+def _shapes_of(env_id: str) -> dict[str, Any]:
+    from worldloom.envs import make_env
+
+    with make_env(env_id) as env:
+        return {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
+
+
+def _memory_report(config: Any, training: TrainingConfig, exact: bool) -> Iterator[str]:
+    model_class = FAMILIES[config.model_type].model_class()
+    algorithm = importlib.import_module(FAMILIES[config.model_type].package)
+    state = jax.eval_shape(lambda key: algorithm.init_state(model_class(config), training, key), jax.random.key(0))
+    trained = {name: part for name, part in state.params.items() if name not in model_class.untrained}
+    for name, part in state.params.items():
+        kind = "" if name in trained else "  (a copy or statistics, not trained)"
+        yield f"  {name:16} {count_parameters(part):>13,}{kind}"
+    yield f"  {'parameters':16} {count_parameters(trained):>13,}"
+    batch = _abstract_batch(config, training, algorithm.window(config, training))
+    sizes = {
+        "weights, copies": _nbytes(state.params),
+        "optimizer": _nbytes(state.opt_state),
+        "gradients": _nbytes(trained),
+        "batch": _nbytes(batch),
+        "activations kept": _residuals(model_class, config, state.params, batch),
+    }
+    rows = jax.tree.leaves(batch["obs"])[0].shape[1]
+    yield f"memory for an update of {training.batch_size} × {rows} rows:"
+    yield from (f"  {name:16} {_megabytes(size):>13}" for name, size in sizes.items())
+    yield f"  {'in all, about':16} {_megabytes(sum(sizes.values())):>13}"
+    if exact:
+        backend = jax.default_backend()
+        update = jax.jit(algorithm.update, donate_argnums=0)
+        found: Any = update.lower(state, batch, jax.random.key(0)).compile().memory_analysis()
+        whole = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+        yield f"  {'as XLA plans it':16} {_megabytes(whole - found.alias_size_in_bytes):>13}  on {backend}"
+
+
+def _abstract_batch(config: Any, training: TrainingConfig, window: Any) -> dict[str, Any]:
+    """Shapes of a batch of the algorithm's windows."""
+    lead = (training.batch_size, window.rows)
+
+    def array(shape: Sequence[int], kind: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, *shape), kind)
+
+    def each(value: Any, make: Any) -> Any:
+        return {name: make(name, x) for name, x in value.items()} if isinstance(value, Mapping) else make(None, value)
+
+    def kind(name: str | None) -> str:
+        return config.action_type[name] if isinstance(config.action_type, Mapping) else config.action_type
+
+    batch = {
+        "obs": each(config.obs_shape, lambda name, x: array(x, jnp.uint8 if len(x) == 3 else jnp.float32)),
+        "actions": each(
+            config.action_dim,
+            lambda name, x: array((), jnp.int32) if kind(name) == "discrete" else array((x,), jnp.float32),
+        ),
+        "rewards": array((), jnp.float32),
+        **{name: array((), jnp.bool_) for name in ("is_first", "is_last", "is_terminal")},
+    }
+    if window.latents:
+        stored = {n: jax.ShapeDtypeStruct((lead[0], *shape), jnp.float32) for n, shape in window.latents.items()}
+        batch["context"] = stored
+    if getattr(config, "num_tasks", 0):
+        batch["task"] = jax.ShapeDtypeStruct(lead[:1], jnp.int32)
+    return batch
+
+
+def _residuals(model_class: Any, config: Any, params: Any, batch: Any) -> int:
+    """Bytes of what the loss keeps for its backward pass, found by abstract evaluation."""
+
+    def backward(params: Any, batch: Any, key: jax.Array) -> Any:
+        return jax.vjp(lambda p: merge(model_class, config, p).compute_loss(batch, key)["loss"], params)[1]
+
+    kept = _nbytes(jax.eval_shape(backward, params, batch, jax.random.key(0)))
+    return max(kept - _nbytes(params), 0)  # The weights are among it.
+
+
+def _nbytes(tree: Any) -> int:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+    return sum(math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8) for leaf in leaves)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
+
+
+# ---- doctor ---------------------------------------------------------------------------------------------------------
+
+
+def doctor(words: Sequence[str]) -> int:
+    """Print what JAX sees, what is missing for a GPU, versions, extras and folders; 1 if something does not work."""
+    Flags("doctor", "What JAX sees, what is missing for a GPU, versions, extras, folders.").parse(words)
+    problems = list(_problems())
+    for section in (_versions(), _devices(), _extras(), _folders()):
+        print(*section, sep="\n")
+    print("problems:" if problems else "no problems found", *(f"  {problem}" for problem in problems), sep="\n")
+    return 1 if problems else 0
+
+
+def _versions() -> Iterator[str]:
+    from worldloom.training.host import versions
+
+    found = versions()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield f"python {found.pop('python')} on {platform.platform()}, CPU cores to use: {cores}"
+    yield ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _devices() -> Iterator[str]:
+    yield f"JAX computes on {jax.default_backend()} and sees:"
+    for device in jax.devices():
+        limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+        yield f"  {device.platform}:{device.id} {device.device_kind}" + (
+            f", {_megabytes(limit)} to use" if limit else ""
+        )
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        if os.environ.get(name) is not None:
+            yield f"  {name}={os.environ[name]}"
+
+
+def _problems() -> Iterator[str]:
+    start = time.perf_counter()
+    try:
+        jnp.dot(jnp.ones((8, 8)), jnp.ones((8, 8))).block_until_ready()
+    except Exception as error:  # Whatever a broken driver raises.
+        yield f"a small product failed after {time.perf_counter() - start:.1f} s: {error}"
+    driver, has_gpu = nvidia_driver(), jax.default_backend() == "gpu"
+    plugins = cuda_plugins()
+    if driver and not has_gpu:
+        forced = os.environ.get("JAX_PLATFORMS")
+        if forced and "cuda" not in forced and "gpu" not in forced:
+            yield f"there is a GPU ({driver}), but JAX_PLATFORMS={forced} keeps JAX off it; unset it"
+        elif not plugins:
+            yield f"there is a GPU ({driver}), but JAX's plugin for it is missing: pip install 'worldloom[cuda12]'"
+        else:
+            yield f"there is a GPU ({driver}) and {plugins}, but JAX does not use it; jax.devices() may log why"
+    own = importlib.metadata.version("jaxlib")
+    yield from (
+        f"{name} {version} does not fit jaxlib {own}: pip install -U 'jax[{name.split('-')[1]}]'"
+        for name, version in plugins.items()
+        if version.split(".")[:2] != own.split(".")[:2]
+    )
+
+
+def nvidia_driver() -> str | None:
+    """Names, memory and driver of NVIDIA GPUs as ``nvidia-smi`` tells them; None where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return "; ".join(found.splitlines()) or None
+
+
+def cuda_plugins() -> dict[str, str]:
+    """Installed CUDA plugins of JAX and their versions."""
+    found = {}
+    for name in ("jax-cuda12-plugin", "jax-cuda13-plugin"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _extras() -> Iterator[str]:
+    yield "for a GPU: " + (
+        "ready"
+        if jax.default_backend() == "gpu"
+        else f"driver {nvidia_driver() or 'not found'}, JAX's plugin {cuda_plugins() or 'not installed'}"
+    )
+    yield "extras:"
+    for extra, packages in EXTRAS.items():
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        yield f"  {extra:8}" + (
+            f"missing {', '.join(missing)}: pip install 'worldloom[{extra}]'" if missing else "there"
+        )
+
+
+def _folders() -> Iterator[str]:
+    saved = len(list((cache_dir() / "models").glob("*/config.json")))
+    yield f"models saved by name: {saved} in {cache_dir()} (WORLDLOOM_CACHE_DIR)"
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    yield f"compiled programs: {compiled or 'not kept; set JAX_COMPILATION_CACHE_DIR to start faster the next time'}"
+    yield f"pictures of DeepMind Control: MUJOCO_GL={os.environ.get('MUJOCO_GL') or 'not set'}"

@@ -1,0 +1,211 @@
+"""Config fields as flags: ``batch_size`` is ``--batch-size``, its note the help, its annotation the check."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from worldloom.config import nearest
+from worldloom.errors import ConfigError, UnknownFieldError
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+class Flag(NamedTuple):
+    """One flag.
+
+    Attributes:
+      name: of the field, with underscores.
+      kind: its annotation.
+      note: help, a sentence or two.
+      default: shown in the help; None for no default.
+      aliases: further names.
+    """
+
+    name: str
+    kind: Any
+    note: str
+    default: Any = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> list[str]:
+        """``--batch-size`` and its aliases."""
+        return [f"--{name.replace('_', '-')}" for name in (*self.aliases, self.name)]
+
+
+def fields(config: type, *, leave: Iterable[str] = ()) -> list[Flag]:
+    """Flags of the fields of a config class, except those to ``leave`` out."""
+    notes, hints = field_notes(config), typing.get_type_hints(config)
+    return [
+        Flag(field.name, hints[field.name], notes.get(field.name, ""), _default(field))
+        for field in dataclasses.fields(config)
+        if field.name not in leave
+    ]
+
+
+def field_notes(config: type) -> dict[str, str]:
+    """The strings below the fields of a class: Python keeps them in the source only."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
+    return {
+        ast.unparse(field.target): " ".join(str(note.value.value).split())
+        for field, note in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant)
+    }
+
+
+class Flags:
+    """The flags of one command.
+
+    Args:
+      command: its name.
+      about: what it does, above the help.
+      argument: name of the word that comes without a flag, and ``note`` about it.
+      further: what to say below the help.
+    """
+
+    def __init__(self, command: str, about: str, *, argument: str = "", note: str = "", further: str = ""):
+        self.command = command
+        self._parser = _Parser(
+            prog=f"worldloom {command}",
+            usage=f"worldloom {command}{' ' + argument.upper() if argument else ''} [options]",
+            description=about,
+            epilog=further,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self._flags: dict[str, Flag] = {}
+        if argument:
+            self._parser.add_argument(argument, help=note)
+
+    def group(self, title: str, flags: Sequence[Flag]) -> None:
+        """Add flags under a heading. Raises ``ValueError`` for a name that is taken."""
+        group = self._parser.add_argument_group(title)
+        for flag in flags:
+            if flag.name in self._flags:
+                raise ValueError(f"Two flags are called {flag.name}.")
+            self._flags[flag.name] = flag
+            note = flag.note.replace("`", "").replace("%", "%%") + (
+                "" if flag.default is None else f" [{flag.default}]"
+            )
+            if flag.kind is bool:
+                group.add_argument(*flag.options, dest=flag.name, nargs="?", const="true", metavar="BOOL", help=note)
+                no = f"--no-{flag.name.replace('_', '-')}"
+                group.add_argument(no, dest=flag.name, action="store_const", const="false", help=argparse.SUPPRESS)
+            else:
+                group.add_argument(*flag.options, dest=flag.name, metavar=_metavar(flag.kind), help=note)
+
+    def parse(self, words: Sequence[str]) -> dict[str, Any]:
+        """Values of what was given, by name; ``--batch_size`` is understood too.
+
+        Raises:
+          UnknownFieldError: there is no such flag; the message names the nearest one.
+          ConfigError: a value is missing or of another type.
+        """
+        values, rest = self._parser.parse_known_args([_dashes(word) for word in words])
+        if rest:
+            known = [option for option in self._parser._option_string_actions if option.startswith("--")]
+            name = rest[0].partition("=")[0]
+            if not name.startswith("-"):
+                raise ConfigError(f"'{name}' is not expected; see worldloom {self.command} --help.")
+            raise UnknownFieldError(
+                f"worldloom {self.command} has no flag '{name}'.{nearest(name, known)} "
+                f"See worldloom {self.command} --help."
+            )
+        given = {name: value for name, value in vars(values).items() if value is not None}
+        return {name: self._convert(name, value) for name, value in given.items()}
+
+    def _convert(self, name: str, text: str) -> Any:
+        return value_of(self._flags[name], text) if name in self._flags else text
+
+
+def peek(words: Sequence[str], option: str) -> str | None:
+    """The value that ``words`` give an option, before the flags are known."""
+    for word, following in itertools.zip_longest(words, words[1:]):
+        name, equals, value = _dashes(word).partition("=")
+        if name == option:
+            return value if equals else following
+    return None
+
+
+def value_of(flag: Flag, text: str) -> Any:
+    """The value that ``text`` stands for: ``3,64,64`` or ``[3, 64, 64]``, ``1e6``, ``none``, ``{"a": 2}``.
+
+    Raises ``ConfigError`` if it is of no type that the field takes.
+    """
+    kinds = typing.get_args(flag.kind) if _is_union(flag.kind) else (flag.kind,)
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    for kind in sorted(kinds, key=_strictness):
+        try:
+            return _read(text, typing.get_origin(kind) or kind)
+        except ValueError:
+            continue
+    raise ConfigError(f"{flag.options[0]} takes {_metavar(flag.kind)}, not '{text}'.")
+
+
+def _read(text: str, kind: Any) -> Any:
+    if kind is bool:
+        if text.lower() in _TRUE + _FALSE:
+            return text.lower() in _TRUE
+        raise ValueError(text)
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            number = float(text)  # 1e6
+            if not number.is_integer():
+                raise
+            return int(number)
+    if kind is float:
+        return float(text)
+    if kind is str:
+        return text
+    if kind is tuple:
+        value = json.loads(text if text.lstrip().startswith("[") else f"[{text.strip('() ').rstrip(',')}]")
+        return tuple(value)
+    if kind is Mapping or (isinstance(kind, type) and issubclass(kind, Mapping)):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise ValueError(text)
+
+
+def _strictness(kind: Any) -> int:
+    """Types that take fewer texts are tried first."""
+    order = (Mapping, tuple, bool, int, float, str)
+    kind = typing.get_origin(kind) or kind
+    return next((i for i, known in enumerate(order) if kind is known), 0)
+
+
+def _metavar(kind: Any) -> str:
+    kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
+    names = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT", tuple: "N,N,…", types.NoneType: "none"}
+    return " | ".join(names.get(typing.get_origin(k) or k, "JSON") for k in kinds)
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _dashes(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")

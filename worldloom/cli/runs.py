@@ -1,0 +1,89 @@
+"""``worldloom eval`` and ``worldloom play``: what a run has become."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloom.cli.flags import Flag, Flags
+from worldloom.errors import ConfigError
+from worldloom.models.registry import FAMILIES, config_from_dict
+from worldloom.report.video import save_gif
+from worldloom.training.checkpoint import load_weights
+from worldloom.training.evaluation import play
+from worldloom.training.run_folder import RunFolder
+
+_FLAGS = [
+    Flag("episodes", int, "How many to play.", 10),
+    Flag("checkpoint", str, "latest, best (by evaluation return), or a number of updates.", "latest"),
+    Flag("seed", int, "Of the episodes and of what the policy draws.", 0),
+    Flag("num_envs", int, "Environments stepped together; as many as episodes, at most 10, if not given."),
+    Flag("explore", bool, "Act as while collecting, not as in evaluation."),
+    Flag("env", str, "Another environment with the same shapes."),
+    Flag("device", str, "auto cpu cuda gpu tpu, or numbered.", "auto"),
+]
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """Print the returns of the evaluation policy of a run."""
+    flags = Flags("eval", "Returns of the evaluation policy of a run.", argument="folder", note="folder of the run")
+    flags.group("options", _FLAGS)
+    given = flags.parse(words)
+    episodes, seed = given.get("episodes", 10), given.get("seed", 0)
+    with _loaded(given, given.get("num_envs", min(episodes, 10))) as (model, env, step):
+        ends = play(model, env, episodes=episodes, seed=seed, explore=given.get("explore", False))
+    returns = np.array([end.episode_return for end in ends])
+    lengths = np.array([end.length for end in ends])
+    print(
+        f"return {returns.mean():.1f} ± {returns.std():.1f} (from {returns.min():.1f} to {returns.max():.1f}), "
+        f"length {lengths.mean():.1f}, {sum(end.terminated for end in ends)} of {len(ends)} episodes terminated; "
+        f"weights after {step:,} updates"
+    )
+    return 0
+
+
+def film(words: Sequence[str]) -> int:
+    """Write a video of the evaluation policy of a run."""
+    flags = Flags("play", "A video of the evaluation policy of a run.", argument="folder", note="folder of the run")
+    video = [
+        Flag("video", str, "The file, a GIF.", "FOLDER/play.gif"),
+        Flag("fps", float, "Pictures per second, at most 50.", 25.0),
+    ]
+    kept = [flag for flag in _FLAGS if flag.name not in ("episodes", "num_envs")]
+    flags.group("options", [*video, Flag("episodes", int, "How many to play, one after another.", 1), *kept])
+    given = flags.parse(words)
+    path = Path(given.get("video") or Path(given["folder"]) / "play.gif")
+    frames: list[np.ndarray] = []
+    with _loaded(given, 1, render=True) as (model, env, step):
+        for episode in range(given.get("episodes", 1)):
+            pictures: list[np.ndarray] = []
+            seed = given.get("seed", 0) + episode
+            (end,) = play(model, env, episodes=1, seed=seed, explore=given.get("explore", False), frames=pictures)
+            frames += pictures
+            print(f"return {end.episode_return:.1f}, length {end.length}; weights after {step:,} updates")
+    print(f"{save_gif(frames, path, fps=given.get('fps', 25.0))}: {len(frames)} pictures")
+    return 0
+
+
+@contextlib.contextmanager
+def _loaded(given: Mapping[str, Any], num_envs: int, *, render: bool = False) -> Iterator[tuple[Any, Any, int]]:
+    """The model of a run, environments like its own, and after how many updates it is."""
+    run, device = RunFolder(given["folder"]), given.get("device", "auto")
+    config = config_from_dict(run.settings()["model"])
+    changes = {"spec": given["env"]} if "env" in given else {}
+    parallel = {"parallel": "sync"} if num_envs == 1 else {}
+    with run.make_env(num_envs=num_envs, seed=given.get("seed", 0), render=render, **parallel, **changes) as env:
+        model = FAMILIES[config.model_type].model_class()(config, device=device)
+        yield model, env, load_weights(model, run.checkpoints, _checkpoint(given.get("checkpoint", "latest")))
+
+
+def _checkpoint(text: str) -> str | int:
+    if text in ("latest", "best"):
+        return text
+    if not text.isdecimal():
+        raise ConfigError(f"--checkpoint is latest, best or a number of updates, not '{text}'.")
+    return int(text)

@@ -1,0 +1,186 @@
+"""``worldloom train``."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from worldloom.cli.flags import Flag, Flags, fields, peek
+from worldloom.config import nearest
+from worldloom.errors import ConfigError, UnknownModelError
+from worldloom.models.registry import ALIASES, FAMILIES, config_from_dict, create_world_model, list_models
+from worldloom.training.config import TrainingConfig
+from worldloom.training.run_folder import RunFolder
+
+RUN_FLAGS = [
+    Flag("model", str, "Preset, as worldloom list shows them."),
+    Flag("env", str, "Gymnasium id, or dmc:, dmc_vision:, atari:, atari100k: or crafter: and a task."),
+    Flag("run", str, "Folder of the run.", "runs/<env>-<model>-<time>"),
+    Flag("resume", bool, "Go on with the run in --run (then --model and --env are known), or begin it."),
+]
+ENV_FLAGS = [
+    Flag("num_envs", int, "Environments stepped together.", 1),
+    Flag("parallel", str, "sync: in this process, or subprocess: one process each.", "sync"),
+    Flag("action_repeat", int, "Environment steps per action; the suite's usual if not given."),
+    Flag("time_limit", int, "Environment steps after which an episode is cut."),
+    Flag("image_size", int, "Side to which images are resized."),
+    Flag("frame_stack", int, "Last images stacked; TD-MPC2 from pixels takes 3."),
+    Flag("worker_timeout", float, "Seconds after which a silent environment process is replaced.", 60.0),
+]
+SHAPES = ("obs_shape", "action_dim", "action_type", "model_type")
+"""Fields that the environment or the preset settles."""
+
+
+class Plan(NamedTuple):
+    """What is about to be trained.
+
+    Attributes:
+      model: the world model.
+      config: how.
+      env: where.
+      run: its folder.
+      settled: lines that say what differs from the defaults, and why.
+    """
+
+    model: Any
+    config: TrainingConfig
+    env: Any
+    run: RunFolder
+    settled: list[str]
+
+
+def train(words: Sequence[str]) -> int:
+    """Train an agent in an environment, or go on with a run."""
+    from worldloom.training.trainer import Trainer
+
+    resume = _flag_given(words, "--resume")
+    folder = peek(words, "--run")
+    known = RunFolder(folder) if folder and resume and RunFolder(folder).exists else None
+    name = peek(words, "--model")
+    family = _family(name) if name else known.settings()["model"].get("model_type") if known else None
+    given = _flags(family).parse(words)
+    plan = _go_on(known, given) if known and not name else _begin(given)
+    print(_headline(plan), *(f"  {line}" for line in plan.settled), f"run folder {plan.run.path}", sep="\n", flush=True)
+    with plan.env:
+        start = time.perf_counter()
+        trainer = Trainer(plan.model, plan.config, plan.run.callbacks(plan.env))
+        trainer.train(plan.env, resume="auto" if given.get("resume") else False)
+        seconds = time.perf_counter() - start
+    print(
+        f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {plan.run.path}; "
+        f"worldloom play {plan.run.path}; tensorboard --logdir {plan.run.path}"
+    )
+    return 0
+
+
+def _flags(family: str | None) -> Flags:
+    further = (
+        "" if family else "With --model, the fields of its config are flags too: worldloom train --model tdmpc2 --help"
+    )
+    flags = Flags("train", "Train an agent in an environment, or go on with a run.", further=further)
+    flags.group("run", RUN_FLAGS)
+    flags.group("environment (make_env)", ENV_FLAGS)
+    training = [
+        flag._replace(aliases=("steps",)) if flag.name == "env_steps" else flag for flag in fields(TrainingConfig)
+    ]
+    flags.group("training (TrainingConfig); defaults without a recipe in brackets", training)
+    if family:
+        config = FAMILIES[family].config_class()
+        flags.group(f"model ({config.__name__}); defaults without a preset in brackets", fields(config, leave=SHAPES))
+    return flags
+
+
+def _begin(given: Mapping[str, Any]) -> Plan:
+    """A new run: the preset, the recipe for it in this environment, and what was given on top."""
+    from worldloom.envs import make_env
+    from worldloom.training.recipes import recipe
+
+    if "model" not in given or "env" not in given:
+        raise ConfigError(
+            "A new run needs --model and --env, for example: "
+            "worldloom train --model tdmpc2:tiny --env Pendulum-v1 --steps 10000."
+        )
+    name, (model_given, training_given, env_given) = given["model"], _sort(given)
+    seed = training_given.get("seed", TrainingConfig.seed)
+    run = RunFolder(given.get("run") or _new_folder(given["env"], name))
+    if run.exists and not given.get("resume"):
+        raise ConfigError(f"{run.path} holds a run; add --resume to go on with it, or choose another folder by --run.")
+    env = make_env(given["env"], seed=seed, **env_given)
+    try:
+        advice = recipe(name, env, {**model_given, **training_given})
+        config = TrainingConfig(**{**advice.training, **training_given})
+        model = create_world_model(name, **{**advice.model, **model_given}, seed=seed, device=config.device)
+    except BaseException:
+        env.close()
+        raise
+    reasons = {**dict.fromkeys(advice.training, "recipe"), **advice.reasons}
+    reasons |= dict.fromkeys({**model_given, **training_given, **env_given}, "given")
+    chosen = {**env_given, **advice.model, **model_given, **advice.training, **training_given}
+    settled = [_as_flag(field, value, reasons[field]) for field, value in chosen.items() if field not in SHAPES]
+    return Plan(model, config, env, run, settled)
+
+
+def _go_on(run: RunFolder, given: Mapping[str, Any]) -> Plan:
+    """The run in a folder, with what was given changed; the checkpoint refuses what may not change."""
+    settings = run.settings()
+    model_given, training_given, env_given = _sort(given)
+    if "env" in given:
+        env_given["spec"] = given["env"]
+    config = run.training_config(**training_given)
+    env = run.make_env(**env_given)
+    try:
+        model_config = config_from_dict({**settings["model"], **model_given})
+        family = FAMILIES[model_config.model_type]
+        model = family.model_class()(model_config, seed=config.seed, device=config.device)
+    except BaseException:
+        env.close()
+        raise
+    changed = {**model_given, **training_given, **env_given}
+    return Plan(model, config, env, run, [_as_flag(name, value, "given") for name, value in changed.items()])
+
+
+def _sort(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What was given of the model's config, of the training config, and for the environment."""
+    about_env = {flag.name for flag in ENV_FLAGS}
+    about_run = {flag.name for flag in RUN_FLAGS}
+    about_training = TrainingConfig.__dataclass_fields__  # type: ignore[attr-defined]
+    env = {name: value for name, value in given.items() if name in about_env}
+    training = {name: value for name, value in given.items() if name in about_training}
+    rest = about_env | about_run | set(about_training)
+    return {name: value for name, value in given.items() if name not in rest}, training, env
+
+
+def _headline(plan: Plan) -> str:
+    env, config = plan.env, plan.model.config
+    episodes = f", episodes of at most {env.episode_length:,} decision steps" if env.episode_length else ""
+    return (
+        f"{plan.model.num_parameters():,} parameters of {config.model_type} on "
+        f"{env.settings['spec']}: observations {env.obs_shape}, {env.action_dim} {env.action_type} actions{episodes}"
+    )
+
+
+def _as_flag(name: str, value: Any, reason: str) -> str:
+    """``--batch-size 64        recipe``."""
+    flag = "steps" if name == "env_steps" else name.replace("_", "-")
+    text = f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+    return f"{text:28} {reason}"
+
+
+def _family(name: str) -> str:
+    family = ALIASES.get(name.partition(":")[0])
+    if family is None:
+        known = list_models()
+        raise UnknownModelError(f"There is no model '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
+    return family
+
+
+def _new_folder(env: str, model: str) -> Path:
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{env}-{model}").strip("-").lower()
+    return Path("runs") / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _flag_given(words: Sequence[str], option: str) -> bool:
+    return any(word.partition("=")[0].replace("_", "-") == option for word in words)
