@@ -57,7 +57,7 @@ class Atari(gym.Env[np.ndarray, Any]):
         if game not in roms.get_all_rom_ids():
             raise ConfigError(f"There is no Atari game '{game}'.{nearest(game, roms.get_all_rom_ids())}")
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        self._rom = roms.get_rom_path(game)
+        self._rom = str(roms.get_rom_path(game))
         self._console = ale_py.ALEInterface()
         self._console.setFloat("repeat_action_probability", _STICKINESS if sticky else 0.0)
         self._console.setInt("random_seed", 0)
