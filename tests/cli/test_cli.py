@@ -16,7 +16,8 @@ ROOT = Path(worldloom.__file__).parents[1]
 TINY = [
     "--latent-dim=8", "--hidden-dim=8", "--encoder-dim=8", "--num-bins=11", "--num-samples=8", "--num-elites=2",
     "--num-pi-trajs=2", "--iterations=1", "--precision=float32", "--device=cpu", "--batch-size=4",
-    "--sequence-length=4", "--prefill=12", "--eval-interval=10", "--save-interval=10", "--log-interval=5", "--time-limit=6",
+    "--sequence-length=4", "--prefill=12", "--eval-interval=10", "--save-interval=10", "--log-interval=5",
+    "--time-limit=6",
 ]  # fmt: skip
 
 
@@ -74,6 +75,24 @@ def test_a_folder_is_not_trained_in_twice_by_accident(run_folder, tell):
     code, _, err = tell("train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--run", run_folder)
     assert code == 2
     assert "holds a run; add --resume" in err
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tell, tmp_path):
+    """30 steps at once, or 20 and then 10 by the same command or by the folder alone: the same records."""
+    begin = ["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", *TINY]
+    assert tell(*begin, "--steps", "30", "--run", tmp_path / "whole")[0] == 0
+    for name, again in (("same", begin), ("alone", ["train"])):
+        assert tell(*begin, "--steps", "20", "--run", tmp_path / name)[0] == 0
+        assert tell(*again, "--steps", "30", "--run", tmp_path / name, "--resume")[0] == 0
+        assert losses(tmp_path / name) == losses(tmp_path / "whole")
+    code, _, err = tell("train", "--run", tmp_path / "alone", "--resume", "--hidden-dim", "16", "--steps", "40")
+    assert code == 2
+    assert "hidden_dim" in err
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line and line["step"] % 5 == 0}
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,10 @@ def trainer(env, run, **changes):
 @pytest.fixture(scope="module")
 def finished(registered, tmp_path_factory):
     """A run that ended at 22 of 30 steps and went on."""
-    run, replay = RunFolder(tmp_path_factory.mktemp("runs") / "slide"), None
+    run = RunFolder(tmp_path_factory.mktemp("runs") / "slide")
     for end in (22, 30):
         with make_env("Slide-v0", seed=3) as env:
-            part = trainer(env, run, env_steps=end)
-            part.train(env, resume="auto", replay=replay)
-            replay = part.replay
+            trainer(env, run, env_steps=end).train(env, resume="auto")
     return run
 
 
