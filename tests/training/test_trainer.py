@@ -200,30 +200,23 @@ def remembering():
     return fill(ReplayBuffer(10_000, latents={"memory": (1,)}), episodes=2, steps=6)
 
 
-def test_latents_are_written_back_in_a_fixed_order(config, tmp_path):
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_latents_are_written_back_in_a_fixed_order(config, tmp_path, capacity):
     """Toy memory is the row's observation + the memory of the window's first row.
 
-    The batch of a call is drawn while the call before it runs, so when the one before that is written; after a save,
-    when all are.
+    A batch sees the latents of all groups of K updates but its own and the one before, whoever looks or saves when.
     """
     trained, followed = remembering(), remembering()
-    callbacks = [CheckpointCallback(str(tmp_path), save_every=5), (1, lambda info: None)]
-    Trainer(ToyWorldModel(ToyConfig(latents=True)), config, callbacks).train(trained)
+    callbacks = [CheckpointCallback(str(tmp_path), save_every=5), (7, lambda info: print(info.replay_size))]
+    Trainer(ToyWorldModel(ToyConfig(latents=True)), config.replace(updates_per_call=capacity), callbacks).train(trained)
 
-    def write(batch):
-        fresh = batch["obs"][..., :1] + batch["context"]["memory"][:, None]
-        followed.write_latents(batch["row_ids"], {"memory": fresh})
-
-    running = None
+    unwritten = []
     for step in range(20):
-        if running is not None and step % 5 == 0:
-            write(running)
-            running = None
-        drawn = followed.sample(4, 6, seed=config.seed, update=step, latents=True)
-        if running is not None:
-            write(running)
-        running = drawn
-    write(running)
+        while unwritten and unwritten[0][0] // capacity <= step // capacity - 2:
+            _, batch = unwritten.pop(0)
+            fresh = batch["obs"][..., :1] + batch["context"]["memory"][:, None]
+            followed.write_latents(batch["row_ids"], {"memory": fresh})
+        unwritten.append((step, followed.sample(4, 6, seed=config.seed, update=step, latents=True)))
     assert np.abs(memory(trained)).max() > 1
     np.testing.assert_allclose(memory(trained), memory(followed), rtol=1e-6)
 

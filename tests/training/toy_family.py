@@ -4,6 +4,8 @@ It meets the contract of a family, so the tests of training need none of the rea
 """
 
 import sys
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,8 +25,9 @@ MATRIX = np.array([[0.9, 0.2], [-0.2, 0.9]], np.float32)
 
 @config_dataclass
 class ToyConfig(BaseConfig):
-    obs_shape: tuple[int, ...] = (2,)
-    action_dim: int = 1
+    obs_shape: Any = (2,)
+    action_dim: Any = 1
+    action_type: Any = "continuous"
     noise: float = 0.1
     latents: bool = False
     precision: str = "float32"
@@ -48,14 +51,27 @@ class ToyWorldModel(WorldModel):
     @compiled
     def compute_loss(self, batch, key=None):
         """Rewards that are NaN or infinite make the loss so."""
-        obs = batch["obs"]
+        obs = place = features(batch["obs"])
         if key is not None:
             obs = obs + self.config.noise * jax.random.normal(key, obs.shape)
-        prediction = jnp.mean((self.dynamics(obs[:, :-1]) - batch["obs"][:, 1:]) ** 2)
+        prediction = jnp.mean((self.dynamics(obs[:, :-1]) - place[:, 1:]) ** 2)
         # No reward arrives with the first row of an episode.
-        error = jnp.where(batch["is_first"], 0.0, self.reward(batch["obs"])[..., 0] - batch["rewards"])
+        error = jnp.where(batch["is_first"], 0.0, self.reward(place)[..., 0] - batch["rewards"])
         reward = jnp.mean(error**2)
         return {"loss": prediction + reward, "prediction": prediction, "reward": reward}
+
+
+class PrefillingToy(ToyWorldModel):
+    """Begins with random actions, as TD-MPC2 does."""
+
+    @property
+    def algorithm(self):
+        return PREFILLING
+
+
+def features(obs):
+    """The two numbers that are modelled, [..., 2]."""
+    return obs["body/position"] if isinstance(obs, Mapping) else obs
 
 
 def optimizer(training: Any) -> optax.GradientTransformation:
@@ -84,10 +100,10 @@ def update(state, batch, key):
         "grad_norm": optax.tree.norm(grads),
         "lr": jnp.asarray(warmup_schedule(state.training.learning_rate, state.training.warmup_steps)(state.step)),
         "update_norm": optax.tree.norm(steps),
-        "first_row": batch["obs"][0, 0, 0],
+        "first_row": features(batch["obs"])[0, 0, 0],
     }
     if state.config.latents:
-        metrics["replay"] = {"memory": batch["obs"][..., :1] + batch["context"]["memory"][:, None]}
+        metrics["replay"] = {"memory": features(batch["obs"])[..., :1] + batch["context"]["memory"][:, None]}
     params = optax.apply_updates(state.params, steps)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -95,6 +111,40 @@ def update(state, batch, key):
 def window(config, training):
     latents = {"memory": (1,)} if config.latents else {}
     return WindowSpec(training.sequence_length + config.latents, False, latents)
+
+
+RANDOM_PREFILL = False
+
+
+def act(state, carry, obs, key, *, is_first=None):
+    """Random turns around what the reward's weights say; the carry sums up the first feature since the episode began.
+
+    The action depends on all that must survive a resume: weights, carry, key and observation.
+    """
+    config = state.config
+    dims = config.action_dim if isinstance(config.action_dim, Mapping) else {"": config.action_dim}
+    kinds = config.action_type if isinstance(config.action_type, Mapping) else dict.fromkeys(dims, config.action_type)
+    place = features(obs)
+    carry = jnp.where(is_first[:, None], 0.0, carry) + place[:, :1]
+    wish = place @ state.params["reward"]["kernel"] + 0.1 * carry
+    actions = {}
+    for number, (name, dim) in enumerate(dims.items()):
+        noise = 0.0 if key is None else jax.random.normal(jax.random.fold_in(key, number), (len(place), dim))
+        scores = wish * jnp.linspace(-1.0, 1.0, dim) + noise
+        actions[name] = jnp.argmax(scores, -1) if kinds[name] == "discrete" else jnp.tanh(scores)
+    return carry, actions if isinstance(config.action_dim, Mapping) else actions[""]
+
+
+def act_in_evaluation(state, carry, obs, key, *, is_first=None):
+    return act(state, carry, obs, None, is_first=is_first)
+
+
+def initial_carry(config, batch_size):
+    return jnp.zeros((batch_size, 1), jnp.float32)
+
+
+def stored_latents(carry):
+    return {"memory": carry}
 
 
 def fill(buffer, episodes=6, steps=12, seed=0, poison=None):
@@ -110,3 +160,6 @@ def fill(buffer, episodes=6, steps=12, seed=0, poison=None):
             rewards[poison] = 1e30
         buffer.add_episode(obs, np.zeros((steps, 1), np.float32), rewards, np.arange(steps) == steps - 1)
     return buffer
+
+
+PREFILLING = types.SimpleNamespace(**{**globals(), "RANDOM_PREFILL": True})
