@@ -1,8 +1,13 @@
+import sys
+from pathlib import Path
+
 import pytest
 from toy_family import ToyConfig, ToyWorldModel, fill
 
 from worldloom.replay import ReplayBuffer
 from worldloom.training import TrainingConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "envs"))  # for tiny_envs
 
 
 @pytest.fixture

@@ -32,22 +32,27 @@ class Schedule(NamedTuple):
     Attributes:
       prefill: decision steps before the first update.
       burst: updates due at once then.
-      rate: updates per decision step from there on.
+      ratio: rows to be replayed per decision step from there on.
+      rows: rows that an update replays.
     """
 
     prefill: int
     burst: int
-    rate: float
+    ratio: float
+    rows: int
 
     @classmethod
     def of(cls, config: TrainingConfig, rows: int) -> Schedule:
         """That of a run whose windows have ``rows`` rows under gradient."""
-        ratio = config.train_ratio / (config.batch_size * rows)
-        return cls(config.prefill, config.prefill_updates, ratio or 1.0)
+        replayed = config.batch_size * rows
+        return cls(config.prefill, config.prefill_updates, config.train_ratio or replayed, replayed)
 
     def due(self, decisions: int) -> int:
         """Updates that should be done after ``decisions`` decision steps."""
-        return 0 if decisions < self.prefill else self.burst + int((decisions - self.prefill) * self.rate)
+        if decisions < self.prefill:
+            return 0
+        # Divided last: 49 times 1/49 is less than 1 in floating point.
+        return self.burst + int((decisions - self.prefill) * self.ratio / self.rows)
 
 
 class Collector:
