@@ -66,7 +66,7 @@ def thaw(value: Any) -> Any:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
@@ -82,8 +82,10 @@ def is_integer(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is an ``int`` or ``float`` and not a ``bool``."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether ``value`` is a ``float``, or an ``int`` that fits one, and not a ``bool``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return isinstance(value, float)
+    return abs(value) < 2**1023
 
 
 @dataclass_transform(frozen_default=True)
@@ -113,7 +115,11 @@ def config_dataclass(cls: type[T]) -> type[T]:
                 + ", ".join(f"{name}=…" for name in required)
                 + ")."
             )
-        generated(self, *map(freeze, args), **{k: freeze(v) for k, v in kwargs.items()})
+        try:
+            frozen, named = [freeze(value) for value in args], {k: freeze(v) for k, v in kwargs.items()}
+        except RecursionError as error:
+            raise ConfigError(f"A field of {cls.__name__} is nested too deeply to be one.") from error
+        generated(self, *frozen, **named)
 
     new.__init__ = __init__  # type: ignore[method-assign]
     return new

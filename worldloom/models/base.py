@@ -71,16 +71,7 @@ class WorldModel(nnx.Module):
     def load_params(self, params: Mapping[str, Any]) -> None:
         """Replace all weights. Raises ``WeightsError`` naming the arrays that are missing, unexpected or misshapen."""
         own, given = flatten(self.params), flatten(params)
-        problems = [f"{name} is missing" for name in own if name not in given]
-        problems += [f"{name} is unexpected" for name in given if name not in own]
-        problems += [
-            f"{name} has shape {tuple(given[name].shape)}, the config needs {tuple(own[name].shape)}"
-            for name in own
-            if name in given and tuple(given[name].shape) != tuple(own[name].shape)
-        ]
-        if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise WeightsError(f"These weights do not fit {type(self).__name__}: {'; '.join(problems[:5])}{more}.")
+        check_fit(type(self), own, given)
         placed = {name: jax.device_put(jnp.asarray(given[name], own[name].dtype), own[name].sharding) for name in own}
         nnx.update(self, unflatten(placed))
 
@@ -167,6 +158,23 @@ def graphdef(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> Any:
 def abstract_params(cls: type[WorldModel], config: Any) -> Params:
     """Shapes and dtypes of all weights as ``ShapeDtypeStruct``; allocates nothing, whatever the size."""
     return nnx.to_pure_dict(nnx.state(_abstract(cls, config, compute_dtype(config.precision))))
+
+
+def check_fit(cls: type[WorldModel], own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ``WeightsError`` naming the arrays ``given`` to ``cls`` that are missing, unexpected or misshapen.
+
+    Both are flat; of ``own``, what the config needs, only shapes are looked at.
+    """
+    problems = [f"{name} is missing" for name in own if name not in given]
+    problems += [f"{name[:100]} is unexpected" for name in given if name not in own]
+    problems += [
+        f"{name} has shape {tuple(given[name].shape)}, the config needs {tuple(own[name].shape)}"
+        for name in own
+        if name in given and tuple(given[name].shape) != tuple(own[name].shape)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise WeightsError(f"These weights do not fit {cls.__name__}: {'; '.join(problems[:5])}{more}.")
 
 
 def count_parameters(params: Mapping[str, Any]) -> int:

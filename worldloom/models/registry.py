@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 
 from worldloom.config import nearest, read_json_object
-from worldloom.errors import ConfigError, FileFormatError, MissingDependencyError, UnknownModelError
-from worldloom.models.base import WorldModel, unflatten
+from worldloom.errors import ConfigError, FileFormatError, MissingDependencyError, UnknownModelError, WeightsError
+from worldloom.models.base import WorldModel, abstract_params, check_fit, flatten, unflatten
 
 
 class Family(NamedTuple):
@@ -110,7 +110,7 @@ def create_world_model(
 def config_from_dict(values: Mapping[str, Any]) -> Any:
     """The config of either family from a plain dict, chosen by its ``model_type``."""
     kind = values.get("model_type")
-    if kind not in ALIASES:
+    if not isinstance(kind, str) or kind not in ALIASES:
         raise ConfigError(f"model_type={kind!r} is not known; use one of {', '.join(FAMILIES)}.")
     return FAMILIES[ALIASES[kind]].config_class().from_dict(values)
 
@@ -186,10 +186,23 @@ def _load_folder(folder: Path, device: str, overrides: Mapping[str, Any]) -> Wor
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UnknownModelError(f"{folder} holds no saved model: {name} is missing.")
-    config = config_from_dict(read_json_object(folder / "config.json"))
-    model = FAMILIES[config.model_type].model_class()(config.replace(**overrides), device=device)
-    model.load_params(unflatten(read_safetensors(folder / "model.safetensors")))
+    config = config_from_dict(read_json_object(folder / "config.json")).replace(**overrides)
+    arrays = read_safetensors(folder / "model.safetensors")
+    cls = FAMILIES[config.model_type].model_class()
+    # A config may ask for any size; before memory is taken for it, the file must be seen to have it.
+    _check_parts(config, len(arrays))
+    check_fit(cls, flatten(abstract_params(cls, config)), arrays)
+    model = cls(config, device=device)
+    model.load_params(unflatten(arrays))
     return model
+
+
+def _check_parts(config: Any, arrays: int) -> None:
+    """Raise ``WeightsError`` if the config has more layers or inputs than there are arrays; each has one or more."""
+    for name, value in config.to_dict().items():
+        parts = len(value) if isinstance(value, dict) else value if name.endswith("layers") else 0
+        if parts > arrays:
+            raise WeightsError(f"The config has {name} of {parts}, the weights beside it only {arrays} arrays in all.")
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

@@ -210,6 +210,9 @@ class TDMPC2Config(BaseConfig):
     def _check_tasks(self) -> None:
         if not (self.action_dims or self.episode_lengths or self.num_tasks > 1):
             return
+        for name in ("action_dims", "episode_lengths"):
+            given = getattr(self, name)
+            check(isinstance(given, tuple), f"{name} must be a list of integers, one for each task, not {given!r}.")
         tasks = max(self.num_tasks, 1)
         check(tasks == 1 or self.task_dim > 0, f"{tasks} tasks need task_dim ≥ 1.")
         check(
