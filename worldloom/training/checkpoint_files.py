@@ -30,6 +30,8 @@ _FREE = frozenset(
 )
 _AROUND = "around/"
 """Prefix of the arrays that are not part of the state."""
+_MAX_AROUND = 1 << 32
+"""Bytes of these that are read at most; those of the state must have the sizes that the run has."""
 
 
 class Snapshot(NamedTuple):
@@ -90,16 +92,17 @@ def read_checkpoint(path: Path, template: TrainState) -> Snapshot:
         raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
     check_config(path, "model", record.get("config"), template.config.to_dict())
     check_config(path, "training", record.get("training"), template.training.to_dict(), _FREE)
-    arrays = _load_arrays(path / "state")
+    arrays = _load_arrays(path, _tree(template), around=True)
     around = {name.removeprefix(_AROUND): value for name, value in arrays.items() if name.startswith(_AROUND)}
-    around |= {name: np.zeros(shape, dtype) for name, (shape, dtype) in record.get("empty", {}).items()}
+    around |= _empty_arrays(record, path)
     return Snapshot(unflatten_state(arrays, template, path), record, around)
 
 
 def read_params(path: Path, model: Any) -> dict[str, Any]:
     """The weights in a checkpoint, nested as ``model.params``. Raises as :func:`read_checkpoint`."""
     check_config(path, "model", read_record(path).get("config"), model.config.to_dict())
-    return _fit(_load_arrays(path / "state"), {"params": model.params}, path)["params"]
+    wanted = {"params": model.params}
+    return _fit(_load_arrays(path, wanted), wanted, path)["params"]
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -148,7 +151,8 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _fit(arrays: Mapping[str, np.ndarray], template: Any, path: Path) -> Any:
+def _fit(arrays: Mapping[str, Any], template: Any, path: Path) -> Any:
+    """``arrays``, or what stands for them, in the structure of ``template``; ``FileFormatError`` if they do not fit."""
     wanted = _flatten(template)
     values = []
     for name, leaf in wanted.items():
@@ -160,6 +164,17 @@ def _fit(arrays: Mapping[str, np.ndarray], template: Any, path: Path) -> Any:
     return jax.tree.unflatten(jax.tree.structure(template), values)
 
 
+def _empty_arrays(record: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
+    """The arrays around the state that have no elements: Orbax does not save them."""
+    try:
+        found = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in record.get("empty", {}).items()}
+        if any(0 not in shape or dtype.hasobject for shape, dtype in found.values()):
+            raise ValueError("an array with elements")
+        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in found.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"The checkpoint {path} names empty arrays that are none: {error}.") from error
+
+
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
@@ -169,19 +184,38 @@ def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
         checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(held))
 
 
-def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+def _load_arrays(path: Path, template: Any, *, around: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of ``template``, and those around the state if wanted; sizes are compared before memory is taken."""
     import orbax.checkpoint as ocp
 
+    folder = (path / "state").absolute()
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path.absolute())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(f"The checkpoint arrays {path} cannot be read: {error}") from error
+            held = {
+                name: jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+                for name, entry in checkpointer.metadata(folder).item_metadata.tree.items()
+            }
+            _fit(held, template, path)
+            beside = {name: value for name, value in held.items() if around and name.startswith(_AROUND)}
+            if sum(value.size * value.dtype.itemsize for value in beside.values()) > _MAX_AROUND:
+                raise FileFormatError(f"{path} holds more than {_MAX_AROUND} bytes beside the state.")
+            wanted = {name: held[name] for name in _flatten(template) if name in held} | beside
+            options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+            return checkpointer.restore(
+                folder, args=ocp.args.PyTreeRestore(wanted, restore_args=options, partial_restore=True)
+            )
+    except (FileFormatError, MemoryError):
+        raise
+    except Exception as error:
+        # Orbax answers what it cannot read with a dozen kinds of exception; all mean the same here.
+        raise FileFormatError(f"The checkpoint arrays {folder} cannot be read: {error}") from error
 
 
 def _checksums(folder: Path) -> Iterator[tuple[str, list[Any]]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise FileFormatError(f"{path} is neither a file nor a folder, and nothing that a checkpoint holds.")
         if path.is_file() and name != "manifest.json":
             with path.open("rb") as file:
                 yield name, [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
