@@ -1,4 +1,4 @@
-"""Training: the config, the loop, callbacks, checkpoints and evaluation. Names are imported when first used."""
+"""Training: the config, the loop, callbacks, checkpoints, evaluation, run folders. Names are imported when first used."""
 
 from __future__ import annotations
 
@@ -9,19 +9,34 @@ if TYPE_CHECKING:
     from worldloom.replay import ReplayBuffer
     from worldloom.state import TrainState
     from worldloom.training.config import TrainingConfig
-    from worldloom.training.evaluation import evaluate
+    from worldloom.training.evaluation import evaluate, play
+    from worldloom.training.recipes import recipe
+    from worldloom.training.run_folder import RunFolder
     from worldloom.training.trainer import Trainer, train
 
 _LAZY = {
     "ReplayBuffer": "worldloom.replay",
+    "RunFolder": "worldloom.training.run_folder",
     "TrainState": "worldloom.state",
     "Trainer": "worldloom.training.trainer",
     "TrainingConfig": "worldloom.training.config",
     "evaluate": "worldloom.training.evaluation",
+    "play": "worldloom.training.evaluation",
+    "recipe": "worldloom.training.recipes",
     "train": "worldloom.training.trainer",
 }
 
-__all__ = ["ReplayBuffer", "TrainState", "Trainer", "TrainingConfig", "evaluate", "train"]
+__all__ = [
+    "ReplayBuffer",
+    "RunFolder",
+    "TrainState",
+    "Trainer",
+    "TrainingConfig",
+    "evaluate",
+    "play",
+    "recipe",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

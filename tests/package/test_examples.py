@@ -1,0 +1,86 @@
+"""Examples are programs that people copy: they run, alone and as they stand, small."""
+
+import json
+import runpy
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import worldloom
+
+EXAMPLES = Path(worldloom.__file__).parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """An empty folder to run in, and the wish to be quick."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FAST", "1")
+    monkeypatch.setenv("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    return tmp_path
+
+
+def run(name, monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_train_tdmpc2_and_plan_with_it(small, monkeypatch, capsys):
+    out = run("train_tdmpc2.py", monkeypatch, capsys, "--run", "run")
+    assert "Return of 2 further episodes" in out
+    assert (small / "run" / "learning_curve.png").is_file()
+    out = run("plan_tdmpc2.py", monkeypatch, capsys, "run/model")
+    assert "iteration 3" in out
+    assert "Return by the policy alone" in out
+
+
+def test_train_dreamer_and_look_into_it(small, monkeypatch, capsys):
+    out = run("train_dreamer.py", monkeypatch, capsys, "--run", "run")
+    assert "Return of 2 further episodes" in out
+    assert (small / "run" / "open_loop.png").is_file()
+    out = run("imagine.py", monkeypatch, capsys, "run/model")
+    assert "always right" in out
+    assert (small / "runs" / "imagine" / "open_loop.png").is_file()
+
+
+def test_custom_callback(small, monkeypatch, capsys):
+    out = run("custom_callback.py", monkeypatch, capsys)
+    assert "2 evaluations in a row reached" in out
+    lines = [json.loads(line) for line in (small / "runs/custom_callback/metrics.jsonl").read_text().splitlines()]
+    assert any("weights/encoder" in line for line in lines)
+
+
+def test_the_notebook_runs(small, monkeypatch, capsys):
+    """Its cells one after another, in a stand-in for IPython that shows nothing."""
+    shown = []
+    display = types.ModuleType("IPython.display")
+    display.Image = lambda filename: Path(filename)
+    display.display = shown.append
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(small))
+    namespace: dict = {}
+    for number, cell in enumerate(json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), namespace)
+    assert [path.name for path in shown] == ["learning_curve.png", "eval.gif", "horizon.png"]
+    assert all(path.stat().st_size > 5_000 for path in shown)
+    out = capsys.readouterr().out
+    assert "running on" in out
+    assert "the reloaded model plans the same: True" in out
+
+
+def test_the_notebook_is_stripped():
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_say_how_they_are_run(path):
+    assert f"python examples/{path.name}" in path.read_text(encoding="utf-8")
