@@ -10,7 +10,7 @@ _TRAINING: dict[str, dict[str, Any]] = {
     "tdmpc2": {"batch_size": 256, "sequence_length": 4, "learning_rate": 3e-4, "grad_clip": 20.0},
     "tdmpc2:tiny": {
         "batch_size": 64,
-        "sequence_length": 8,
+        "sequence_length": 4,
         "learning_rate": 1e-3,
         "grad_clip": 20.0,
         "eval_interval": 1_000,
