@@ -8,6 +8,7 @@ import time
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -120,10 +121,8 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
+def write_sources(folder: Path) -> None:
     """Intact files to start from."""
-    folder = tmp_path_factory.mktemp("intact")
     for protocol in (2, 4, 5):
         (folder / f"tree-{protocol}.pkl").write_bytes(pickle.dumps(TREE, protocol))
     arrays = {"a": TREE["params"]["a"], "text": np.array(["xy"]), "flags": np.array([True, False]), "n": np.array(3)}
@@ -131,52 +130,67 @@ def sources(tmp_path_factory):
     np.savez_compressed(folder / "compressed.npz", **arrays)
     for name in ("torch-tensors.pt", "torch-omegaconf.pt"):
         (folder / name).write_bytes((DATA / name).read_bytes())
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("intact")
+    write_sources(folder)
     return folder
 
 
-def attempt(read, path: Path) -> tuple[str, float, int]:
+class Figures(NamedTuple):
+    """Of some spoilt files: how many there were and were refused; of the worst, CPU seconds and peak of memory."""
+
+    files: int
+    refused: int
+    slowest_s: float
+    peak_bytes: int
+
+
+def attempt(read, path: Path, allowed) -> tuple[str, float, int]:
     """The refusal's message or "", the CPU seconds taken, and the peak of memory in bytes."""
     message = ""
     tracemalloc.reset_peak()
     before, start = tracemalloc.get_traced_memory()[0], time.process_time()
     try:
         read(path)
-    except FileFormatError as error:
+    except allowed as error:
         message = str(error)
     return message, time.process_time() - start, tracemalloc.get_traced_memory()[1] - before
 
 
-def fuzz(read, spoil, source: Path, path: Path, *, count: int, seed: int) -> int:
-    """Reads ``count`` spoilt copies of ``source``; the number refused. Fails on other errors, time or memory."""
+def fuzz(read, spoil, source: Path, path: Path, *, count: int, seed: int, allowed=FileFormatError) -> Figures:
+    """Reads ``count`` spoilt copies of ``source``. Fails on other errors, time or memory."""
     rng = np.random.default_rng(seed)
-    refused = 0
+    refused, slowest, most = 0, 0.0, 0
     tracemalloc.start()
     try:
         for number in range(count):
             spoil(rng, source, path)
             try:
-                message, seconds, peak = attempt(read, path)
+                message, seconds, peak = attempt(read, path, allowed)
                 if seconds > 1:  # a machine that swaps is not a reader that hangs
-                    message, seconds, peak = attempt(read, path)
+                    message, seconds, peak = attempt(read, path, allowed)
             except Exception as error:
                 pytest.fail(f"file {number} of seed {seed}: {type(error).__name__}: {error}")
-            refused += bool(message)
+            refused, slowest, most = refused + bool(message), max(slowest, seconds), max(most, peak)
             assert seconds < 1, f"file {number} of seed {seed}"
             assert peak < 2_000_000, f"file {number} of seed {seed}"
             assert len(message) < 1000
     finally:
         tracemalloc.stop()
-    return refused
+    return Figures(count, refused, slowest, most)
 
 
 @pytest.mark.parametrize(("read", "spoil", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_spoilt_files_are_refused_soon_and_in_little_memory(read, spoil, name, sources, tmp_path):
     read(sources / name)
-    refused = fuzz(read, spoil, sources / name, tmp_path / "spoilt", count=110, seed=0)
-    assert refused > 50  # some edits change a number or a name only, and give another valid file
+    figures = fuzz(read, spoil, sources / name, tmp_path / "spoilt", count=110, seed=0)
+    assert figures.refused > 50  # some edits change a number or a name only, and give another valid file
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("read", "spoil", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_many_more_spoilt_files(read, spoil, name, sources, tmp_path):
-    assert fuzz(read, spoil, sources / name, tmp_path / "spoilt", count=750, seed=1) > 300
+    assert fuzz(read, spoil, sources / name, tmp_path / "spoilt", count=750, seed=1).refused > 300

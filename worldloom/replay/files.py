@@ -142,5 +142,5 @@ def open_npz(path: Path, kind: str) -> Iterator[NpzFile]:
         except Exception as error:
             # zipfile and NumPy answer damaged bytes with a dozen kinds of exception; all mean the same here.
             raise FileFormatError(
-                f"{path} is not a {kind}, or it is damaged: {type(error).__name__}: {error}."
+                f"{path} is not a {kind}, or it is damaged: {type(error).__name__}: {str(error)[:300]}."
             ) from error

@@ -90,7 +90,7 @@ class ReplayStore:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FileFormatError(
-                f"What a checkpoint says of the replay in {self.folder} makes no sense: {error!r}."
+                f"What a checkpoint says of the replay in {self.folder} makes no sense: {repr(error)[:300]}."
             ) from error
 
     def collect(self, references: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -259,7 +259,7 @@ def _chunks(reference: Mapping[str, Any]) -> dict[str, list[Chunk]]:
             for kind in (ROWS, LATENTS)
         }
     except (LookupError, TypeError) as error:
-        raise FileFormatError(f"What a checkpoint says of its replay makes no sense: {error!r}.") from error
+        raise FileFormatError(f"What a checkpoint says of its replay makes no sense: {repr(error)[:300]}.") from error
     for chunk in (chunk for found in chunks.values() for chunk in found):
         counts = (chunk.first, chunk.rows)
         plain = all(is_integer(count) and 0 <= count < 1 << 62 for count in counts) and isinstance(chunk.sha256, str)
