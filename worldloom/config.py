@@ -73,8 +73,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def check(condition: bool, message: str) -> None:
     """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
     if not condition:
-        # A value from a file can be as long as the file.
-        raise ConfigError(message if len(message) < 2000 else f"{message[:500]} … {message[-100:]}")
+        raise ConfigError(message)
 
 
 def is_integer(value: object) -> bool:

@@ -4,6 +4,10 @@
 class WorldloomError(Exception):
     """Base of everything that worldloom raises on purpose."""
 
+    def __init__(self, *args: object):
+        # What a message quotes may come from a file, and be as long as the file.
+        super().__init__(*(f"{a[:700]} … {a[-200:]}" if isinstance(a, str) and len(a) > 950 else a for a in args))
+
 
 class ConfigError(WorldloomError, ValueError):
     """A config value is out of its range, or values contradict each other."""
