@@ -21,20 +21,26 @@ from worldloom.replay import ReplayBuffer
 from worldloom.training import TrainingConfig
 
 
-def evaluate(act, state, env, episodes, key):
-    """Mean and standard deviation of the return of ``episodes`` episodes without exploration."""
-    rows, carry, returns = env.reset(), None, []
-    while len(returns) < episodes:
+def evaluate(act, state, carry, env, key):
+    """Mean and standard deviation of the return without exploration: the first episode of every environment.
+
+    Short episodes do not count more for ending early, as the first so many of all environments would.
+    """
+    rows, returns = env.reset(), {}
+    while len(returns) < len(rows.is_first):
         key, step_key = jax.random.split(key)
         carry, actions = act(state, carry, rows.obs, step_key, is_first=rows.is_first)
         rows = env.step(np.asarray(actions))
-        returns += [event.episode_return for event in rows.events if isinstance(event, EpisodeEnd)]
-    return float(np.mean(returns[:episodes])), float(np.std(returns[:episodes]))
+        for event in rows.events:
+            if isinstance(event, EpisodeEnd):
+                returns.setdefault(event.env, event.episode_return)
+    values = list(returns.values())
+    return float(np.mean(values)), float(np.std(values))
 
 
 def run(args):
     env = make_env(args.env, seed=args.seed)
-    eval_env = env.another(5, args.seed + 10_000)
+    eval_env = env.another(args.eval_episodes, args.seed + 10_000)
     overrides = json.loads(args.config)
     model = create_world_model(
         args.model, obs_shape=env.obs_shape, action_dim=env.action_dim, action_type=env.action_type, seed=args.seed,
@@ -53,13 +59,12 @@ def run(args):
     quiet = {"explore": False} if args.model.startswith("tdmpc2") else {}
     exploit = jax.jit(lambda *arguments, **named: algorithm.act(*arguments, **named, **quiet))
     rng = np.random.default_rng(args.seed)
+    eval_carry = algorithm.initial_carry(model.config, args.eval_episodes)
 
     rows, carry, updates, curve, start = env.reset(), None, 0, [], time.perf_counter()
     for step in range(args.steps + 1):
         if step % args.eval_every == 0 and step:
-            mean, spread = evaluate(
-                exploit, state, eval_env, args.eval_episodes, jax.random.fold_in(root, 2**30 + step)
-            )
+            mean, spread = evaluate(exploit, state, eval_carry, eval_env, jax.random.fold_in(root, 2**30 + step))
             curve.append({"steps": step, "return": mean, "std": spread, "seconds": time.perf_counter() - start})
             print(json.dumps(curve[-1]), flush=True, file=sys.stderr)
             if mean >= args.stop_at:

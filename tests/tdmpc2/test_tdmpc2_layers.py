@@ -139,10 +139,25 @@ def test_discrete_prior_sums_over_actions():
     worth = jnp.array([1.0, 10.0, 100.0])
     np.testing.assert_allclose(sample.expect(lambda action: action @ worth), sample.probs @ worth, rtol=1e-6)
     np.testing.assert_allclose(sample.entropy, -np.sum(sample.probs * np.log(sample.probs), -1), rtol=1e-5)
-    gradient = jax.grad(lambda p: CategoricalSample(p, p, p, p[..., 0]).expect(lambda a: a @ worth).sum())(sample.probs)
-    np.testing.assert_allclose(gradient, np.broadcast_to(worth, (4, 3)))
     many = model.prior(jnp.broadcast_to(z[0], (20_000, z.shape[1])), None, jax.random.key(2))
     np.testing.assert_allclose(many.action.mean(0), sample.probs[0], atol=0.015)
+
+
+def test_a_certain_discrete_prior_can_be_corrected():
+    """The cross entropy's gradient on the logits is π − π*, however little the policy thinks of the better action."""
+    values = jnp.array([[0.0, 0.02, 0.01]])
+    best = jax.nn.softmax(values / 0.01, axis=-1)
+
+    def loss(logits):
+        log_probs = jax.nn.log_softmax(logits)
+        return -CategoricalSample(logits, logits, log_probs).objective(values, 0.01).sum()
+
+    for logits in (jnp.zeros((1, 3)), jnp.array([[20.0, 0.0, 0.0]])):
+        np.testing.assert_allclose(jax.grad(loss)(logits), jax.nn.softmax(logits) - best, atol=1e-6)
+    # Nothing moves where value plus β times entropy is greatest, and without β that is the best action.
+    np.testing.assert_allclose(jax.grad(loss)(jnp.log(best)), np.zeros((1, 3)), atol=1e-6)
+    sure = jnp.array([[-50.0, 0.0, -50.0]])
+    np.testing.assert_allclose(CategoricalSample(sure, sure, sure).objective(values, 0.0), 0.0, atol=1e-6)
 
 
 def test_random_shift_moves_whole_images_evenly():

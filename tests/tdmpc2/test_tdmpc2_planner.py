@@ -29,7 +29,7 @@ class Known:
     def prior(self, z, task, key=None):
         mean = self.prior_action(z)
         if self.config.action_type == "discrete":
-            return CategoricalSample(mean, mean, mean, mean[..., 0])
+            return CategoricalSample(mean, mean, jnp.log(mean + 1e-30))
         noise = jnp.zeros(mean.shape) if key is None else jax.random.normal(key, mean.shape)
         return GaussianSample(jnp.clip(mean + 0.1 * noise, -1, 1), mean, mean, mean[..., 0], mean[..., 0])
 
@@ -239,6 +239,20 @@ def test_discrete_plan_finds_the_only_good_sequence():
     np.testing.assert_array_equal(action, jax.nn.one_hot(3, 5))
     np.testing.assert_array_equal(jnp.argmax(mean, -1), steps)
     np.testing.assert_allclose(mean.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_mixed_values_are_those_of_all_lengths():
+    """Reward 1 per step and Q = 10 · (steps done), by hand for λ = 0.25; λ = 1 asks the last latent alone."""
+    step = lambda z, action: (z + 1.0, jnp.ones(z.shape[0]))  # noqa: E731
+    actions = jax.nn.one_hot(jnp.zeros((3, 4), int), 2)
+    estimates = [0.0, 1 + 0.5 * 10, 1.5 + 0.25 * 20, 1.75 + 0.125 * 30]
+    for lam, value in ((1.0, estimates[3]), (0.25, np.dot([0.75, 0.75 * 0.25, 0.75 * 0.0625, 0.25**3], estimates))):
+        fields = {"action_type": "discrete", "action_dim": 2, "discount": 0.5, "planner_lambda": lam}
+        model = Known(
+            config(**fields), step, lambda z, a: 10.0 * z[:, 0], prior=lambda z: jnp.full((*z.shape[:-1], 2), 0.5)
+        )
+        found = jax.jit(lambda z, model=model: planner.score(model, z, actions))(jnp.zeros(2))
+        np.testing.assert_allclose(found, np.full(4, value), rtol=1e-6)
 
 
 def test_every_environment_has_its_own_plan():

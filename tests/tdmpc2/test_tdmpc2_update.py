@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tdmpc2_variants import VARIANTS, make, observations, random_batch, tasks
 
-from worldloom.models.tdmpc2 import LOSS_TERMS, act, init_state, initial_carry, update, window
+from worldloom.errors import DataError
+from worldloom.models.tdmpc2 import LOSS_TERMS, act, check_data, init_state, initial_carry, update, window
 from worldloom.models.tdmpc2.networks import project_rows
 from worldloom.training.config import TrainingConfig
 
@@ -189,6 +190,44 @@ def test_window_holds_whole_rollouts_of_one_episode():
     config = make(horizon=3).config
     assert window(config, TrainingConfig(sequence_length=50)) == (50, False, {})
     assert window(config, TrainingConfig(sequence_length=1)).rows == 4
+
+
+def test_windows_of_terminating_episodes_run_over_their_ends():
+    assert window(make("episodic").config, TrainingConfig(sequence_length=5)) == (5, True, {})
+
+
+def test_terminal_rows_need_an_episodic_model():
+    check_data(make().config, has_terminals=False)
+    check_data(make("episodic").config, has_terminals=True)
+    with pytest.raises(DataError, match="episodic=True"):
+        check_data(make().config, has_terminals=True)
+
+
+def test_nothing_behind_an_episode_counts():
+    """A window over an end has the losses of its rollouts that stay inside, whatever the next episode looks like."""
+    model = perturbed(make("episodic"))
+    batch, other = random_batch(model.config, size=3, rows=6), random_batch(model.config, size=3, rows=6, seed=1)
+    batch["is_terminal"], first = np.zeros((3, 6), bool), np.zeros((3, 6), bool)
+    batch["is_terminal"][:, 3], first[:, 4] = True, True
+    batch |= {"is_first": first}
+    swapped = {
+        name: np.concatenate([value[:, :4], other[name][:, 4:]], axis=1)
+        if name in ("obs", "actions", "rewards")
+        else value
+        for name, value in batch.items()
+    }
+    a, b = model.compute_loss(batch), model.compute_loss(swapped)
+    for name in ("loss", "consistency", "reward", "value", "termination"):
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-6)
+    unmarked = model.compute_loss(batch | {"is_first": np.zeros((3, 6), bool)})
+    assert abs(unmarked["consistency"] - a["consistency"]) > 1e-4
+    # Step h of a rollout is averaged over the starts that have it: rows 0, 1, 2 for h = 0 and rows 0, 1 for h = 1.
+    z = model.encode(batch["obs"].reshape(18, -1)).z.reshape(3, 6, -1)
+    action = jnp.asarray(batch["actions"])
+    one = model.next_latent(z[:, :3], action[:, :3], None)
+    two = model.next_latent(one[:, :2], action[:, 1:3], None)
+    error = jnp.mean((one - z[:, 1:4]) ** 2) + 0.5 * jnp.mean((two - z[:, 2:4]) ** 2)
+    np.testing.assert_allclose(a["consistency"], error / 2, rtol=1e-4)
 
 
 def test_updates_are_a_function_of_their_key():

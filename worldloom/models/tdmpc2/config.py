@@ -116,7 +116,11 @@ class TDMPC2Config(BaseConfig):
     termination_coef: float = 1.0
     """Weight of the termination loss."""
     entropy_coef: float = 1e-4
-    """Weight β of the policy's (scaled) entropy beside its normalised value."""
+    """Weight β of the policy's (scaled) entropy beside its normalised value; for discrete actions the temperature of
+    the Boltzmann policy that the prior is fitted to."""
+    advantage_coef: float | None = None
+    """Weight α of the regret taken off TD targets, for discrete actions: widens the gap between them 1 / (1 − α) times.
+    None is 0.9 for discrete and 0 for continuous actions. See ``advantage_weight``."""
     encoder_lr_scale: float = 0.3
     """Factor on the learning rate of the encoder."""
     pi_adam_eps: float = 1e-5
@@ -138,6 +142,9 @@ class TDMPC2Config(BaseConfig):
     """Candidates drawn from the policy prior, kept in every iteration."""
     temperature: float = 0.5
     """Elite i weighs exp(temperature · (valueᵢ − best value))."""
+    planner_lambda: float | None = None
+    """λ of a candidate's value: 1 counts on the last latent alone (the reference); below, Q values along the way count
+    too. None is 1 for continuous and 0.5 for discrete actions. See ``value_lambda``."""
     min_std: float = 0.05
     """Lower bound of the plan's standard deviation; for discrete actions, the share of uniform candidates."""
     max_std: float = 2.0
@@ -169,6 +176,10 @@ class TDMPC2Config(BaseConfig):
             self.num_pi_trajs < self.num_samples,
             f"num_pi_trajs={self.num_pi_trajs} must be below num_samples={self.num_samples}.",
         )
+        check(
+            self.action_type == "discrete" or not self.advantage_coef,
+            f"advantage_coef={self.advantage_coef} is for discrete actions; leave it out for continuous ones.",
+        )
         for name, allowed in (("action_type", ("continuous", "discrete")), ("precision", _PRECISIONS)):
             value = getattr(self, name)
             check(value in allowed, f"{name}={value!r} is not known; use one of {', '.join(allowed)}.")
@@ -181,7 +192,7 @@ class TDMPC2Config(BaseConfig):
             check(is_integer(value) and value >= least, f"{name} must be an integer ≥ {least}, not {value!r}.")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if name == "discount" and value is None:
+            if name in _OPTIONAL_NUMBERS and value is None:
                 continue
             good = is_number(value) and math.isfinite(value) and low <= value <= high
             check(good, f"{name} must be a number in [{low}, {high}], not {value!r}.")
@@ -260,6 +271,20 @@ class TDMPC2Config(BaseConfig):
         return 8 if self.action_dim >= 20 else 6
 
     @property
+    def advantage_weight(self) -> float:
+        """``advantage_coef``, or 0.9 for discrete actions and 0 for continuous ones."""
+        if self.advantage_coef is not None:
+            return self.advantage_coef
+        return 0.9 if self.action_type == "discrete" else 0.0
+
+    @property
+    def value_lambda(self) -> float:
+        """``planner_lambda``, or 0.5 for discrete actions and 1 for continuous ones."""
+        if self.planner_lambda is not None:
+            return self.planner_lambda
+        return 0.5 if self.action_type == "discrete" else 1.0
+
+    @property
     def discounts(self) -> tuple[float, ...]:
         """γ of every task (one for a single-task model)."""
         lengths = self.episode_lengths or (self.episode_length,) * max(self.num_tasks, 1)
@@ -317,6 +342,7 @@ class TDMPC2Config(BaseConfig):
 
 
 _PRECISIONS = ("auto", "float32", "bfloat16")
+_OPTIONAL_NUMBERS = ("discount", "advantage_coef", "planner_lambda")
 _LEAST_INTEGERS = {
     "action_dim": 1, "latent_dim": 1, "num_q": 2, "mlp_layers": 1, "hidden_dim": 1, "encoder_dim": 1,
     "encoder_layers": 1, "simnorm_dim": 1, "num_bins": 2, "num_tasks": 0, "task_dim": 0, "episode_length": 1,
@@ -328,7 +354,8 @@ _RANGES = {
     "discount": (0.0, 1.0), "discount_denom": (1e-6, _UNBOUNDED), "discount_min": (0.0, 1.0),
     "discount_max": (0.0, 1.0), "rho": (0.0, 1.0), "tau": (0.0, 1.0), "consistency_coef": (0.0, _UNBOUNDED),
     "reward_coef": (0.0, _UNBOUNDED), "value_coef": (0.0, _UNBOUNDED), "termination_coef": (0.0, _UNBOUNDED),
-    "entropy_coef": (0.0, _UNBOUNDED), "encoder_lr_scale": (0.0, _UNBOUNDED), "pi_adam_eps": (0.0, _UNBOUNDED),
+    "entropy_coef": (0.0, _UNBOUNDED), "advantage_coef": (0.0, 0.999), "planner_lambda": (0.0, 1.0),
+    "encoder_lr_scale": (0.0, _UNBOUNDED), "pi_adam_eps": (0.0, _UNBOUNDED),
     "log_std_min": (-_UNBOUNDED, _UNBOUNDED), "log_std_max": (-_UNBOUNDED, _UNBOUNDED),
     "temperature": (0.0, _UNBOUNDED), "min_std": (0.0, _UNBOUNDED), "max_std": (0.0, _UNBOUNDED),
 }  # fmt: skip

@@ -2,6 +2,10 @@
 
 Time runs first in here: a batch of B windows with T rows holds S = T − H latent rollouts of H steps per window,
 stacked as [H, B, S, …]. T = H + 1 is the published update.
+
+Windows may run over an episode's end: steps of a rollout beyond it are left out of every loss. Without that, the last
+H rows of an episode would never be where a rollout starts: neither the encoder nor the Q networks would be trained
+where episodes are about to end, and for an environment whose only signal is its termination that is everything.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import optax
 
 from worldloom.errors import DataError
 from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.models.tdmpc2.networks import CategoricalSample
 from worldloom.ops.keys import split_key
 from worldloom.ops.symlog_twohot import cross_entropy
 
@@ -33,6 +38,7 @@ class Rows(NamedTuple):
       actions: [B, T, A], chosen at each row.
       rewards: [B, T].
       terminated: [B, T], 1 where the row is terminal.
+      seam: [B, T], 1 where the row is the first of another episode than the row before it.
       task: [B, 1] integers that broadcast against rows, or None.
     """
 
@@ -40,31 +46,55 @@ class Rows(NamedTuple):
     actions: jax.Array
     rewards: jax.Array
     terminated: jax.Array
+    seam: jax.Array
     task: jax.Array | None
+
+
+class Rollouts(NamedTuple):
+    """Latent rollouts of the model's step, which the policy's step starts from.
+
+    Attributes:
+      zs: [H+1, B, S, L].
+      inside: [H, B, S], 1 for steps that stay in the episode they started in.
+    """
+
+    zs: jax.Array
+    inside: jax.Array
 
 
 def model_loss(
     model: TDMPC2WorldModel, rows: Rows, key: jax.Array | None
-) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+) -> tuple[jax.Array, tuple[Metrics, Rollouts]]:
     """Consistency, reward, value and termination losses (TD-MPC2, equation 3).
 
     Returns:
       total: weighted sum, a scalar.
       terms: each loss before its weight; for episodic configs the rate of terminations and the F1 score too.
-      zs: latents of the rollouts [H+1, B, S, L], for the policy.
+      rollouts: for the policy.
     """
     c, task = model.config, rows.task
     next_key, encode_key, prior_key, pair_key, dropout_key = split_key(key, 5)
     starts = rows.rewards.shape[1] - c.horizon
     actions, rewards = _unfold(rows.actions[:, :-1], c.horizon), _unfold(rows.rewards[:, 1:], c.horizon)
     terminated = _unfold(rows.terminated[:, 1:], c.horizon)
+    inside = jnp.cumprod(1.0 - _unfold(rows.seam[:, 1:], c.horizon), axis=0)
 
-    # Next latents and TD targets, from the observations themselves and without gradient. No entropy bonus.
+    # Next latents and TD targets, from the observations themselves and without gradient. No entropy bonus. The prior's
+    # value is one sample's for continuous actions and the exact expectation for discrete ones. There the regret of the
+    # action taken comes off (advantage learning: Baird 1999; Bellemare et al. 2016), which leaves the best action's
+    # value as it is and widens the gap below it 1 / (1 − α) times, out of the noise of the networks.
     next_z = sg(model.latent(rows.obs[:, 1:], task, next_key))
-    next_action = model.prior(next_z, task, prior_key).action
-    next_q = model.q_values(next_z, next_action, task, model.q_pair(pair_key), target=True).min(0)
+    pair = model.q_pair(pair_key)
+    target_q = lambda z: lambda action: model.q_values(z, action, task, pair, target=True).min(0)  # noqa: E731
+    next_q = model.prior(next_z, task, prior_key).expect(target_q(next_z))
     continues = model.gamma(task) * (1.0 - rows.terminated[:, 1:])
-    td_target = _unfold(sg(rows.rewards[:, 1:] + continues * next_q), c.horizon)
+    target = rows.rewards[:, 1:] + continues * next_q
+    if c.advantage_weight:
+        z = jnp.concatenate([sg(model.latent(rows.obs[:, :1], task, encode_key)), next_z[:, :-1]], axis=1)
+        prior = model.prior(z, task)
+        assert isinstance(prior, CategoricalSample)
+        target -= c.advantage_weight * prior.regret(target_q(z), rows.actions[:, :-1])
+    td_target = _unfold(sg(target), c.horizon)
 
     # Latent rollout, through which the gradient flows.
     zs = [model.latent(rows.obs[:, :starts], task, encode_key)]
@@ -77,51 +107,53 @@ def model_loss(
     reward = cross_entropy(model.reward_logits(z, actions, task), model.two_hot(rewards))
     value = cross_entropy(model.q_logits(z, actions, task, dropout_key), model.two_hot(td_target)).mean(0)
     terms = {
-        "consistency": _over_steps(consistency, c.rho),
-        "reward": _over_steps(reward, c.rho),
-        "value": _over_steps(value, c.rho),
+        "consistency": _over_steps(consistency, inside, c.rho),
+        "reward": _over_steps(reward, inside, c.rho),
+        "value": _over_steps(value, inside, c.rho),
         "termination": jnp.zeros(()),
     }
     if c.episodic:
         logits = model.termination_logits(z_after)
-        terms["termination"] = optax.sigmoid_binary_cross_entropy(logits, terminated).mean()
-        terms |= _termination_scores(logits[-1] > 0, terminated[-1] > 0)
+        terms["termination"] = _over_steps(optax.sigmoid_binary_cross_entropy(logits, terminated), inside, rho=1.0)
+        terms |= _termination_scores(logits[-1] > 0, terminated[-1] > 0, inside[-1] > 0)
     total = (
         c.consistency_coef * terms["consistency"]
         + c.reward_coef * terms["reward"]
         + c.value_coef * terms["value"]
         + c.termination_coef * terms["termination"]
     )
-    return total, (terms, jnp.stack(zs))
+    return total, (terms, Rollouts(jnp.stack(zs), inside))
 
 
 def policy_loss(
-    model: TDMPC2WorldModel, zs: jax.Array, task: jax.Array | None, key: jax.Array | None
+    model: TDMPC2WorldModel, rollouts: Rollouts, task: jax.Array | None, key: jax.Array | None
 ) -> tuple[jax.Array, Metrics]:
-    """Maximise value plus entropy along the rollouts (TD-MPC2, equation 5).
+    """Maximise value plus entropy along the rollouts (TD-MPC2, equation 5); see the samples' ``objective``.
 
     Args:
       model: with the Q networks that the model's step left behind.
-      zs: [H+1, B, S, L] latents from before that step; no gradient reaches them.
+      rollouts: from before that step; no gradient reaches them.
       task: as in :class:`Rows`.
       key: of actions, the Q pair and its dropout, which is on here.
 
     Returns:
-      loss: −mean_t ρᵗ · (q / scale + β · entropy), a scalar.
+      loss: −mean_t ρᵗ · objective(q / scale, β), a scalar.
       metrics: ``pi_entropy``, ``pi_scaled_entropy`` and the new ``pi_scale``.
     """
-    c, zs = model.config, sg(zs)
+    c, (zs, inside) = model.config, sg(rollouts)
     action_key, pair_key, dropout_key = split_key(key, 3)
     members = model.q_pair(pair_key)
     sample = model.prior(zs, task, action_key)
-    q = sample.expect(lambda action: model.q_values(zs, action, task, members, dropout_key).mean(0))
+    values = sample.evaluate(lambda action: model.q_values(zs, action, task, members, dropout_key).mean(0))
 
     # The newest width enters the running scale first, clamped before the average; then the scale is used.
-    low, high = jnp.percentile(sg(q[0]), jnp.array([5.0, 95.0]))
+    low, high = jnp.percentile(sg(sample.average(values)[0]), jnp.array([5.0, 95.0]))
     scale = model.scale.value[...]
     scale = scale + c.tau * (jnp.maximum(high - low, 1.0) - scale)
 
-    loss = -_over_steps(q / scale + c.entropy_coef * sample.scaled_entropy, c.rho)
+    # A latent counts where the step that led to it does; the first one where a step follows in its episode.
+    inside = jnp.concatenate([inside[:1], inside])
+    loss = -_over_steps(sample.objective(values / scale, c.entropy_coef), inside, c.rho)
     return loss, {
         "pi_entropy": sample.entropy.mean(),
         "pi_scaled_entropy": sample.scaled_entropy.mean(),
@@ -131,6 +163,8 @@ def policy_loss(
 
 def read_rows(config: TDMPC2Config, batch: Mapping[str, Any]) -> Rows:
     """Rows of a public batch: actions as vectors, terminations from ``is_terminal`` or ``continues``.
+
+    ``is_first`` marks rows that begin an episode within the window; without it every window is of one episode.
 
     Raises:
       DataError: a key is missing, a shape does not fit, or there are not more rows than ``horizon``.
@@ -162,7 +196,8 @@ def read_rows(config: TDMPC2Config, batch: Mapping[str, Any]) -> Rows:
     if config.multitask and (task is None or jnp.shape(task) != rewards.shape[:1]):
         raise DataError(f"A multitask batch needs task, integers of shape {rewards.shape[:1]}.")
     column = jnp.asarray(task)[:, None] if config.multitask else None
-    return Rows(jnp.asarray(batch["obs"]), actions.astype(jnp.float32), rewards, terminated, column)
+    seam = jnp.asarray(batch.get("is_first", jnp.zeros(rewards.shape))).astype(jnp.float32)
+    return Rows(jnp.asarray(batch["obs"]), actions.astype(jnp.float32), rewards, terminated, seam, column)
 
 
 def _unfold(x: jax.Array, horizon: int) -> jax.Array:
@@ -171,15 +206,17 @@ def _unfold(x: jax.Array, horizon: int) -> jax.Array:
     return jnp.stack([x[:, h : h + starts] for h in range(horizon)])
 
 
-def _over_steps(x: jax.Array, rho: float) -> jax.Array:
-    """Mean over steps of ρᵗ · (mean over the batch): [steps, B, S] → scalar."""
-    return jnp.mean(rho ** jnp.arange(x.shape[0]) * x.mean((1, 2)))
+def _over_steps(x: jax.Array, inside: jax.Array, rho: float) -> jax.Array:
+    """Mean over steps of ρᵗ · (mean over what is ``inside``): two times [steps, B, S] → scalar."""
+    means = jnp.sum(x * inside, (1, 2)) / jnp.maximum(jnp.sum(inside, (1, 2)), 1.0)
+    return jnp.mean(rho ** jnp.arange(x.shape[0]) * means)
 
 
-def _termination_scores(predicted: jax.Array, terminated: jax.Array) -> Metrics:
-    """Rate of terminations and F1 score of their prediction, both [B, S] booleans of the last step."""
+def _termination_scores(predicted: jax.Array, terminated: jax.Array, inside: jax.Array) -> Metrics:
+    """Rate of terminations and F1 score of their prediction; [B, S] booleans of the last step."""
+    predicted, terminated = predicted & inside, terminated & inside
     hits = jnp.sum(predicted & terminated)
     recall = hits / (jnp.sum(terminated) + 1e-9)
     precision = hits / (jnp.sum(predicted) + 1e-9)
     f1 = 2.0 * recall * precision / (recall + precision + 1e-9)
-    return {"termination_rate": terminated.mean(), "termination_f1": f1}
+    return {"termination_rate": jnp.sum(terminated) / jnp.maximum(jnp.sum(inside), 1), "termination_f1": f1}

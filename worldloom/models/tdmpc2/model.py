@@ -191,8 +191,8 @@ class TDMPC2WorldModel(WorldModel):
         """
         rows = loss.read_rows(self.config, batch)
         model_key, policy_key = split_key(key, 2)
-        total, (terms, zs) = loss.model_loss(self, rows, model_key)
-        policy, _ = loss.policy_loss(self, zs, rows.task, policy_key)
+        total, (terms, rollouts) = loss.model_loss(self, rows, model_key)
+        policy, _ = loss.policy_loss(self, rollouts, rows.task, policy_key)
         names = ("consistency", "reward", "value", "termination")
         return {"loss": total, **{name: terms[name] for name in names}, "policy": policy}
 

@@ -3,9 +3,10 @@
 Inputs are concatenated as in the reference: [observation | task] for the encoder, [latent | task] for the policy and
 the termination head, [latent | task | action] for dynamics, reward and Q networks.
 
-Discrete actions are not in the reference. Here the policy prior is a categorical over one-hot actions, learned like
-the discrete soft actor-critic of Christodoulou (2019): value and entropy are exact sums over the actions instead of
-reparameterised samples. The planner's part of it is described in ``planner``.
+Discrete actions are not in the reference. Here the policy prior is a categorical over one-hot actions, and values are
+exact expectations over them, as in the discrete soft actor-critic (Christodoulou 2019), instead of reparameterised
+samples. It is fitted to the Boltzmann policy of the Q networks by cross entropy, like the M-step of MPO (Abdolmaleki
+et al. 2018): see ``CategoricalSample.objective``. The planner's part of it is described in ``planner``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from worldloom.ops.symlog import symlog
 
 # Of the standard normal's log density, to the reference's digits.
 _HALF_LOG_2PI = 0.9189385175704956
+_MASKED = -1e9
+"""Logit of actions that a task does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +161,21 @@ class GaussianSample(NamedTuple):
     entropy: jax.Array
     scaled_entropy: jax.Array
 
-    def expect(self, value: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Estimate of E[value(action)] that carries a gradient to the policy: reparameterised, one sample."""
+    def evaluate(self, value: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Values to average over: that of the one sample, [...], with a gradient to the policy."""
         return value(self.action)
+
+    def average(self, values: jax.Array) -> jax.Array:
+        """E[value(action)] from ``evaluate``'s values: [...] → [...]."""
+        return values
+
+    def expect(self, value: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Estimate of E[value(action)]: reparameterised, one sample."""
+        return self.average(self.evaluate(value))
+
+    def objective(self, values: jax.Array, beta: float) -> jax.Array:
+        """What the policy maximises: the value plus β times the scaled entropy, [...]."""
+        return values + beta * self.scaled_entropy
 
 
 class GaussianPolicy(nnx.Module):
@@ -203,25 +218,62 @@ class CategoricalSample(NamedTuple):
     Attributes:
       action: [..., A] one-hot.
       mean: [..., A] one-hot of the most probable action.
-      probs: [..., A].
-      entropy: [...] in nats, exact.
+      log_probs: [..., A].
     """
 
     action: jax.Array
     mean: jax.Array
-    probs: jax.Array
-    entropy: jax.Array
+    log_probs: jax.Array
+
+    @property
+    def probs(self) -> jax.Array:
+        """[..., A]."""
+        return jnp.exp(self.log_probs)
+
+    @property
+    def entropy(self) -> jax.Array:
+        """[...] in nats, exact."""
+        return -jnp.sum(self.probs * self.log_probs, axis=-1)
+
+    @property
+    def valid(self) -> jax.Array:
+        """bool [..., A], whether the task has the action."""
+        return self.log_probs > 0.5 * _MASKED
 
     @property
     def scaled_entropy(self) -> jax.Array:
         """The entropy; one categorical counts as one dimension."""
         return self.entropy
 
+    def evaluate(self, value: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The value of every action, [..., A]."""
+        every_action = jnp.eye(self.log_probs.shape[-1], dtype=self.log_probs.dtype)
+        values = jax.vmap(lambda action: value(jnp.broadcast_to(action, self.log_probs.shape)))(every_action)
+        return jnp.moveaxis(values, 0, -1)
+
+    def average(self, values: jax.Array) -> jax.Array:
+        """E[value(action)] from ``evaluate``'s values, the exact sum: [..., A] → [...]."""
+        return jnp.sum(self.probs * values, axis=-1)
+
     def expect(self, value: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """E[value(action)], the exact sum over actions. The gradient runs through the probabilities alone."""
-        every_action = jnp.eye(self.probs.shape[-1], dtype=self.probs.dtype)
-        values = jax.vmap(lambda action: value(jnp.broadcast_to(action, self.probs.shape)))(every_action)
-        return jnp.sum(self.probs * jnp.moveaxis(values, 0, -1), axis=-1)
+        """E[value(action)], exact."""
+        return self.average(self.evaluate(value))
+
+    def regret(self, value: Callable[[jax.Array], jax.Array], action: jax.Array) -> jax.Array:
+        """How much better than ``action`` [..., A] the best action is, [...]."""
+        values = self.evaluate(value)
+        return jnp.max(values, axis=-1, where=self.valid, initial=-jnp.inf) - jnp.sum(values * action, axis=-1)
+
+    def objective(self, values: jax.Array, beta: float) -> jax.Array:
+        """What the policy maximises: minus its cross entropy from the best policy under ``values`` [..., A], [...].
+
+        Value plus β times entropy is greatest for π* ∝ exp(value / β). Ascending that sum itself, through the
+        probabilities, moves logits by π · advantage: nothing, once the policy is certain, however wrong it has become.
+        The cross entropy from π* has the same optimum and moves them by π* − π.
+        """
+        scores = jnp.where(self.valid, jax.lax.stop_gradient(values) / jnp.maximum(beta, 1e-8), -jnp.inf)
+        best = jax.nn.softmax(scores, axis=-1)
+        return jnp.sum(best * self.log_probs, axis=-1)
 
 
 class CategoricalPolicy(nnx.Module):
@@ -234,13 +286,11 @@ class CategoricalPolicy(nnx.Module):
         self, x: jax.Array, mask: jax.Array, key: jax.Array | None = None, noise: jax.Array | None = None
     ) -> CategoricalSample:
         """As :class:`GaussianPolicy`; ``noise`` [..., A] is Gumbel noise on the log probabilities."""
-        log_probs = jax.nn.log_softmax(jnp.where(mask > 0, self.mlp(x), -1e9), axis=-1)
+        log_probs = jax.nn.log_softmax(jnp.where(mask > 0, self.mlp(x), _MASKED), axis=-1)
         if noise is None:
             noise = jnp.zeros_like(log_probs) if key is None else jax.random.gumbel(key, log_probs.shape)
         one_hot = lambda scores: jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])  # noqa: E731
-        probs = jnp.exp(log_probs)
-        entropy = -jnp.sum(probs * jnp.where(mask > 0, log_probs, 0.0), axis=-1)
-        return CategoricalSample(one_hot(log_probs + noise), one_hot(log_probs), probs, entropy)
+        return CategoricalSample(one_hot(log_probs + noise), one_hot(log_probs), log_probs)
 
 
 def _policy_mlp(config: TDMPC2Config, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> NormedMLP:

@@ -4,7 +4,9 @@ For continuous actions this is the planner of the TD-MPC2 reference. Discrete ac
 the same loop is the cross-entropy method over one categorical per step (Rubinstein 1999): candidates are one-hot and
 the elites' weighted mean of one-hots *is* the next categorical, so scoring and refitting are shared. Candidates are
 drawn with probability ∝ mean + std: the spread that a Gaussian has of its own keeps the categorical from collapsing,
-and ``max_std`` and ``min_std`` bound it in the same way.
+and ``max_std`` and ``min_std`` bound it in the same way. One discrete action often changes the value behind H steps by
+less than the model errs in H steps, so there a candidate's value is the λ-mixture of its estimates of all lengths (as
+TD(λ), in the spirit of the value expansions of Buckman et al. 2018), the shortest of which asks no model at all.
 """
 
 from __future__ import annotations
@@ -25,17 +27,19 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """Where N action sequences lead, up to the value of the last latent.
+    """Where N action sequences lead: H actions and, before each of them and behind the last, H + 1 points.
 
     Attributes:
-      rewards: [N] discounted sum of the predicted rewards of H steps.
-      discount: [N] γᴴ, or 0 where the episode is predicted to have ended.
-      z: [N, L] last latents.
+      actions: H times [N, A].
+      rewards: H + 1 times [N], discounted sum of the rewards predicted up to there.
+      discounts: H + 1 times [N], γᵗ, or 0 where the episode is predicted to have ended.
+      zs: H + 1 times [N, L].
     """
 
-    rewards: jax.Array
-    discount: jax.Array
-    z: jax.Array
+    actions: tuple[jax.Array, ...]
+    rewards: tuple[jax.Array, ...]
+    discounts: tuple[jax.Array, ...]
+    zs: tuple[jax.Array, ...]
 
 
 @compiled
@@ -91,6 +95,8 @@ def score(
 ) -> jax.Array:
     """Values of action sequences: Σ_t γᵗ·r̂(z_t, a_t) + γᴴ·Q(z_H, a~π(z_H)), the mean of two Q networks.
 
+    With λ < 1 (``value_lambda``) that counts λᴴ, and for h < H the estimate that ends in γʰ·Q(z_h, a_h) counts
+    (1 − λ)·λʰ.
     Where the config is ``episodic``, nothing counts behind a latent whose termination is more likely than not.
 
     Args:
@@ -104,7 +110,7 @@ def score(
       [N] values in the units of the data.
     """
     pair_key, action_key = split_key(key, 2)
-    outcome, _ = _rollout(model, model.transition(task), z, lambda t, z: actions[t], task)
+    outcome = _rollout(model, model.transition(task), z, lambda t, z: actions[t], task)
     return _value(model, outcome, model.q_pair(pair_key), action_key, task)
 
 
@@ -158,7 +164,7 @@ def _plan(
     mask = model.action_mask(task)
 
     # Trajectories of the prior compete in every iteration; all but their last value is computed once.
-    prior_outcome, prior_actions = _policy_rollout(model, transition, z, prior_key, task)
+    prior_outcome = _policy_rollout(model, transition, z, prior_key, task)
 
     # The mean is warm-started, one step on; the spread is not.
     mean = jnp.concatenate([previous_mean[1:], jnp.zeros_like(previous_mean[:1])]) * mask
@@ -172,9 +178,9 @@ def _plan(
         noise, pair, key = draws
         mean, std = distribution
         candidates = _perturb(c, mean[:, None], std[:, None], noise)
-        outcome, _ = _rollout(model, transition, z, lambda t, z: candidates[t], task)
+        outcome = _rollout(model, transition, z, lambda t, z: candidates[t], task)
         outcome = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), prior_outcome, outcome)
-        candidates = jnp.concatenate([prior_actions, candidates], axis=1)
+        candidates = jnp.stack(outcome.actions)
         mean, std, elites, weights = refit(
             candidates,
             _value(model, outcome, pair, key, task),
@@ -202,23 +208,28 @@ def _rollout(
     z: jax.Array,
     choose: Callable[[int, jax.Array], jax.Array],
     task: jax.Array | None,
-) -> tuple[Outcome, jax.Array]:
-    """Imagine H steps from ``z`` ([L] if common to all); ``choose(t, z)`` gives actions [N, A]. Also returns them."""
-    gamma, actions = model.gamma(task), []
-    rewards, discount = jnp.zeros(()), jnp.ones(())
+) -> Outcome:
+    """Imagine H steps from ``z`` ([L] if common to all); ``choose(t, z)`` gives actions [N, A]."""
+    gamma = model.gamma(task)
+    actions = [choose(0, z)]
+    lead = actions[0].shape[:-1]
+    rewards, discounts = [jnp.zeros(lead)], [jnp.ones(lead)]
+    zs = [jnp.broadcast_to(z, (*lead, z.shape[-1]))]
     for t in range(model.config.horizon):
-        actions.append(choose(t, z))
-        z, reward_logits = transition(z, actions[-1])
-        rewards = rewards + discount * model.decode_scalar(reward_logits)
-        discount = jnp.broadcast_to(discount * gamma, rewards.shape)
+        if t:
+            actions.append(choose(t, z))
+        z, reward_logits = transition(z, actions[t])
+        rewards.append(rewards[t] + discounts[t] * model.decode_scalar(reward_logits))
+        discounts.append(discounts[t] * gamma)
         if model.config.episodic:
-            discount = jnp.where(model.termination_logits(z) > 0.0, 0.0, discount)
-    return Outcome(rewards, discount, z), jnp.stack(actions)
+            discounts[-1] = jnp.where(model.termination_logits(z) > 0.0, 0.0, discounts[-1])
+        zs.append(z)
+    return Outcome(tuple(actions), tuple(rewards), tuple(discounts), tuple(zs))
 
 
 def _policy_rollout(
     model: TDMPC2WorldModel, transition: Transition, z: jax.Array, key: jax.Array | None, task: jax.Array | None
-) -> tuple[Outcome, jax.Array]:
+) -> Outcome:
     """``num_pi_trajs`` trajectories of the prior from ``z`` [L]."""
     keys = split_key(key, model.config.horizon)
     z = jnp.broadcast_to(z, (model.config.num_pi_trajs, *z.shape))
@@ -228,9 +239,17 @@ def _policy_rollout(
 def _value(
     model: TDMPC2WorldModel, outcome: Outcome, pair: jax.Array, key: jax.Array | None, task: jax.Array | None
 ) -> jax.Array:
-    """[N] rewards plus the discounted value of the last latents under the prior's action there."""
-    action = model.prior(outcome.z, task, key).action
-    return outcome.rewards + outcome.discount * model.q_values(outcome.z, action, task, pair).mean(0)
+    """[N] rewards plus the discounted value of the last latents under the prior, mixed with shorter estimates."""
+    c = model.config
+    q = lambda z: lambda action: model.q_values(z, action, task, pair).mean(0)  # noqa: E731
+    *zs, last = outcome.zs
+    *rewards, all_rewards = outcome.rewards
+    *discounts, discount = outcome.discounts
+    value = all_rewards + discount * model.prior(last, task, key).expect(q(last))
+    if c.value_lambda < 1.0:
+        for z, action, reward, discount in reversed(list(zip(zs, outcome.actions, rewards, discounts, strict=True))):
+            value = (1.0 - c.value_lambda) * (reward + discount * q(z)(action)) + c.value_lambda * value
+    return value
 
 
 def _noise(config: TDMPC2Config, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from worldloom.errors import DataError
 from worldloom.models.base import Params, merge
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.loss import model_loss, policy_loss, read_rows
@@ -51,7 +52,7 @@ def update(
 
     Args:
       state: from :func:`init_state` or the last update.
-      batch: rows [B, T, …], T > ``horizon``, within one episode each; see ``loss.read_rows``.
+      batch: rows [B, T, …], T > ``horizon``; ``is_first`` marks where another episode begins. See ``loss.read_rows``.
       key: of this update's draws; None takes their modes.
 
     Returns:
@@ -68,7 +69,7 @@ def update(
     def model_objective(trained: Params) -> Any:
         return model_loss(rebuild(trained), rows, model_key)
 
-    (loss, (terms, zs)), grads = jax.value_and_grad(model_objective, has_aux=True)(_model_part(params))
+    (loss, (terms, rollouts)), grads = jax.value_and_grad(model_objective, has_aux=True)(_model_part(params))
     # The policy's last backward pass is still in the embedding's gradient, as in the reference: there the policy's
     # optimizer clears only the policy's own gradients, and the model's are cleared before that pass, not after.
     leftover = state.opt_state["policy_grad_of_tasks"]
@@ -80,7 +81,7 @@ def update(
 
     # 2. Policy prior.
     def policy_objective(trained: Params) -> Any:
-        return policy_loss(rebuild(trained), zs, rows.task, policy_key)
+        return policy_loss(rebuild(trained), rollouts, rows.task, policy_key)
 
     of_policy = {"policy": params["policy"], **_tasks(params)}
     (policy, pi_metrics), pi_grads = jax.value_and_grad(policy_objective, has_aux=True)(of_policy)
@@ -126,8 +127,27 @@ def initial_carry(config: TDMPC2Config, batch_size: int) -> jax.Array:
 
 
 def window(config: TDMPC2Config, training: Any) -> WindowSpec:
-    """Rows of one episode: ``sequence_length``, at least ``horizon`` + 1, which is the published update."""
-    return WindowSpec(rows=max(training.sequence_length, config.horizon + 1), cross_episodes=False, latents={})
+    """Rows per window: ``sequence_length``, at least ``horizon`` + 1, which is the published update.
+
+    Windows lie within one episode, as in the reference, unless episodes terminate: then they run over the end, so that
+    rollouts start in an episode's last rows too.
+    """
+    rows = max(training.sequence_length, config.horizon + 1)
+    return WindowSpec(rows=rows, cross_episodes=config.episodic, latents={})
+
+
+def check_data(config: TDMPC2Config, *, has_terminals: bool) -> None:
+    """The door for training data: terminal rows need a model that learns terminations, as in the reference.
+
+    Raises:
+      DataError: there are terminal rows, and the config is not ``episodic``.
+    """
+    if has_terminals and not config.episodic:
+        raise DataError(
+            "The data holds terminal rows (is_terminal), and this TD-MPC2 model has episodic=False: it would plan on "
+            "behind them. Build it with episodic=True; where an episode only ran into a time limit, its last row is "
+            "is_last and not is_terminal."
+        )
 
 
 def _model_optimizer(config: TDMPC2Config, training: Any) -> optax.GradientTransformation:
