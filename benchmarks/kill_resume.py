@@ -25,7 +25,7 @@ def live(name, folder, steps, save_every):
     from runs import fingerprint, small_run
 
     progress = (5, lambda info: print(info.step, flush=True))
-    trainer, source, _ = small_run(name, folder, steps=steps, save_every=save_every, callbacks=[progress])
+    trainer, source = small_run(name, folder, steps=steps, save_every=save_every, callbacks=[progress])
     trainer.train(source, resume="auto")
     (folder / FINISHED).write_text(json.dumps(fingerprint(trainer, source, folder)))
 

@@ -6,6 +6,7 @@ loses its oldest rows on the way, and stores DreamerV3's latents, also beside re
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from worldloom.training.callbacks import (
 from worldloom.training.checkpoint_files import flatten_state
 
 RUNS = ("tdmpc2-offline", "tdmpc2-online", "dreamerv3-offline", "dreamerv3-online")
+"""Besides them there is ``toy-online``: the tests' own family, which takes a second to compile."""
 
 _MODELS = {
     "tdmpc2": {"latent_dim": 16, "hidden_dim": 16, "encoder_dim": 16, "num_q": 2, "num_bins": 21, "iterations": 1,
@@ -31,17 +33,16 @@ _MODELS = {
     "dreamerv3": {"deter_dim": 16, "stoch_dim": 8, "num_categories": 4, "hidden_dim": 16, "mlp_layers": 1, "blocks": 2,
                   "reward_layers": 1, "continue_layers": 1, "imagination_horizon": 3, "bins": 21},
 }  # fmt: skip
-_ENVS = {"tdmpc2": "Pendulum-v1", "dreamerv3": "CartPole-v1"}
+_ENVS = {"tdmpc2": "Pendulum-v1", "dreamerv3": "CartPole-v1", "toy": "MountainCarContinuous-v0"}
 
 
 def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=()):
-    """A trainer, what it trains from, and its checkpoint callback; ``name`` is one of ``RUNS``."""
+    """A trainer and what it trains from; ``name`` is one of ``RUNS``."""
     tables.BLOCK_BYTES = 1 << 10
     family, _, kind = name.partition("-")
     env = make_env(_ENVS[family], num_envs=2, seed=5, time_limit=30)
     shapes = {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
-    overrides = _MODELS[family] | ({"episode_length": 30} if family == "tdmpc2" else {})
-    model = create_world_model(f"{family}:tiny", **shapes, **overrides, precision="float32", device="cpu", seed=1)
+    model = toy_model(shapes) if family == "toy" else real_model(family, shapes)
     config = TrainingConfig(
         total_steps=steps, batch_size=4, sequence_length=6, learning_rate=1e-3, log_interval=7, prefill=60,
         replay_capacity=200, updates_per_call=3, device="cpu", seed=11,
@@ -51,15 +52,26 @@ def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=()):
         source, held_out = env, env.another(2, seed=99)
     else:
         source, held_out = recorded(env, 8, window.latents), recorded(env, 2, {})
-    saving = CheckpointCallback(str(folder / "checkpoints"), save_every=save_every, keep_last=keep_last, monitor="loss")
     callbacks = [
         *callbacks,
         EvalCallback(held_out, every=max(1, steps // 4), batches=2, episodes=2),
         EarlyStoppingCallback(patience=steps, min_delta=0.0),
         LoggingCallback(str(folder), log_to_console=False),
-        saving,
+        CheckpointCallback(str(folder / "checkpoints"), save_every=save_every, keep_last=keep_last),
     ]
-    return Trainer(model, config, callbacks), source, saving
+    return Trainer(model, config, callbacks), source
+
+
+def real_model(family, shapes):
+    overrides = _MODELS[family] | ({"episode_length": 30} if family == "tdmpc2" else {})
+    return create_world_model(f"{family}:tiny", **shapes, **overrides, precision="float32", device="cpu", seed=1)
+
+
+def toy_model(shapes):
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "training"))
+    from toy_family import ToyConfig, ToyWorldModel
+
+    return ToyWorldModel(ToyConfig(**shapes, latents=True))
 
 
 def recorded(env, episodes, latents):

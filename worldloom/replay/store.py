@@ -102,7 +102,7 @@ class ReplayStore:
         Raises:
           FileFormatError: a reference is none; then nothing is deleted.
         """
-        keep = set().union(*(_names(reference) for reference in references))
+        keep = set().union(*(self.names(reference) for reference in references))
         with self._lock:
             keep |= self._newest
             found = [path for path in self.folder.iterdir() if _ours(path)] if self.folder.is_dir() else []
@@ -111,6 +111,11 @@ class ReplayStore:
                 path.unlink(missing_ok=True)
             self._written = {stamp: chunk for stamp, chunk in self._written.items() if chunk.name in keep}
         return [path.name for path in doomed]
+
+    @staticmethod
+    def names(reference: Mapping[str, Any]) -> set[str]:
+        """Names of the files that ``reference`` needs; raises ``FileFormatError`` if it is none."""
+        return {chunk.name for chunks in _chunks(reference).values() for chunk in chunks}
 
     # ---- writing --------------------------------------------------------------------------------------------------
 
@@ -141,7 +146,7 @@ class ReplayStore:
                     for kind, table in tables.items()
                 },
             }
-            self._newest = _names(reference)
+            self._newest = self.names(reference)
         return reference
 
     def _chunk(self, table: _Table, part: Part) -> Chunk:
@@ -181,7 +186,7 @@ class ReplayStore:
             for kind, files in chunks.items():
                 parts = zip(tables[kind].parts(), files, strict=bool(columns[kind]))
                 self._written |= {part.stamp: chunk for part, chunk in parts}
-            self._newest = _names(reference)
+            self._newest = self.names(reference)
         # Mapped files cannot be written to: their blocks are copied first.
         tables[LATENTS].freeze()
         buffer._take_over(schema, tables[ROWS], tables[LATENTS])
@@ -266,10 +271,6 @@ def _chunks(reference: Mapping[str, Any]) -> dict[str, list[Chunk]]:
         if not plain or not CHUNK_NAME.fullmatch(chunk.name) or len(chunk.sha256) != 64:
             raise FileFormatError(f"What a checkpoint says of its replay makes no sense: {str(chunk)[:200]}.")
     return chunks
-
-
-def _names(reference: Mapping[str, Any]) -> set[str]:
-    return {chunk.name for chunks in _chunks(reference).values() for chunk in chunks}
 
 
 def _check_tiling(files: list[Chunk], block_rows: Any, columns: Mapping[str, Column], first: int, end: int) -> None:
