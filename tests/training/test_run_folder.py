@@ -189,7 +189,7 @@ def test_recorded_rows_are_those_that_were_played():
         rng = np.random.default_rng(0)
         seen, played = [recording.reset()], [other.reset()]
         for _ in range(13):
-            actions = env.sample_actions(rng)
+            actions = 1.5 * env.sample_actions(rng)
             seen.append(recording.step(actions))
             played.append(other.step(actions))
         assert recording.num_envs == 2
@@ -201,6 +201,7 @@ def test_recorded_rows_are_those_that_were_played():
     np.testing.assert_array_equal(episodes[0]["rewards"], np.stack([rows.reward[0] for rows in seen[:7]]))
     assert episodes[0]["is_last"].tolist() == [False] * 6 + [True]
     assert (episodes[0]["actions"][-1] == 0).all()
+    assert np.abs(episodes[0]["actions"]).max() == 1  # Environments clip.
 
 
 def test_films_do_not_fill_the_memory():

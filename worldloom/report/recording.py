@@ -36,7 +36,7 @@ class Recording:
     def step(self, actions: Any) -> Rows:
         """See :meth:`VectorEnv.step`."""
         if self._rows is not None:
-            self._keep(self._rows, actions, ~self._rows.is_last)
+            self._keep(self._rows, jax.tree.map(_taken, actions), ~self._rows.is_last)
         self._rows = self.env.step(actions)
         # No action follows the last row of an episode.
         self._keep(self._rows, jax.tree.map(_nothing, actions), self._rows.is_last)
@@ -47,6 +47,12 @@ class Recording:
         if len(streams):
             values = (rows.obs, actions, rows.reward, rows.is_first, rows.is_last, rows.is_terminal)
             self.replay.add_rows(*jax.tree.map(lambda x: np.asarray(x)[streams], values), streams=streams)
+
+
+def _taken(actions: Any) -> np.ndarray:
+    """What the environments do: they clip, and DreamerV3's policy draws from a normal distribution."""
+    actions = np.asarray(actions)
+    return actions if np.issubdtype(actions.dtype, np.integer) else np.clip(actions, -1, 1)
 
 
 def _nothing(actions: Any) -> np.ndarray:
