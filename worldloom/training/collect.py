@@ -70,15 +70,20 @@ class Collector:
       model: the world model; its ``act`` is called with the weights of the state given to :meth:`step`.
       config: the run's config.
       latents: whether replay stores the model's latents beside the rows.
+      trained: updates done before, elsewhere.
 
     Attributes:
+      trained: see above; the schedule counts from there.
       decisions: decision steps taken so far.
       ends: episodes that ended since someone took them from here.
       restarts: environment processes that had to be replaced so far.
     """
 
-    def __init__(self, env: VectorEnv, replay: Any, model: Any, config: TrainingConfig, latents: bool):
+    def __init__(
+        self, env: VectorEnv, replay: Any, model: Any, config: TrainingConfig, latents: bool, *, trained: int = 0
+    ):
         algorithm = model.algorithm
+        self.trained = trained
         self.env, self.replay, self._seed = env, replay, config.seed
         self._act = acting(algorithm.act, algorithm.stored_latents if latents else None)
         self._carry = algorithm.initial_carry(model.config, env.num_envs)
@@ -106,6 +111,7 @@ class Collector:
     def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a resumed run needs: JSON-serialisable values, and arrays by name."""
         counts = {
+            "trained": self.trained,
             "decisions": self.decisions,
             "calls": self._calls,
             "restarts": self.restarts,
@@ -125,6 +131,7 @@ class Collector:
 
         Environments that cannot, or that come out elsewhere, begin their next episodes instead, with a warning.
         """
+        self.trained = int(counts["trained"])
         self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
         self.restarts, self.ends = int(counts["restarts"]), [EpisodeEnd(*end) for end in counts["ends"]]
         if not arrays:
@@ -134,7 +141,7 @@ class Collector:
         leaves = below(arrays, "carry/")
         structure = jax.tree.structure(self._carry)
         self._carry = jax.tree.unflatten(structure, [leaves[str(i)] for i in range(len(leaves))])
-        if not np.array_equal(self._rows.is_first, saved["lengths"] == 0):
+        if not np.array_equal(self.env.state()["episodes"], saved["episodes"]):
             return  # Elsewhere: the action chosen there has no meaning here.
         actions = below(arrays, "actions/")
         self._choice = actions if isinstance(self.env.action_dim, dict) else actions[_PLAIN], below(arrays, "latents/")
@@ -142,7 +149,7 @@ class Collector:
     def _take(self, actions: Any, latents: Mapping[str, np.ndarray]) -> None:
         rows = self._rows
         assert rows is not None
-        stored = jax.tree.map(lambda action: _nothing_where(rows.is_last, action), actions)
+        stored = jax.tree.map(lambda action: _as_taken(rows.is_last, action), actions)
         self.replay.add_rows(
             rows.obs, stored, rows.reward, rows.is_first, rows.is_last, rows.is_terminal, latents=latents
         )
@@ -241,7 +248,7 @@ class OnlineFeed:
         """Nothing is being written behind the caller's back."""
 
     def _due(self) -> int:
-        return self._schedule.due(self._collector.decisions)
+        return self._collector.trained + self._schedule.due(self._collector.decisions)
 
 
 @functools.lru_cache(maxsize=8)
@@ -287,8 +294,9 @@ def _plain(value: Any) -> Any:
     return {name: _plain(inner) for name, inner in value.items()} if isinstance(value, Mapping) else value
 
 
-def _nothing_where(over: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """``actions`` with none (a zero vector, class −1) where an episode is over."""
+def _as_taken(over: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """``actions`` as the environments take them, within ±1; none (a zero vector, class −1) where an episode is over."""
     if np.issubdtype(actions.dtype, np.integer):
         return np.where(over, -1, actions)
-    return np.where(over[:, None], np.float32(0), actions)
+    # DreamerV3's normal policy exceeds ±1; its dynamics take such entries for ±1 too, so nothing is lost.
+    return np.where(over[:, None], np.float32(0), np.clip(actions, -1, 1))
