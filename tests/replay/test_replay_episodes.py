@@ -381,3 +381,16 @@ def test_repr_and_summary_say_what_is_there():
     )
     facts = buffer.summary(sequence_length=4)
     assert (facts["episodes_too_short"], facts["rows_too_short"], facts["longest_episode"]) == (1, 3, 6)
+
+
+def test_it_knows_whether_it_holds_terminal_rows():
+    buffer = ReplayBuffer(10)
+    assert not buffer.has_terminals
+    obs, actions, rewards = np.zeros((4, 2)), np.zeros((3, 1)), np.zeros(3)
+    buffer.add_episode(obs, actions, rewards, truncated=True)
+    assert not buffer.has_terminals
+    buffer.add_episode(obs, actions, rewards, terminated=True)
+    assert buffer.has_terminals
+    for _ in range(3):
+        buffer.add_episode(obs, actions, rewards, truncated=True)
+    assert not buffer.has_terminals  # The terminal row has left.

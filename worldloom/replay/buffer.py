@@ -105,6 +105,11 @@ class ReplayBuffer:
         return self._index.episodes().length.copy()
 
     @property
+    def has_terminals(self) -> bool:
+        """Whether any row held is terminal. Looks at all of them."""
+        return any(bool((flags & TERMINAL).any()) for flags in self._rows.pieces("flags")) if len(self) else False
+
+    @property
     def obs_shape(self) -> Any:
         """Shape of one observation, a dict of shapes, or None while unknown."""
         if self._schema is None:
