@@ -1,118 +1,185 @@
-"""Does an agent learn, and how fast? One run of one seed; prints JSON with its learning curve.
+"""Does an agent learn, and how fast? One run for each seed; prints JSON with the learning curves.
 
-    python benchmarks/learning.py --model tdmpc2:tiny --env CartPole-v1 --steps 20000 --seed 0
+    python benchmarks/learning.py --model tdmpc2:tiny --env Pendulum-v1 --steps 10000 --seeds 0 1 2 3 4
 
-Collects a decision step, does an update (one in ``--update-every`` decision steps), and evaluates every
-``--eval-every`` steps on environments of their own. The curve is the mean return of the evaluation episodes.
+Trains by the recipe of ``worldloom train``; ``--set field=value`` changes fields of either config. Each point of a
+curve is the mean return of 10 episodes in environments of their own, with the seconds since the run began, evaluation
+and compilation included. With ``--test N`` the weights of the best point then play N further episodes, which had no part
+in choosing them. ``--plot picture.png file.json …`` draws curves that were saved before instead.
 """
 
 import argparse
 import json
+import math
 import os
+import platform
+import statistics
 import sys
 import time
+from pathlib import Path
 
 import jax
-import numpy as np
 
+import worldloom
 from worldloom import create_world_model
-from worldloom.envs import EpisodeEnd, make_env
-from worldloom.replay import ReplayBuffer
-from worldloom.training import TrainingConfig
+from worldloom.envs import make_env
+from worldloom.training import Trainer, TrainingConfig
+from worldloom.training.callbacks import Callback, EvalCallback, StopTraining
+from worldloom.training.evaluation import play
+from worldloom.training.recipes import recipe
+
+EPISODES = 10
 
 
-def evaluate(act, state, carry, env, key):
-    """Mean and standard deviation of the return without exploration: the first episode of every environment.
+class Curve(Callback):
+    """Collects evaluations and the best weights, and stops at a return that is good enough."""
 
-    Short episodes do not count more for ending early, as the first so many of all environments would.
-    """
-    rows, returns = env.reset(), {}
-    while len(returns) < len(rows.is_first):
-        key, step_key = jax.random.split(key)
-        carry, actions = act(state, carry, rows.obs, step_key, is_first=rows.is_first)
-        rows = env.step(np.asarray(actions))
-        for event in rows.events:
-            if isinstance(event, EpisodeEnd):
-                returns.setdefault(event.env, event.episode_return)
-    values = list(returns.values())
-    return float(np.mean(values)), float(np.std(values))
+    every = 0
+
+    def __init__(self, stop_at):
+        self.points, self.stop_at, self.start = [], stop_at, time.perf_counter()
+        self.best, self.model = -math.inf, None
+
+    def on_eval(self, info, measurements):
+        if "eval/return" not in measurements:
+            return None
+        point = {
+            "env_steps": info.env_steps,
+            "return": round(measurements["eval/return"], 2),
+            "std": round(measurements["eval/return_std"], 2),
+            "seconds": round(time.perf_counter() - self.start, 1),
+        }
+        self.points.append(point)
+        if point["return"] > self.best:
+            self.best, self.model = point["return"], info.model()
+        print(json.dumps(point), flush=True, file=sys.stderr)
+        return StopTraining(f"return {point['return']}") if point["return"] >= self.stop_at else None
 
 
-def run(args):
-    env = make_env(args.env, seed=args.seed)
-    eval_env = env.another(args.eval_episodes, args.seed + 10_000)
-    overrides = json.loads(args.config)
-    model = create_world_model(
-        args.model, obs_shape=env.obs_shape, action_dim=env.action_dim, action_type=env.action_type, seed=args.seed,
-        **overrides,
-    )  # fmt: skip
-    algorithm = model.algorithm
-    training = TrainingConfig(
-        batch_size=args.batch_size, sequence_length=args.length, learning_rate=args.learning_rate, grad_clip=20.0
-    )
-    window = algorithm.window(model.config, training)
-    buffer = ReplayBuffer(max(args.steps + 1000, 10_000))
-    root = jax.random.key(args.seed)
-    state = algorithm.init_state(model, training, root)
-    update = jax.jit(algorithm.update, donate_argnums=0)
-    explore = jax.jit(algorithm.act)
-    quiet = {"explore": False} if args.model.startswith("tdmpc2") else {}
-    exploit = jax.jit(lambda *arguments, **named: algorithm.act(*arguments, **named, **quiet))
-    rng = np.random.default_rng(args.seed)
-    eval_carry = algorithm.initial_carry(model.config, args.eval_episodes)
-
-    rows, carry, updates, curve, start = env.reset(), None, 0, [], time.perf_counter()
-    for step in range(args.steps + 1):
-        if step % args.eval_every == 0 and step:
-            mean, spread = evaluate(exploit, state, eval_carry, eval_env, jax.random.fold_in(root, 2**30 + step))
-            curve.append({"steps": step, "return": mean, "std": spread, "seconds": time.perf_counter() - start})
-            print(json.dumps(curve[-1]), flush=True, file=sys.stderr)
-            if mean >= args.stop_at:
-                break
-        if step < args.prefill:
-            actions = env.sample_actions(rng)
-        else:
-            carry, actions = explore(
-                state, carry, rows.obs, jax.random.fold_in(root, 2**29 + step), is_first=rows.is_first
-            )
-            actions = np.asarray(actions)
-        buffer.add_rows(rows.obs, actions, rows.reward, rows.is_first, rows.is_last, rows.is_terminal)
-        rows = env.step(actions)
-        due = args.prefill if step == args.prefill else step > args.prefill and step % args.update_every == 0
-        for _ in range(int(due)):
-            batch = buffer.sample(
-                args.batch_size, window.rows, seed=args.seed, update=updates, cross_episodes=window.cross_episodes
-            )
-            batch.pop("row_ids")
-            state, _ = update(state, batch, jax.random.fold_in(root, updates))
-            updates += 1
-    env.close()
-    eval_env.close()
-    return {
-        "curve": curve,
-        "updates": updates,
-        "seconds": time.perf_counter() - start,
-        "cpus": os.cpu_count(),
-        **vars(args),
+def run(args, seed, changes):
+    """One run: its curve, and what it was trained with."""
+    env = make_env(args.env, args.num_envs, seed=seed)
+    model_fields, training_fields, _ = recipe(args.model, env, changes)
+    known = set(TrainingConfig.__dataclass_fields__)
+    model_fields |= {name: value for name, value in changes.items() if name not in known}
+    training_fields |= {name: value for name, value in changes.items() if name in known}
+    config = TrainingConfig(**{**training_fields, "env_steps": args.steps, "seed": seed})
+    model = create_world_model(args.model, **model_fields, seed=seed)
+    curve = Curve(args.stop_at)
+    evaluation = EvalCallback(env.another(EPISODES, seed + 10_000), episodes=EPISODES, seed=seed + 10_000)
+    trainer = Trainer(model, config, [evaluation, curve])
+    trainer.train(env)
+    done = {
+        "seed": seed,
+        "updates": trainer.step,
+        "seconds": round(time.perf_counter() - curve.start, 1),
+        "curve": curve.points,
     }
+    if args.test:
+        fresh = env.another(min(args.test, 25), seed + 20_000)
+        returns = [end.episode_return for end in play(curve.model, fresh, episodes=args.test, seed=seed + 20_000)]
+        done["test"] = {"episodes": args.test, "return": statistics.mean(returns), "worst": min(returns)}
+        print(json.dumps(done["test"]), flush=True, file=sys.stderr)
+    env.close()
+    return done, {
+        "parameters": model.num_parameters(),
+        "model config": {name: value for name, value in model.config.to_dict().items() if name in model_fields},
+        "training config": {name: getattr(config, name) for name in training_fields if name != "seed"},
+    }
+
+
+def summary(runs, target):
+    """Per seed: best and last return, and when the target was reached."""
+    rows = []
+    for one in runs:
+        reached = next((point for point in one["curve"] if point["return"] >= target), None)
+        rows.append(
+            {
+                "seed": one["seed"],
+                "best": max(point["return"] for point in one["curve"]),
+                "last": one["curve"][-1]["return"],
+                "reached at env_steps": reached and reached["env_steps"],
+                "after seconds": reached and reached["seconds"],
+                "test": one.get("test"),
+            }
+        )
+    return rows
+
+
+def plot(target, files):
+    """Draw every file's curves, one panel each: seeds thin, their mean thick."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(files), 3.2), layout="constrained")
+    for axes, file in zip(figure.subplots(1, len(files), squeeze=False)[0], files, strict=True):
+        report = json.loads(Path(file).read_text())
+        by_step = {}
+        for one in report["runs"]:
+            steps, returns = zip(*((point["env_steps"] / 1e3, point["return"]) for point in one["curve"]), strict=True)
+            axes.plot(steps, returns, color="tab:blue", alpha=0.35, linewidth=1)
+            for index, point in enumerate(zip(steps, returns, strict=True)):
+                by_step.setdefault(index, []).append(point)
+        mean = [
+            tuple(map(statistics.mean, zip(*points, strict=True)))
+            for points in by_step.values()
+            if len(points) == len(report["runs"])
+        ]
+        axes.plot(*zip(*mean, strict=True), color="tab:blue", linewidth=2)
+        if report.get("target") is not None:
+            axes.axhline(report["target"], color="tab:orange", linestyle="--", linewidth=1)
+        axes.set_title(f"{report['model']} on {report['env']}\n{len(report['runs'])} seeds", fontsize=10)
+        axes.set_xlabel("environment steps, thousands")
+        axes.set_ylabel("evaluation return")
+        axes.grid(alpha=0.25)
+    figure.savefig(target, dpi=110)
+
+
+def value(text):
+    """JSON where it is, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tdmpc2:tiny")
-    parser.add_argument("--env", default="CartPole-v1")
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prefill", type=int, default=1_000, help="random steps first, then as many updates at once")
-    parser.add_argument("--update-every", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--length", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--eval-every", type=int, default=1_000)
-    parser.add_argument("--eval-episodes", type=int, default=10)
-    parser.add_argument("--stop-at", type=float, default=float("inf"), help="end when an evaluation reaches this")
-    parser.add_argument("--config", default="{}", help="config fields as JSON")
-    print(json.dumps(run(parser.parse_args())))
+    parser.add_argument("--env", default="Pendulum-v1")
+    parser.add_argument("--steps", type=int, default=10_000, help="environment steps")
+    parser.add_argument("--num-envs", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of either config")
+    parser.add_argument("--target", type=float, help="return to reach, for the summary")
+    parser.add_argument("--stop-at", type=float, default=float("inf"), help="end a run when an evaluation reaches this")
+    parser.add_argument("--test", type=int, default=0, help="episodes that the best weights play at the end")
+    parser.add_argument("--out", type=Path, help="file for the JSON beside the standard output")
+    parser.add_argument("--plot", nargs="+", metavar="FILE", help="picture, then files to draw; trains nothing")
+    args = parser.parse_args()
+    if args.plot:
+        plot(args.plot[0], args.plot[1:])
+        return
+    changes = {name: value(text) for name, _, text in (setting.partition("=") for setting in args.set)}
+    runs = []
+    for seed in args.seeds:
+        done, configs = run(args, seed, changes)
+        runs.append(done)
+        report = {
+            "benchmark": "learning",
+            "model": args.model,
+            "env": args.env,
+            "num_envs": args.num_envs,
+            "target": args.target,
+            **configs,
+            "runs": runs,
+            "summary": None if args.target is None else summary(runs, args.target),
+            "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+            "versions": {"worldloom": worldloom.__version__, "jax": jax.__version__},
+            "machine": {"cpus": len(os.sched_getaffinity(0)), "processor": platform.machine()},
+        }
+        if args.out:
+            args.out.write_text(json.dumps(report) + "\n")
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":
