@@ -4,8 +4,8 @@
 
 Trains by the recipe of ``worldloom train``; ``--set field=value`` changes fields of either config. Each point of a
 curve is the mean return of 10 episodes in environments of their own, with the seconds since the run began, evaluation
-and compilation included. With ``--test N`` the weights of the best point then play N further episodes, which had no part
-in choosing them. ``--plot picture.png file.json …`` draws curves that were saved before instead.
+and compilation included. With ``--test N`` the weights of the best point then play N further episodes, which had no
+part in choosing them. ``--plot picture.png file.json …`` draws curves that were saved before instead.
 """
 
 import argparse
