@@ -30,7 +30,7 @@ from worldloom.replay.schema import Schema
 
 FORMAT, VERSION = "worldloom.replay.store", 1
 
-MAX_BLOCK_BYTES = 1 << 30
+MAX_BLOCK_BYTES = 1 << 28
 """Largest block that is taken memory for when reading, and largest row."""
 
 ROWS, LATENTS = "rows", "latents"
