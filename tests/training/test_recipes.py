@@ -47,6 +47,17 @@ def test_what_is_given_wins_and_the_rest_follows_from_it():
         assert recipe("tdmpc2:tiny", env, {"episode_length": 500}).training["prefill"] == 2_500
 
 
+def test_discrete_actions_of_tdmpc2_have_settings_of_their_own():
+    with make_env("CartPole-v1") as env:
+        model, training, reasons = recipe("tdmpc2:tiny", env, {"tau": 0.5})
+        assert (model["tau"], model["value_coef"], training["train_ratio"]) == (0.5, 1.0, 128.0)
+        assert reasons["value_coef"] == "discrete actions"
+        assert training["prefill"] == training["prefill_updates"] == 1_000
+        assert "value_coef" not in recipe("dreamerv3:tiny", env).model
+    with make_env("Pendulum-v1") as env:
+        assert "value_coef" not in recipe("tdmpc2:tiny", env).model
+
+
 def test_images_get_the_latent_that_their_encoder_needs():
     with make_env(Camera) as env:
         assert recipe("tdmpc2:tiny", env).model["latent_dim"] == 512

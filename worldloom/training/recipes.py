@@ -40,8 +40,18 @@ _TRAINING: dict[str, dict[str, Any]] = {
     },
 }
 
+# The reference has no discrete actions; these learn CartPole-v1 with the tiny size.
+_DISCRETE_MODEL = {
+    "entropy_coef": 1e-3,
+    "tau": 0.03,
+    "value_coef": 1.0,
+    "consistency_coef": 4.0,
+    "encoder_lr_scale": 1.0,
+}
+_DISCRETE_TRAINING = {"batch_size": 32, "sequence_length": 8, "learning_rate": 5e-4, "train_ratio": 128.0}
+
 _PREFILL_EPISODES, _LEAST_PREFILL = 5, 1_000
-"""TD-MPC2 begins with five episodes of random actions, at least 1,000 decision steps, and as many updates."""
+"""TD-MPC2 begins with five (whole) episodes of random actions, at least 1,000 decision steps, and as many updates."""
 
 _ONLY_TIME_LIMITS = ("dmc:", "dmc_vision:")
 _ONLY_TIME_LIMIT_IDS = ("Pendulum", "HalfCheetah", "Swimmer", "Reacher", "Pusher")
@@ -83,6 +93,10 @@ def recipe(name: str, env: Any, given: Mapping[str, Any] | None = None) -> Recip
     reasons = dict.fromkeys(shapes, "of the environment")
     if family == "tdmpc2":
         endless = never_terminates(env)
+        if env.action_type == "discrete":
+            model |= _DISCRETE_MODEL
+            training |= _DISCRETE_TRAINING
+            reasons |= dict.fromkeys((*_DISCRETE_MODEL, *_DISCRETE_TRAINING), "discrete actions")
         model["episodic"] = not endless
         reasons["episodic"] = "only time limits end its episodes" if endless else "its episodes may terminate"
         length = given.get("episode_length", env.episode_length)
@@ -92,7 +106,8 @@ def recipe(name: str, env: Any, given: Mapping[str, Any] | None = None) -> Recip
         if env.episode_length:
             model["episode_length"] = env.episode_length
             reasons["episode_length"] = "of the environment, in decision steps"
-        training["prefill"] = max(_LEAST_PREFILL, _PREFILL_EPISODES * (length or 0))
+        # Random actions end an episode early where it can be ended.
+        training["prefill"] = max(_LEAST_PREFILL, _PREFILL_EPISODES * (length or 0) if endless else 0)
         training["prefill_updates"] = given.get("prefill", training["prefill"])
         reasons |= {"prefill": "random actions first", "prefill_updates": "as many as prefill"}
     return Recipe(
