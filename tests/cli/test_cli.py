@@ -167,13 +167,13 @@ def test_list_names_every_model(tell):
 
 def test_info_counts_parameters_and_memory(tell):
     model = worldloom.create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1)
-    code, out, _ = tell("info", "tdmpc2:tiny", "--env", "Pendulum-v1", "--batch-size", "8")
+    code, out, _ = tell("info", "tdmpc2:tiny", "--env", "Pendulum-v1", "--batch-size", "8", "--sequence-length", "6")
     assert code == 0
     numbers = {
         line.rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in out.splitlines() if line.startswith("  ")
     }
     assert numbers["parameters"] == f"{model.num_parameters():,}"
-    assert "memory for an update of 8 × 8 rows" in out
+    assert "memory for an update of 8 × 6 rows" in out
     # Adam keeps two numbers per weight, and the policy's is one of them.
     weights = model.num_parameters() * 4 / 1e6
     assert f"  gradients        {weights:>10,.1f} MB" in out

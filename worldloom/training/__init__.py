@@ -1,4 +1,4 @@
-"""Training: the config, the loop, callbacks, checkpoints, evaluation, run folders. Names are imported when first used."""
+"""Training: config, loop, callbacks, checkpoints, evaluation, run folders. Names are imported when first used."""
 
 from __future__ import annotations
 
