@@ -116,7 +116,7 @@ def _begin(given: Mapping[str, Any]) -> Plan:
     except BaseException:
         env.close()
         raise
-    reasons = {**dict.fromkeys(advice.training, "recipe"), **advice.reasons}
+    reasons = {**dict.fromkeys([*advice.model, *advice.training], "recipe"), **advice.reasons}
     reasons |= dict.fromkeys({**model_given, **training_given, **env_given}, "given")
     chosen = {**env_given, **advice.model, **model_given, **advice.training, **training_given}
     settled = [_as_flag(field, value, reasons[field]) for field, value in chosen.items() if field not in SHAPES]
