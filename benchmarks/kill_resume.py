@@ -18,13 +18,15 @@ import time
 from pathlib import Path
 
 FINISHED = "finished.json"
+EVERY = 5
+"""Updates between two signs of life."""
 
 
 def live(name, folder, steps, save_every):
     """One life of a run: go on from what there is, to the end."""
     from runs import fingerprint, small_run
 
-    progress = (5, lambda info: print(info.step, flush=True))
+    progress = (EVERY, lambda info: print(info.step, flush=True))
     trainer, source = small_run(name, folder, steps=steps, save_every=save_every, callbacks=[progress])
     trainer.train(source, resume="auto")
     (folder / FINISHED).write_text(json.dumps(fingerprint(trainer, source, folder)))
@@ -50,8 +52,10 @@ class Life:
         self._expect(0)
         return seconds
 
-    def kill_after(self, seconds):
-        """Kill it then; what it was about, or None if it had ended before."""
+    def kill_after(self, signs, seconds):
+        """Kill it so long after so many signs of life; what it was about, or None if it had ended before."""
+        for _ in range(signs):
+            self.process.stdout.readline()
         try:
             self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -85,8 +89,9 @@ def survive(name, folder, kills, options, rng):
             if len(deaths) == kills:
                 life.to_the_end()
             else:
-                # On average a run is killed as often as it has checkpoints, at most twelve times.
-                about = life.kill_after(rng.uniform(0, 2 * seconds / min(12, kills - len(deaths) + 1)))
+                # Anywhere, so that on average the kills are spread over one run.
+                signs = rng.randint(0, 2 * options.steps // EVERY // (kills + 1))
+                about = life.kill_after(signs, rng.uniform(0, 2 * EVERY * seconds / options.steps))
                 deaths += [about] if about else []
         found = json.loads((killed / FINISHED).read_text())
         different += [f"{part} of run {runs}" for part in expected if found[part] != expected[part]]
