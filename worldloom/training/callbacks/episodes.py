@@ -27,13 +27,18 @@ class EpisodesCallback(Callback):
 
     def on_step(self, info: StepInfo) -> Answer:
         """Publish, if an episode ended."""
-        ends, self.collector.ends = [end for end in self.collector.ends if not end.crashed], []
+        counts = self._counts()
+        self.collector.ends = []
+        return counts
+
+    def on_train_end(self, info: StepInfo) -> Answer:
+        """Publish the last ones. They stay, so that a run that goes on has the records of one that never stopped."""
+        return self._counts()
+
+    def _counts(self) -> Answer:
+        ends = [end for end in self.collector.ends if not end.crashed]
         counts = {"collect/episodes": float(len(ends)), "collect/restarts": float(self.collector.restarts)}
         if not ends:
             return counts if self.collector.restarts else None
         returns, lengths = [end.episode_return for end in ends], [end.length for end in ends]
         return {"collect/return": float(np.mean(returns)), "collect/length": float(np.mean(lengths)), **counts}
-
-    def on_train_end(self, info: StepInfo) -> Answer:
-        """Publish the last ones."""
-        return self.on_step(info)
