@@ -68,6 +68,13 @@ class Unwritten:
     def __init__(self, capacity: int):
         self._capacity = capacity
         self._queue: deque[Fresh] = deque()
+        self._buffer: Any = None
+
+    def follow(self, buffer: Any) -> None:
+        """Take those of ``buffer`` from now on; what is left of another buffer's is written there at once."""
+        while self._buffer is not buffer and self._queue:
+            self._queue.popleft().write(self._buffer)
+        self._buffer = buffer
 
     def append(self, fresh: Fresh) -> None:
         """Add those of the newest call."""

@@ -125,7 +125,7 @@ class Trainer:
             windows = self._open(self._env(source), replay)
         else:
             windows, self._collector = Windows(source, self.model, self.config), None
-        total = self._total(windows, total_steps)
+        self._unwritten.follow(windows.buffer)
         if resume:
             windows = self._resume(resume, windows)
         if self._step >= total:
