@@ -147,7 +147,7 @@ class Trainer:
         """The environments meant by ``source``; what is made of an id is kept for the next call."""
         if isinstance(source, VectorEnv):
             return source
-        if self._made is None or self._made[0] is not source:
+        if self._made is None or self._made[0] != source:
             self._made = source, make_env(source, seed=self.config.seed)
         return self._made[1]
 
