@@ -166,7 +166,12 @@ class Trainer:
         given = [callback for callback in self._hooks.callbacks if not isinstance(callback, EpisodesCallback)]
         if self._evaluates:
             self._evaluates = False
-            given.append(EvalCallback(env.another(_EPISODES, env.seed + 1), episodes=_EPISODES, seed=env.seed + 1))
+            try:
+                other = env.another(_EPISODES, env.seed + 1)
+            except ConfigError as error:
+                _log.warning("There will be no evaluation: %s", error)
+            else:
+                given.append(EvalCallback(other, episodes=_EPISODES, seed=env.seed + 1))
         self._hooks = Hooks([EpisodesCallback(self._collector), *given], self._hooks_config())
         return windows
 
