@@ -128,6 +128,7 @@ class Trainer:
         self._unwritten.follow(windows.buffer)
         if resume:
             windows = self._resume(resume, windows)
+        total = self._total(windows, total_steps)
         if self._step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", self._step, total)
             return self.state
@@ -162,7 +163,7 @@ class Trainer:
             replay = ReplayBuffer(self.config.replay_capacity, **shapes, action_type=env.action_type)
         replay.ensure_latents(model.algorithm.window(config, self.config).latents)
         windows = Windows(replay, model, self.config, empty=True)
-        self._collector = Collector(env, replay, model, self.config, windows.latents)
+        self._collector = Collector(env, replay, model, self.config, windows.latents, trained=self._step)
         given = [callback for callback in self._hooks.callbacks if not isinstance(callback, EpisodesCallback)]
         if self._evaluates:
             self._evaluates = False
@@ -188,13 +189,13 @@ class Trainer:
         if self._collector is None or total_steps is not None or not self.config.env_steps:
             return total
         decisions = self.config.env_steps // self._collector.env.action_repeat
-        total = self._schedule(windows).due(decisions)
+        due = self._schedule(windows).due(decisions)
         check(
-            total >= 1,
+            due >= 1,
             f"env_steps={self.config.env_steps} are {decisions} decision steps, which end before the first update: "
             f"prefill={self.config.prefill}.",
         )
-        return total
+        return self._collector.trained + due
 
     def evaluate(self, buffer: Any, *, batches: int = 8, seed: int = 0) -> dict[str, float]:
         """Mean loss terms of the model on held-out data; see :func:`worldloom.training.evaluate`."""
