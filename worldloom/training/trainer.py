@@ -320,7 +320,7 @@ class Trainer:
         return Snapshot(state, record, arrays, windows.buffer if changed else None)
 
     def _resume(self, resume: bool | str | Path, windows: Windows) -> Windows:
-        """Go back to a checkpoint; returns what to draw from, which after online training is what it collected."""
+        """Go back to a checkpoint; returns what to draw from, with all in it that online training had collected."""
         folder, step = self._place(resume)
         checkpoints = Checkpointer(folder)
         if resume == "auto" and not checkpoints.steps():
@@ -331,9 +331,9 @@ class Trainer:
             saved, given = kinds if self._collector else kinds[::-1]
             raise ConfigError(f"The run in {folder} was trained from {saved}; it cannot go on from {given}.")
         if self._collector is not None:
-            self._collector.replay = replay
+            self._collector.replay.adopt(replay)
             self._collector.load_state_dict(record["collector"], below(arrays, "collector/"))
-            windows = Windows(replay, self.model, self.config, empty=True)
+            windows = Windows(self._collector.replay, self.model, self.config, empty=True)
         elif record["replay_size"] != len(windows.buffer):
             _log.warning(
                 "The run was saved with %d rows in replay, now there are %d: its batches will not be the same.",
