@@ -132,6 +132,10 @@ class Windows:
         if hasattr(buffer, "match") and len(buffer):
             shapes = {"obs_shape": model.config.obs_shape, "action_dim": model.config.action_dim}
             buffer.match(**shapes, action_type=getattr(model.config, "action_type", None))
+        # DreamerV3 takes any data, TD-MPC2 terminal rows only if it learns terminations.
+        door = getattr(model.algorithm, "check_data", None)
+        if door is not None:
+            door(model.config, has_terminals=getattr(buffer, "has_terminals", False))
         spec = model.algorithm.window(model.config, config)
         stored = getattr(buffer, "latents", {})
         self.latents = bool(spec.latents) and all(stored.get(k) == tuple(s) for k, s in spec.latents.items())
