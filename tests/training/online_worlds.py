@@ -36,6 +36,14 @@ class Moody(Walk):
         return self._obs(), {}
 
 
+class Once(Moody):
+    """:class:`Moody` with episodes of one step: half of all rows are a first one."""
+
+    def step(self, action):
+        obs, reward, *_ = super().step(action)
+        return obs, reward, False, True, {}
+
+
 def stretched(action):
     """[−1, 1] as [−2, 4]."""
     return (-2 + (action + 1) / 2 * np.float64(6)).astype(np.float32)

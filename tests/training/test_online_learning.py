@@ -1,0 +1,72 @@
+"""Both families learn in worlds whose optimum is known: by termination, by truncation, from a picture and a vector."""
+
+import numpy as np
+from tiny_envs import Corridor, Lamp, Steady
+
+from worldloom.envs import make_env
+from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
+from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
+from worldloom.training import Trainer, TrainingConfig
+from worldloom.training.evaluation import play
+
+
+def shapes(env):
+    return {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
+
+
+def dreamer(env, **fields):
+    """A DreamerV3 of a few thousand weights."""
+    sizes = {"deter_dim": 32, "stoch_dim": 32, "num_categories": 8, "hidden_dim": 32, "mlp_layers": 1, "blocks": 4}
+    dreams = {"imagination_starts": 4, "imagination_horizon": 5, "return_horizon": 20.0, "bins": 41}
+    return DreamerV3WorldModel(DreamerV3Config(**shapes(env), **{**sizes, **dreams, **fields}))
+
+
+def tdmpc2(env, **fields):
+    """Likewise a TD-MPC2, whose planner looks at few sequences."""
+    sizes = {"latent_dim": 16, "hidden_dim": 32, "encoder_dim": 32, "num_q": 2, "num_bins": 21, "dropout": 0.0}
+    plans = {"num_samples": 32, "num_elites": 6, "num_pi_trajs": 6, "iterations": 3}
+    bins = {"vmin": -3.0, "vmax": 3.0, "episode_length": env.episode_length or 20}
+    return TDMPC2WorldModel(TDMPC2Config(**shapes(env), **{**sizes, **plans, **bins, **fields}))
+
+
+def learned(model, env, steps, **settings):
+    """Mean return of 20 episodes after ``steps`` updates."""
+    config = TrainingConfig(device="cpu", seed=0, prefill=200, batch_size=16, grad_clip=0.0, **settings)
+    with env:
+        Trainer(model, config, []).train(env, total_steps=steps)
+        with env.another(10, seed=1) as other:
+            return float(np.mean([end.episode_return for end in play(model, other, episodes=20, seed=1)]))
+
+
+DREAMS = {"sequence_length": 8, "learning_rate": 2e-3, "warmup_steps": 50}
+PLANS = {"sequence_length": 4, "learning_rate": 1e-3}
+
+
+def test_dreamer_learns_where_episodes_terminate():
+    """Best 0.5."""
+    env = make_env(Corridor, 4, seed=0)
+    assert learned(dreamer(env), env, 500, train_ratio=64.0, **DREAMS) >= 0.475
+
+
+def test_dreamer_learns_where_episodes_are_truncated():
+    """Best 10; an agent that took the truncation for an end would do as well here, one that bootstraps wrongly not."""
+    env = make_env(Steady, 4, seed=0)
+    assert learned(dreamer(env, min_std=0.02), env, 500, train_ratio=64.0, **DREAMS) >= 9.5
+
+
+def test_dreamer_learns_from_a_picture_and_a_vector():
+    """Best 1."""
+    env = make_env(Lamp, 4, seed=0, image_size=48)
+    assert learned(dreamer(env, cnn_depth=4), env, 300, train_ratio=64.0, **DREAMS) >= 0.95
+
+
+def test_tdmpc2_learns_where_episodes_are_truncated():
+    """Best 10."""
+    env = make_env(Steady, 4, seed=0)
+    assert learned(tdmpc2(env), env, 500, **PLANS) >= 9.5
+
+
+def test_tdmpc2_learns_where_episodes_terminate():
+    """Best 0.5."""
+    env = make_env(Corridor, 4, seed=0)
+    assert learned(tdmpc2(env, episodic=True), env, 500, **PLANS) >= 0.475
