@@ -290,7 +290,10 @@ def test_two_trainers_do_not_disturb_each_other(buffer, config):
 
 def test_public_names():
     assert sorted(worldloom.training.__all__) == sorted(
-        ["ReplayBuffer", "TrainState", "Trainer", "TrainingConfig", "evaluate", "train"]
+        [
+            *("ReplayBuffer", "RunFolder", "TrainState", "Trainer", "TrainingConfig"),
+            *("evaluate", "play", "recipe", "train"),
+        ]
     )
     for name in worldloom.training.__all__:
         assert callable(getattr(worldloom.training, name))

@@ -17,7 +17,7 @@ def dreamer():
 
 
 def tdmpc2():
-    return TDMPC2WorldModel(TDMPC2Config.from_size("tiny", obs_shape=(OBS,), action_dim=ACTIONS))
+    return TDMPC2WorldModel(TDMPC2Config.from_size("tiny", obs_shape=(OBS,), action_dim=ACTIONS, episodic=True))
 
 
 FAMILIES = [pytest.param(dreamer, id="dreamerv3"), pytest.param(tdmpc2, id="tdmpc2")]
