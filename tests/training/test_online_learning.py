@@ -1,6 +1,7 @@
 """Both families learn in worlds whose optimum is known: by termination, by truncation, from a picture and a vector."""
 
 import numpy as np
+import pytest
 from tiny_envs import Corridor, Lamp, Steady
 
 from worldloom.envs import make_env
@@ -38,6 +39,7 @@ def learned(model, env, steps, **settings):
             return float(np.mean([end.episode_return for end in play(model, other, episodes=20, seed=1)]))
 
 
+pytestmark = pytest.mark.slow
 DREAMS = {"sequence_length": 8, "learning_rate": 2e-3, "warmup_steps": 50}
 PLANS = {"sequence_length": 4, "learning_rate": 1e-3}
 
