@@ -115,7 +115,7 @@ def assert_policy_of(model, params, seed, rows, num_envs):
             if chosen.ndim == 1:
                 chosen = np.eye(stored.shape[-1], dtype=np.float32)[chosen]
             # Rounding differs a little between this program and the trainer's.
-            np.testing.assert_allclose(stored[now][taken], chosen[taken], atol=1e-5)
+            np.testing.assert_allclose(stored[now][taken], np.clip(chosen[taken], -1, 1), atol=1e-5)
         for name, value in algorithm.stored_latents(carry).items():
             np.testing.assert_allclose(rows["latents"][name][now], value, atol=1e-5)
 
