@@ -44,8 +44,8 @@ def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=()):
     shapes = {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
     model = toy_model(shapes) if family == "toy" else real_model(family, shapes)
     config = TrainingConfig(
-        total_steps=steps, batch_size=4, sequence_length=6, learning_rate=1e-3, log_interval=7, prefill=60,
-        replay_capacity=200, updates_per_call=3, device="cpu", seed=11,
+        total_steps=steps, batch_size=4, sequence_length=6, learning_rate=1e-3, prefill=60,
+        log_interval=max(7, steps // 500), replay_capacity=200, updates_per_call=3, device="cpu", seed=11,
     )  # fmt: skip
     window = model.algorithm.window(model.config, config)
     if kind == "online":

@@ -7,6 +7,7 @@ import pytest
 from tdmpc2_variants import VARIANTS, make, observations, random_batch, tasks
 
 from worldloom.errors import DataError
+from worldloom.models.base import merge
 from worldloom.models.tdmpc2 import LOSS_TERMS, TDMPC2WorldModel, initial_carry
 from worldloom.models.tdmpc2.networks import Transition
 
@@ -69,6 +70,22 @@ def test_images_are_shifted_by_a_key_only():
     shifted = model.encode(obs, jax.random.key(0)).z
     assert not np.array_equal(shifted, model.encode(obs).z)
     assert not np.array_equal(shifted, model.encode(obs, jax.random.key(1)).z)
+
+
+@pytest.mark.parametrize(("simnorm_dim", "sees"), [(8, False), (32, True)])
+def test_a_bias_that_simplexes_cannot_see_has_no_gradient(simnorm_dim, sees):
+    model = make("image", simnorm_dim=simnorm_dim)
+    obs, bias = observations(model.config, 2), model.params["encoder"]["convs"][3]["bias"]
+
+    def latent(bias):
+        params = jax.tree.map(lambda x: x, model.params)
+        params["encoder"]["convs"][3]["bias"] = bias
+        return merge(TDMPC2WorldModel, model.config, params).encode(obs).z
+
+    moved = jnp.abs(latent(bias + 0.1 * jnp.arange(32)) - latent(bias)).max()
+    gradient = jax.grad(lambda bias: jnp.sum(jnp.sin(100 * latent(bias))))(bias)
+    assert (moved > 1e-3) == sees
+    assert bool(jnp.any(gradient != 0)) == sees
 
 
 def test_multitask_masks_actions_and_tells_tasks_apart():

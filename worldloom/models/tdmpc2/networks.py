@@ -89,9 +89,22 @@ class ImageEncoder(nnx.Module):
         x = (x / jnp.float32(255) if x.dtype == jnp.uint8 else x.astype(jnp.float32)) - 0.5
         for conv in self.convs[:-1]:
             x = nnx.relu(conv(x))
-        x = self.convs[-1](x).astype(jnp.float32)
+        x = self._last(x).astype(jnp.float32)
         # Channel-major, as PyTorch flattens: a simplex is eight neighbouring pixels of one channel.
         return self.simnorm(x.transpose(0, 3, 1, 2).reshape(*obs.shape[:-3], -1))
+
+    def _last(self, x: jax.Array) -> jax.Array:
+        """The last convolution. Where its bias cannot matter it has no gradient, not even a rounded one.
+
+        The map is 4×4: a simplex of 2, 4, 8 or 16 neighbours lies within one channel, and a softmax does not see what
+        all its inputs share. The bias's gradient is then zero but for rounding, which Adam would magnify.
+        """
+        conv = self.convs[-1]
+        if 16 % self.simnorm.group:
+            return conv(x)
+        x, kernel, bias = (a.astype(conv.dtype) for a in (x, conv.kernel[...], jax.lax.stop_gradient(conv.bias[...])))
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout) + bias
 
 
 def _convolution(inputs: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
