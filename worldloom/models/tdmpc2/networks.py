@@ -100,7 +100,7 @@ class ImageEncoder(nnx.Module):
         all its inputs share. The bias's gradient is then zero but for rounding, which Adam would magnify.
         """
         conv = self.convs[-1]
-        if 16 % self.simnorm.group:
+        if conv.bias is None or 16 % self.simnorm.group:
             return conv(x)
         x, kernel, bias = (a.astype(conv.dtype) for a in (x, conv.kernel[...], jax.lax.stop_gradient(conv.bias[...])))
         layout = ("NHWC", "HWIO", "NHWC")
