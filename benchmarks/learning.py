@@ -22,6 +22,7 @@ import jax
 
 import worldloom
 from worldloom import create_world_model
+from worldloom.devices import keep_freed_memory
 from worldloom.envs import make_env
 from worldloom.training import Trainer, TrainingConfig
 from worldloom.training.callbacks import Callback, EvalCallback, StopTraining
@@ -143,6 +144,7 @@ def value(text):
 
 
 def main():
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tdmpc2:tiny")
     parser.add_argument("--env", default="Pendulum-v1")

@@ -9,7 +9,7 @@ import argparse
 import json
 import statistics
 
-from work import measure, plan_call, report
+from work import kept_or_returned, measure, plan_call, report
 
 
 def main():
@@ -18,6 +18,7 @@ def main():
     parser.add_argument("--environments", type=int, default=16)
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--repeats", type=int, default=15)
+    kept_or_returned(parser)
     args = parser.parse_args()
     sizes = {"obs_shape": (24,), "action_dim": 6, "precision": args.precision}
     one, model, lowered = plan_call(args.model, **sizes)

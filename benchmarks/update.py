@@ -10,7 +10,7 @@ therefore a lower bound for DreamerV3.
 import argparse
 import json
 
-from work import measure, report, update_call
+from work import kept_or_returned, measure, report, update_call
 
 
 def main():
@@ -21,6 +21,7 @@ def main():
     parser.add_argument("--length", type=int, default=64, help="rows per window that gradients run through")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--repeats", type=int, default=15)
+    kept_or_returned(parser)
     args = parser.parse_args()
     image = (9, 64, 64) if args.model.startswith("tdmpc2") else (64, 64, 3)
     call, model, lowered = update_call(

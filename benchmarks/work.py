@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import time
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 import worldloom
 from worldloom import create_world_model
+from worldloom.devices import keep_freed_memory
 from worldloom.training import TrainingConfig
 
 
@@ -68,6 +70,13 @@ def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
         jax.block_until_ready(act(state, carry, obs, key))
 
     return call, model, act.lower(state, carry, obs, key)
+
+
+def kept_or_returned(parser):
+    """An option that every script has, and what it does unless it is given; call it before JAX is used."""
+    parser.add_argument("--returned", action="store_true", help="let the C library hand freed memory back (CPU)")
+    if "--returned" not in sys.argv:
+        keep_freed_memory()
 
 
 def measure(call, *, repeats):

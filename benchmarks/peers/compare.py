@@ -3,7 +3,8 @@
     python benchmarks/peers/compare.py tdmpc2-update --checkout DIR --peer-python DIR/bin/python
     python benchmarks/peers/compare.py dreamerv3-size1m-vector --checkout DIR --peer-python DIR/bin/python
 
-``ratio`` is reference / ours: 2 means that ours takes half the time.
+``ratio`` is reference / ours: 2 means that ours takes half the time. On a CPU both sides keep freed memory in the
+process (see ``worldloom.devices.keep_freed_memory``), which helps either; ``--returned`` leaves both as they come.
 """
 
 import argparse
@@ -40,9 +41,10 @@ WORKS = {
 class Side:
     """One of the two processes, answering counts with seconds."""
 
-    def __init__(self, command):
+    def __init__(self, command, *, kept):
         # Without this program's own paths: each side finds its packages with its own Python.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment |= {"KEEP_FREED_MEMORY": "1"} if kept else {}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.about = self._answer()
@@ -71,11 +73,15 @@ def main():
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--calls", type=int, default=3, help="calls per turn")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for TD-MPC2")
+    parser.add_argument("--returned", action="store_true", help="let the C library hand freed memory back")
     args = parser.parse_args()
     script, theirs, ours = WORKS[args.work]
     theirs = [*theirs, "--compile"] if args.compile else theirs
-    peer = Side([args.peer_python, str(HERE / script), "--checkout", str(args.checkout.resolve()), *theirs])
-    own = Side([sys.executable, str(HERE / "worldloom_work.py"), *ours])
+    peer = Side(
+        [args.peer_python, str(HERE / script), "--checkout", str(args.checkout.resolve()), *theirs],
+        kept=not args.returned,
+    )
+    own = Side([sys.executable, str(HERE / "worldloom_work.py"), *ours], kept=not args.returned)
     pairs = [(peer.seconds(args.calls), own.seconds(args.calls)) for _ in range(args.pairs + 1)][1:]
     peer.close()
     own.close()
@@ -88,6 +94,7 @@ def main():
                 "reference_seconds": statistics.median(reference for reference, _ in pairs),
                 "our_seconds": statistics.median(mine for _, mine in pairs),
                 "pairs": args.pairs,
+                "freed_memory": "returned" if args.returned else "kept",
                 "cpus": os.cpu_count(),
                 "reference": peer.about,
                 "ours": own.about,

@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
+from _serve import serve  # isort: skip  (sets up memory)
 import jax
-from _serve import serve
 from work import plan_call, update_call
 
 from worldloom import __version__

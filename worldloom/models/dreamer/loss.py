@@ -86,21 +86,22 @@ def loss(
     frozen = merge(type(model), config, sg(model.params), model.dtype)
     starting = min(config.imagination_starts or length, length)
     starts = jax.tree.map(lambda x: sg(x[:, -starting:]).reshape(-1, *x.shape[2:]), latents)
-    dream, actions = imagine(frozen, starts, config.imagination_horizon, imagine_key)
-    dream_features = dream.features
+    dream_features, actions = imagine(frozen, starts, config.imagination_horizon, imagine_key)
 
-    # Actor and critic learn from the imagined returns.
+    # Actor and critic learn from the imagined returns. Heads see all H + 1 states and results are cut: cutting the
+    # features would copy the largest array there is.
     policy, critic_logits = model.actor(dream_features), model.critic(dream_features)
-    rewards = frozen.predict_reward(dream_features[1:])
+    rewards = frozen.predict_reward(dream_features)[1:]
     continues = frozen.predict_continue(dream_features)
     values = symexp_twohot_mean(sg(critic_logits))
     returns = lambda_return(rewards, continues[1:], values[1:], config.return_lambda)
     return_range, scale = normalise(model.params["return_range"], returns, config.return_range_rate)
     weights = jnp.cumprod(continues, 0)[:-1]
-    slow_values = symexp_twohot_mean(frozen.slow_critic(dream_features[:-1]))
+    slow_values = symexp_twohot_mean(frozen.slow_critic(dream_features))
     advantages = (returns - values[:-1]) / scale
     losses["actor"] = weights * actor_loss(policy, actions, advantages, config.entropy_scale)
-    losses["critic"] = weights * critic_loss(critic_logits[:-1], returns, slow_values, config.slow_critic_scale)
+    targets = jnp.concatenate([returns, values[-1:]])
+    losses["critic"] = weights * critic_loss(critic_logits, targets, slow_values, config.slow_critic_scale)[:-1]
 
     # The critic also learns from replayed rewards, with the imagined returns as its bootstrap.
     bootstrap = returns[0].reshape(batch_size, starting)
@@ -127,20 +128,25 @@ def loss(
 
 def imagine(
     model: DreamerV3WorldModel, starts: Latent, horizon: int, key: jax.Array | None
-) -> tuple[Latent, dict[str, jax.Array]]:
-    """Let the policy act in the world model: states [H + 1, N, ...] from ``starts`` [N, ...] and the action at each."""
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Let the policy act in the world model: features [H + 1, N, F] from ``starts`` [N, ...] and the action at each."""
     mixing = model.rssm.core.mixing(model.dtype)
+    # Features are written where they are read from; to stack and to append them would copy them twice.
+    features = jnp.zeros((horizon + 1, *starts.features.shape), model.dtype).at[0].set(starts.features)
 
-    def step(state: Latent, key: jax.Array | None) -> tuple[Latent, tuple[Latent, dict[str, jax.Array]]]:
+    def step(carry: tuple[Latent, jax.Array], now: tuple) -> tuple[tuple[Latent, jax.Array], dict[str, jax.Array]]:
+        (state, features), (index, key) = carry, now
         action_key, latent_key = split_key(key)
         actions = model.sample_actions(state.features, action_key)
         embedded = embed_actions(model.config, strip_single(model.config, actions), 1, model.dtype)
-        return model.rssm.predict(state, embedded, latent_key, mixing), (state, actions)
+        state = model.rssm.predict(state, embedded, latent_key, mixing)
+        return (state, features.at[index + 1].set(state.features)), actions
 
     rollout_key, last_key = split_key(key)
-    last, steps = jax.lax.scan(step, starts, step_keys(rollout_key, horizon), horizon)
-    final = (last, model.sample_actions(last.features, last_key))
-    return jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), steps, final)
+    steps = (jnp.arange(horizon), step_keys(rollout_key, horizon))
+    (last, features), actions = jax.lax.scan(step, (starts, features), steps)
+    final = model.sample_actions(last.features, last_key)
+    return features, jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), actions, final)
 
 
 def reconstruction_loss(decoded: Mapping[str, jax.Array], obs: Mapping[str, jax.Array]) -> jax.Array:

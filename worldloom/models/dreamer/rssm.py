@@ -56,13 +56,17 @@ class BlockGRU(nnx.Module):
         self.norm = RMSNorm(deter)
         self.gates = BlockLinear(deter, 3 * deter, blocks, rngs=rngs)
 
-    def mixing(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The hidden kernel's shares: own chunk [g, D/g, D/g], state embeddings [2H, D], action embedding [H, D]."""
-        kernel = self.hidden.kernel.astype(dtype)
+    def mixing(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """What all steps of a scan share, cut once.
+
+        The hidden kernel's shares: own chunk [g, D/g, D/g], state embeddings [2H, D], action embedding [H, D]; and the
+        gates' biases [3, D]: each block's 3·D/g outputs are its reset, candidate and update gates, in this order.
+        """
+        kernel, bias = self.hidden.kernel.astype(dtype), self.gates.bias.astype(dtype)
         own = kernel.shape[2]
         shared = kernel[:, own:].transpose(1, 0, 2).reshape(kernel.shape[1] - own, -1)
         cut = 2 * (shared.shape[0] // 3)
-        return kernel[:, :own], shared[:cut], shared[cut:]
+        return kernel[:, :own], shared[:cut], shared[cut:], bias.reshape(-1, 3, own).swapaxes(0, 1).reshape(3, -1)
 
     def action_share(self, action: jax.Array, mixing: tuple[jax.Array, ...]) -> jax.Array:
         """What the action [..., A] and the bias add to the hidden layer: [..., D].
@@ -76,10 +80,8 @@ class BlockGRU(nnx.Module):
         """Next deterministic state [..., D]."""
         embedded = jnp.concatenate([self.deter_in(state.deter), self.stoch_in(state.flat_stoch)], -1)
         hidden = block_matmul(state.deter, mixing[0]) + embedded @ mixing[1] + action_share
-        # Each block's 3·D/g outputs are its reset, candidate and update gates, in this order.
         gates = block_matmul(jax.nn.silu(self.norm(hidden)), self.gates.kernel.astype(hidden.dtype), 3)
-        bias = self.gates.bias.astype(hidden.dtype).reshape(self.gates.kernel.shape[0], 3, -1)
-        reset, candidate, update = (gates[i] + bias[:, i].reshape(-1) for i in range(3))
+        reset, candidate, update = (gates[i] + mixing[3][i] for i in range(3))
         candidate = jnp.tanh(jax.nn.sigmoid(reset) * candidate)
         update = jax.nn.sigmoid(update - 1)
         return update * candidate + (1 - update) * state.deter
