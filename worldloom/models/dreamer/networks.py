@@ -13,7 +13,7 @@ from flax import nnx
 from worldloom.models.base import Statistic
 from worldloom.models.dreamer.config import CHANNELS, LEVELS, DreamerV3Config
 from worldloom.models.dreamer.rssm import Latent
-from worldloom.nn.conv import Conv, ConvDown, ConvUp, upsample
+from worldloom.nn.conv import Conv, ConvDown, ConvUp, put_in_place
 from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm
 from worldloom.ops.distributions import Categorical, Normal
 from worldloom.ops.symlog import symlog
@@ -86,7 +86,7 @@ class ImageDecoder(nnx.Module):
         x = jax.nn.silu(self.norm(own + drawn))
         for level in self.cnn:
             x = level(x)
-        x = jax.nn.sigmoid(self.output(upsample(x)))
+        x = put_in_place(jax.nn.sigmoid(self.output.doubled(x)))
         return x.reshape(*batch, *x.shape[1:])
 
 

@@ -1,0 +1,47 @@
+"""Convolutions over squares give what a convolution beside a pool or a doubling gives, gradients included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from worldloom.nn.conv import FEW_CHANNELS, Conv, max_pool, put_in_place, upsample
+
+CASES = pytest.mark.parametrize(
+    ("kernel", "channels", "outputs", "height", "width"),
+    [(5, 3, 4, 8, 12), (5, FEW_CHANNELS + 1, 3, 6, 4), (3, 2, 5, 4, 4), (7, 3, 2, 10, 8), (1, 2, 3, 4, 6)],
+)
+
+
+def compare(plain, fast, conv, x):
+    """Values, and gradients to weights and input, of two ways from the same convolution."""
+    graph, params = nnx.split(conv)
+
+    def both(way):
+        def total(params, x):
+            y = way(nnx.merge(graph, params), x)
+            return jnp.sum(jnp.sin(3 * y)), y
+
+        (_, y), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x)
+        return y, gradients
+
+    for ours, expected in zip(jax.tree.leaves(both(fast)), jax.tree.leaves(both(plain)), strict=True):
+        assert ours.shape == expected.shape
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@CASES
+def test_pooled_is_convolution_then_pool(kernel, channels, outputs, height, width):
+    conv = Conv(channels, outputs, kernel=kernel, rngs=nnx.Rngs(0))
+    conv.bias[...] = jnp.arange(outputs) / 7
+    x = jax.random.normal(jax.random.key(1), (2, height, width, channels))
+    compare(lambda conv, x: max_pool(conv(x)), lambda conv, x: conv.pooled(x), conv, x)
+
+
+@CASES
+def test_doubled_is_doubling_then_convolution(kernel, channels, outputs, height, width):
+    conv = Conv(channels, outputs, kernel=kernel, rngs=nnx.Rngs(0))
+    conv.bias[...] = jnp.arange(outputs) / 7
+    x = jax.random.normal(jax.random.key(1), (2, height, width, channels))
+    compare(lambda conv, x: conv(upsample(x)), lambda conv, x: put_in_place(conv.doubled(x)), conv, x)
