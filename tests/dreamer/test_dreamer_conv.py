@@ -31,6 +31,17 @@ def compare(plain, fast, conv, x):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+def test_gradients_of_many_images_are_those_of_xla():
+    conv = Conv(2, 3, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (150, 4, 6, 2))
+    layout = ("NHWC", "HWIO", "NHWC")
+
+    def plain(conv, x):
+        return jax.lax.conv_general_dilated(x, conv.kernel[...], (1, 1), "SAME", dimension_numbers=layout) + conv.bias
+
+    compare(plain, lambda conv, x: conv(x), conv, x)
+
+
 @CASES
 def test_pooled_is_convolution_then_pool(kernel, channels, outputs, height, width):
     conv = Conv(channels, outputs, kernel=kernel, rngs=nnx.Rngs(0))
