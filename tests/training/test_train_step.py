@@ -45,6 +45,13 @@ def test_calls_of_any_length_give_the_same_bits(buffer, config):
     assert len(means[0]) == 4
 
 
+@pytest.mark.parametrize(("shape", "updates"), [((4,), 8), ((8, 8, 1), 1)])
+def test_models_of_images_do_one_update_per_call_on_a_cpu(config, caplog, shape, updates):
+    trainer = Trainer(ToyWorldModel(ToyConfig(obs_shape=shape)), config.replace(updates_per_call=8, device="cpu"), [])
+    assert trainer._capacity == updates
+    assert bool(caplog.messages) == (updates == 1)
+
+
 def test_looking_at_every_step_changes_nothing(buffer, config):
     quiet = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=8), []).train(buffer)
     watched = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=8), [(1, lambda info: None)])

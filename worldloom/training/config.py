@@ -51,7 +51,7 @@ class TrainingConfig(BaseConfig):
     """Rows that online training keeps; ignored for a buffer of your own."""
     updates_per_call: int = 0
     """Most updates in one compiled call (it holds as many batches on the device); 0 is 1 on a CPU and 8 elsewhere.
-    The result does not depend on it."""
+    Models of images do one on a CPU, where convolutions are slow in loops. The result does not depend on it."""
     skip_nonfinite: bool = False
     """Leave out updates whose loss or gradient is NaN or infinite and count them, instead of stopping."""
 

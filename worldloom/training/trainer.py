@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ class Trainer:
         self._device = resolve_device(self.config.device)
         # On a CPU, a call costs little beside an update, and a short one answers Ctrl-C sooner.
         self._capacity = self.config.updates_per_call or (1 if self._device.platform == "cpu" else 8)
+        if self._capacity > 1 and self._device.platform == "cpu" and _sees_images(model):
+            _log.warning(
+                "updates_per_call=%d is taken as 1: on a CPU, XLA computes gradients of convolutions a hundred times "
+                "slower inside the loop that several updates in one call are.",
+                self._capacity,
+            )
+            self._capacity = 1
         self._evaluates = callbacks is None
         callbacks = [ProgressCallback(), LoggingCallback()] if callbacks is None else callbacks
         self._hooks = Hooks([as_callback(callback) for callback in callbacks], self._hooks_config())
@@ -393,3 +400,8 @@ def train(
     """
     trainer = Trainer(model, (config or TrainingConfig()).replace(**overrides), callbacks)
     return trainer.train(buffer, resume=resume)
+
+
+def _sees_images(model: Any) -> bool:
+    shape = getattr(model.config, "obs_shape", ())
+    return any(len(each) == 3 for each in (shape.values() if isinstance(shape, Mapping) else [shape]))
