@@ -12,6 +12,7 @@ import numpy as np
 import worldloom
 from worldloom import create_world_model
 from worldloom.devices import keep_freed_memory
+from worldloom.models.base import merge
 from worldloom.training import TrainingConfig
 
 
@@ -70,6 +71,25 @@ def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
         jax.block_until_ready(act(state, carry, obs, key))
 
     return call, model, act.lower(state, carry, obs, key)
+
+
+def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **overrides):
+    """``call()`` imagines ``horizon`` steps from ``batch_size`` states and waits for them."""
+    model = create_world_model(name, obs_shape=obs_shape, action_dim=action_dim, **overrides)
+    rng = np.random.default_rng(0)
+    actions = jax.device_put(rng.uniform(-1, 1, (horizon, batch_size, action_dim)).astype(np.float32))
+    state, key = model.initial_state(batch_size), jax.random.key(0)
+    imagine = jax.jit(lambda params, state, actions, key: merged(model, params).imagine(state, actions, key))
+    params = jax.device_put(model.params)
+
+    def call():
+        jax.block_until_ready(imagine(params, state, actions, key))
+
+    return call, model, imagine.lower(params, state, actions, key)
+
+
+def merged(model, params):
+    return merge(type(model), model.config, params, model.dtype)
 
 
 def kept_or_returned(parser):

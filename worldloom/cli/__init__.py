@@ -50,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"There is no command '{words[0]}'.{nearest(words[0], COMMANDS)} There are: {', '.join(COMMANDS)}."
         )
     _prepare()
+    if words[0] in ("train", "eval", "play"):
+        from worldloom.devices import keep_compiled_programs
+        from worldloom.models.registry import cache_dir
+
+        keep_compiled_programs(cache_dir() / "compiled")
     try:
         module, function = COMMANDS[words[0]][0].split(":")
         return getattr(importlib.import_module(module), function)(words[1:])

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from worldloom.cli.flags import Flag, Flags, fields
+from worldloom.devices import compiled_programs
 from worldloom.errors import UnknownModelError
 from worldloom.models.base import count_parameters, merge
 from worldloom.models.registry import ALIASES, FAMILIES, cache_dir, get_config, list_models
@@ -262,6 +263,5 @@ def _extras() -> Iterator[str]:
 def _folders() -> Iterator[str]:
     saved = len(list((cache_dir() / "models").glob("*/config.json")))
     yield f"models saved by name: {saved} in {cache_dir()} (WORLDLOOM_CACHE_DIR)"
-    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    yield f"compiled programs: {compiled or 'not kept; set JAX_COMPILATION_CACHE_DIR to start faster the next time'}"
+    yield f"programs compiled by train, eval and play: {compiled_programs() or cache_dir() / 'compiled'}"
     yield f"pictures of DeepMind Control: MUJOCO_GL={os.environ.get('MUJOCO_GL') or 'not set'}"

@@ -1,0 +1,63 @@
+"""How long until the first update is done, from nothing and from compiled programs on disk?
+
+    python benchmarks/compile.py --model dreamerv3:size1m
+
+Starts new processes that import, build the model and do one update (DreamerV3 16×64, TD-MPC2 256 windows) as the
+command line does, once without compiled programs and then with those. Prints JSON; seconds of each part.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def first_update(name, folder):
+    """What the new process does; prints seconds since its start after each part."""
+    start = time.perf_counter()
+    import jax
+    from work import update_call
+
+    from worldloom.devices import keep_compiled_programs, keep_freed_memory
+
+    keep_freed_memory()
+    keep_compiled_programs(folder)
+    parts = {"imports": time.perf_counter() - start}
+    windows = {"batch_size": 256, "length": 4} if name.startswith("tdmpc2") else {"batch_size": 16, "length": 64}
+    call, *_ = update_call(name, obs_shape=(24,), action_dim=6, precision="float32", **windows)
+    parts["model, state, tracing"] = time.perf_counter() - start - sum(parts.values())
+    call()
+    parts["compilation and the first update"] = time.perf_counter() - start - sum(parts.values())
+    print(json.dumps({"seconds": sum(parts.values()), "parts": parts, "jax": jax.__version__}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dreamerv3:size1m")
+    parser.add_argument("--repeats", type=int, default=2, help="starts from compiled programs")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.folder:
+        first_update(args.model, args.folder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--model", args.model, "--folder", folder]
+        environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+
+        def start():
+            output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            return json.loads(output.splitlines()[-1])
+
+        cold = start()
+        warm = [start() for _ in range(args.repeats)]
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    print(json.dumps({"model": args.model, "cold": cold, "warm": warm, "mib_on_disk": round(size / 2**20, 1),
+                      "cpus": os.cpu_count()}, indent=2))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
