@@ -103,11 +103,28 @@ def test_one_program_serves_a_run_its_continuation_and_other_runs(buffer, config
     resumed = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=4, total_steps=25), callbacks())
     resumed.train(buffer, resume=True)
     Trainer(ToyWorldModel(ToyConfig(), seed=1), config.replace(updates_per_call=4, seed=1), []).train(buffer)
-    assert compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False)._call._cache_size() == 1
+    assert compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False, False)._call._cache_size() == 1
+
+
+def test_without_a_loop_the_same_is_done(buffer, config, model):
+    ends = []
+    for single in (False, True):
+        step = compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False, single)
+        state, guard, rows = copy(Trainer(model, config, []).state), step.fresh_guard(), []
+        for number, scale in enumerate((1, 1, np.float32(np.inf), 1)):  # after a bad update nothing is done
+            batch = buffer.sample(4, 5, seed=0, update=number)
+            del batch["row_ids"]
+            stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], batch | {"rewards": batch["rewards"] * scale})
+            state, guard, outcome = step(state, guard, stacked, 1)
+            rows.append((outcome.rows[0], outcome.good[0]))
+        ends.append((leaves(state), rows))
+    assert [bool(good) for _, good in ends[1][1]] == [True, True, False, False]
+    for looped, straight in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), strict=True):
+        np.testing.assert_allclose(straight, looped, rtol=1e-5, atol=1e-6)
 
 
 def test_the_state_is_donated(buffer, config, model):
-    step = compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False)
+    step = compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False, False)
     state = copy(Trainer(model, config, []).state)
     batch = buffer.sample(4, 5, seed=0, update=0)
     del batch["row_ids"]

@@ -56,13 +56,17 @@ class CompiledUpdate:
       loss_terms: the family's ``LOSS_TERMS``.
       skip_nonfinite: count such updates and go on.
       keep_fresh: return the rows for replay; without, they are not even stored.
+      single: K is 1 and there is no loop. On CPUs XLA computes gradients of convolutions a hundred times slower inside
+        of one; what it computes outside may be rounded differently.
     """
 
-    def __init__(self, update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_fresh: bool):
+    def __init__(
+        self, update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_fresh: bool, single: bool = False
+    ):
         # Jitted by itself too: naming the metrics and compiling the loop then share one trace.
         self._update = jax.jit(update)
         self._terms = loss_terms
-        self._skip, self._keep_fresh = skip_nonfinite, keep_fresh
+        self._skip, self._keep_fresh, self._single = skip_nonfinite, keep_fresh, single
         self._call = jax.jit(self._updates, donate_argnums=0)
 
     def names(self, state: TrainState, batches: Batch) -> tuple[str, ...]:
@@ -88,6 +92,7 @@ class CompiledUpdate:
         self, state: TrainState, guard: Guard, batches: Batch, count: int
     ) -> tuple[TrainState, Guard, Outcome]:
         """Do ``count`` updates with the first ``count`` of ``batches`` [K, B, T, ...]. ``state`` is used up."""
+        assert count == 1 or not self._single
         return self._call(state, guard, batches, count)
 
     def _abstract(self, state: TrainState, batches: Batch) -> dict[str, Any]:
@@ -100,7 +105,7 @@ class CompiledUpdate:
         names = self.names(state, batches)
         measured = names[:-1] if self._skip else names
         guarded = jnp.array(self.guarded(names))
-        if jax.tree.leaves(batches)[0].shape[0] == 1:
+        if jax.tree.leaves(batches)[0].shape[0] == 1 and not self._single:
             # XLA folds an axis of length one away, then fuses differently and rounds differently: give it two.
             batches = jax.tree.map(lambda x: jnp.concatenate([x, x]), batches)
         capacity = jax.tree.leaves(batches)[0].shape[0]
@@ -131,15 +136,17 @@ class CompiledUpdate:
             jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), fresh),
             jnp.zeros(capacity, bool),
         )
+        if self._single:
+            return one(jnp.zeros((), jnp.int32), (state, guard, empty))
         return jax.lax.fori_loop(0, count, one, (state, guard, empty))
 
 
 @functools.lru_cache(maxsize=16)
 def compiled_update(
-    update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_fresh: bool
+    update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_fresh: bool, single: bool = False
 ) -> CompiledUpdate:
     """The :class:`CompiledUpdate` of these arguments; runs in one process share it and what it compiled."""
-    return CompiledUpdate(update, loss_terms, skip_nonfinite, keep_fresh)
+    return CompiledUpdate(update, loss_terms, skip_nonfinite, keep_fresh, single)
 
 
 @jax.jit

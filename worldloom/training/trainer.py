@@ -68,13 +68,14 @@ class Trainer:
         self._device = resolve_device(self.config.device)
         # On a CPU, a call costs little beside an update, and a short one answers Ctrl-C sooner.
         self._capacity = self.config.updates_per_call or (1 if self._device.platform == "cpu" else 8)
-        if self._capacity > 1 and self._device.platform == "cpu" and _sees_images(model):
+        self._single = self._device.platform == "cpu" and _sees_images(model)
+        if self._single and self._capacity > 1:
             _log.warning(
                 "updates_per_call=%d is taken as 1: on a CPU, XLA computes gradients of convolutions a hundred times "
                 "slower inside the loop that several updates in one call are.",
                 self._capacity,
             )
-            self._capacity = 1
+        self._capacity = 1 if self._single else self._capacity
         self._evaluates = callbacks is None
         callbacks = [ProgressCallback(), LoggingCallback()] if callbacks is None else callbacks
         self._hooks = Hooks([as_callback(callback) for callback in callbacks], self._hooks_config())
@@ -219,7 +220,7 @@ class Trainer:
     def _train(self, windows: Windows, total: int, interrupts: Interrupts) -> None:
         algorithm, hooks = self.model.algorithm, self._hooks
         update = compiled_update(
-            algorithm.update, tuple(algorithm.LOSS_TERMS), self.config.skip_nonfinite, windows.latents
+            algorithm.update, tuple(algorithm.LOSS_TERMS), self.config.skip_nonfinite, windows.latents, self._single
         )
         history: History | None = None
         guard = jax.device_put(update.fresh_guard(self._skipped), self._device)
