@@ -37,10 +37,15 @@ def init_state(model: DreamerV3WorldModel, training_config: Any, key: jax.Array)
 
     Weights and key are copies, so that updates may donate the state.
     """
-    params, key = jax.tree.map(jnp.copy, (model.params, key))
-    trained, _ = _split(params)
-    opt_state = optimizer(model.config, training_config).init(trained)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, model.config, training_config)
+    config = model.config
+
+    @jax.jit  # One program in place of some for every weight.
+    def first(params: dict[str, Any], key: jax.Array) -> TrainState:
+        params, key = jax.tree.map(jnp.copy, (params, key))
+        opt_state = optimizer(config, training_config).init(_split(params)[0])
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, config, training_config)
+
+    return first(model.params, key)
 
 
 def update(

@@ -33,13 +33,19 @@ def init_state(model: TDMPC2WorldModel, training: Any, key: jax.Array) -> TrainS
 
     Weights and key are copies, so that updates may donate the state.
     """
-    params, key = jax.tree.map(jnp.copy, (model.params, key))
-    opt_state = {
-        "model": _model_optimizer(model.config, training).init(_model_part(params)),
-        "policy": _policy_optimizer(model.config, training).init(params["policy"]),
-        "policy_grad_of_tasks": jax.tree.map(jnp.zeros_like, _tasks(params)),
-    }
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, model.config, training)
+    config = model.config
+
+    @jax.jit  # One program in place of some for every weight.
+    def first(params: dict[str, Any], key: jax.Array) -> TrainState:
+        params, key = jax.tree.map(jnp.copy, (params, key))
+        opt_state = {
+            "model": _model_optimizer(config, training).init(_model_part(params)),
+            "policy": _policy_optimizer(config, training).init(params["policy"]),
+            "policy_grad_of_tasks": jax.tree.map(jnp.zeros_like, _tasks(params)),
+        }
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, config, training)
+
+    return first(model.params, key)
 
 
 def update(
