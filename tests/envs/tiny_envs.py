@@ -102,13 +102,16 @@ class Steady(gym.Env):
 
 
 class Lamp(gym.Env):
-    """Dict observation. The picture (half 0 or 255) and the sign of the vector together say which action pays 1.
+    """Dict observation. The picture (all 0 or 255) says which first switch pays ½, the vector's sign which second.
 
-    One step an episode, terminating; neither observation alone helps. Best: 1.
+    One step an episode, terminating; with either observation alone ¾ can be had. Best: 1. The vector is ±10: a world
+    model has no use for less, whose reconstruction is worth less than a bit of latent costs.
     """
 
-    observation_space = spaces.Dict({"image": spaces.Box(0, 255, (8, 8, 3), np.uint8), "sign": spaces.Box(-1, 1, (1,))})
-    action_space = spaces.Discrete(2)
+    observation_space = spaces.Dict(
+        {"image": spaces.Box(0, 255, (8, 8, 3), np.uint8), "sign": spaces.Box(-10, 10, (1,))}
+    )
+    action_space = spaces.MultiDiscrete([2, 2])
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -116,10 +119,10 @@ class Lamp(gym.Env):
         return self._obs(), {}
 
     def step(self, action):
-        return self._obs(), float(action == (self.bright ^ self.sign)), True, False, {}
+        return self._obs(), float(np.mean(action == np.array([self.bright, self.sign]))), True, False, {}
 
     def _obs(self):
-        return {"image": np.full((8, 8, 3), 255 * self.bright, np.uint8), "sign": np.float32([2 * self.sign - 1])}
+        return {"image": np.full((8, 8, 3), 255 * self.bright, np.uint8), "sign": np.float32([20 * self.sign - 10])}
 
 
 class Faulty(Walk):

@@ -57,9 +57,10 @@ def test_dreamer_learns_where_episodes_are_truncated():
 
 
 def test_dreamer_learns_from_a_picture_and_a_vector():
-    """Best 1."""
+    """Best 1, or ¾ with either of them alone."""
     env = make_env(Lamp, 4, seed=0, image_size=48)
-    assert learned(dreamer(env, cnn_depth=4), env, 300, train_ratio=64.0, **DREAMS) >= 0.95
+    model, slower = dreamer(env, cnn_depth=4, entropy_scale=3e-3), {"sequence_length": 4, "learning_rate": 1e-3}
+    assert learned(model, env, 500, train_ratio=32.0, **{**DREAMS, **slower}) >= 0.9
 
 
 def test_tdmpc2_learns_where_episodes_are_truncated():
