@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,15 +38,15 @@ def init_state(model: DreamerV3WorldModel, training_config: Any, key: jax.Array)
 
     Weights and key are copies, so that updates may donate the state.
     """
-    config = model.config
+    return _first_state(model.config, training_config, model.params, key)
 
-    @jax.jit  # One program in place of some for every weight.
-    def first(params: dict[str, Any], key: jax.Array) -> TrainState:
-        params, key = jax.tree.map(jnp.copy, (params, key))
-        opt_state = optimizer(config, training_config).init(_split(params)[0])
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, config, training_config)
 
-    return first(model.params, key)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first_state(config: DreamerV3Config, training: Any, params: dict[str, Any], key: jax.Array) -> TrainState:
+    """One program in place of some for every weight."""
+    params, key = jax.tree.map(jnp.copy, (params, key))
+    opt_state = optimizer(config, training).init(_split(params)[0])
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, config, training)
 
 
 def update(

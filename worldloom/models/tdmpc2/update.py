@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,19 +34,19 @@ def init_state(model: TDMPC2WorldModel, training: Any, key: jax.Array) -> TrainS
 
     Weights and key are copies, so that updates may donate the state.
     """
-    config = model.config
+    return _first_state(model.config, training, model.params, key)
 
-    @jax.jit  # One program in place of some for every weight.
-    def first(params: dict[str, Any], key: jax.Array) -> TrainState:
-        params, key = jax.tree.map(jnp.copy, (params, key))
-        opt_state = {
-            "model": _model_optimizer(config, training).init(_model_part(params)),
-            "policy": _policy_optimizer(config, training).init(params["policy"]),
-            "policy_grad_of_tasks": jax.tree.map(jnp.zeros_like, _tasks(params)),
-        }
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, config, training)
 
-    return first(model.params, key)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first_state(config: TDMPC2Config, training: Any, params: dict[str, Any], key: jax.Array) -> TrainState:
+    """One program in place of some for every weight."""
+    params, key = jax.tree.map(jnp.copy, (params, key))
+    opt_state = {
+        "model": _model_optimizer(config, training).init(_model_part(params)),
+        "policy": _policy_optimizer(config, training).init(params["policy"]),
+        "policy_grad_of_tasks": jax.tree.map(jnp.zeros_like, _tasks(params)),
+    }
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, config, training)
 
 
 def update(
