@@ -37,20 +37,20 @@ class Conv(nnx.Module):
         With few channels the four results of a square are channels of one convolution over squares: input pixel (a, b)
         of square (u, v) meets output pixel (p, q) with the tap at ``(2u + a − p, 2v + b − q)``, if there is one.
         """
-        bias = self.bias.astype(x.dtype)
         if x.shape[-1] > FEW_CHANNELS:
-            return max_pool(_convolve(x, self.kernel.astype(x.dtype))) + bias
+            return max_pool(self(x))
         n, h, w, c = x.shape
         squares = x.reshape(n, h // 2, 2, w // 2, 2, c).swapaxes(2, 3).reshape(n, h // 2, w // 2, 4 * c)
         taps = _taps_between_squares(self.kernel.shape[0])
         kernel = _exact_einsum("uapy,vbqx,yxco->uvabcpqo", taps, taps, self.kernel[...])
         y = _convolve(squares, kernel.reshape(*kernel.shape[:2], 4 * c, -1).astype(x.dtype))
-        return y.reshape(*y.shape[:-1], 4, -1).max(-2) + bias
+        return y.reshape(*y.shape[:-1], 4, -1).max(-2) + self.bias.astype(x.dtype)
 
     def doubled(self, x: jax.Array) -> jax.Array:
-        """``self(upsample(x))`` before its squares are put in place: [N, H, W, in] → [N, H, W, 2, 2, out].
+        """The convolution of x with every pixel four times: [N, H, W, in] → squares [N, H, W, 2, 2, out].
 
         Taps that fall on copies of the same pixel are added up first: 9 products per result in place of 25.
+        :func:`put_in_place` makes an image of the squares.
         """
         taps = _taps_on_copies(self.kernel.shape[0])
         kernel = _exact_einsum("upy,vqx,yxco->uvcpqo", taps, taps, self.kernel[...])
@@ -86,12 +86,6 @@ def max_pool(x: jax.Array) -> jax.Array:
     """2×2 maximum, stride 2: [N, H, W, C] → [N, H/2, W/2, C]; H and W are even."""
     n, h, w, c = x.shape
     return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
-
-
-def upsample(x: jax.Array) -> jax.Array:
-    """Every pixel four times: [N, H, W, C] → [N, 2H, 2W, C]."""
-    n, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
 
 
 def put_in_place(squares: jax.Array) -> jax.Array:
