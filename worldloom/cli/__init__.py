@@ -51,10 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     _prepare()
     if words[0] in ("train", "eval", "play"):
-        from worldloom.devices import keep_compiled_programs
-        from worldloom.models.registry import cache_dir
-
-        keep_compiled_programs(cache_dir() / "compiled")
+        _prepare_to_compute()
     try:
         module, function = COMMANDS[words[0]][0].split(":")
         return getattr(importlib.import_module(module), function)(words[1:])
@@ -79,6 +76,14 @@ def _prepare() -> None:
     if not logger.handlers:
         logger.addHandler(_AboveTheBar())
         logger.setLevel(logging.INFO)
+
+
+def _prepare_to_compute() -> None:
+    from worldloom.devices import keep_compiled_programs, keep_freed_memory
+    from worldloom.models.registry import cache_dir
+
+    keep_freed_memory()
+    keep_compiled_programs(cache_dir() / "compiled")
 
 
 class _AboveTheBar(logging.Handler):

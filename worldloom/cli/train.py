@@ -54,10 +54,8 @@ class Plan(NamedTuple):
 
 def train(words: Sequence[str]) -> int:
     """Train an agent in an environment, or go on with a run."""
-    from worldloom.devices import keep_freed_memory
     from worldloom.training.trainer import Trainer
 
-    keep_freed_memory()
     resume = _flag_given(words, "--resume")
     folder = peek(words, "--run")
     known = RunFolder(folder) if folder and resume and RunFolder(folder).exists else None
