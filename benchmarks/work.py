@@ -79,8 +79,11 @@ def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **override
     rng = np.random.default_rng(0)
     actions = jax.device_put(rng.uniform(-1, 1, (horizon, batch_size, action_dim)).astype(np.float32))
     state, key = model.initial_state(batch_size), jax.random.key(0)
-    imagine = jax.jit(lambda params, state, actions, key: merged(model, params).imagine(state, actions, key))
     params = jax.device_put(model.params)
+
+    @jax.jit
+    def imagine(params, state, actions, key):
+        return merge(type(model), model.config, params, model.dtype).imagine(state, actions, key)
 
     def call():
         jax.block_until_ready(imagine(params, state, actions, key))
@@ -88,12 +91,8 @@ def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **override
     return call, model, imagine.lower(params, state, actions, key)
 
 
-def merged(model, params):
-    return merge(type(model), model.config, params, model.dtype)
-
-
 def kept_or_returned(parser):
-    """An option that every script has, and what it does unless it is given; call it before JAX is used."""
+    """The option ``--returned`` and what is done unless it is given; call it before JAX is used."""
     parser.add_argument("--returned", action="store_true", help="let the C library hand freed memory back (CPU)")
     if "--returned" not in sys.argv:
         keep_freed_memory()

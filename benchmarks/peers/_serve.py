@@ -6,10 +6,11 @@ A pair of long-lived processes takes turns, so that both see the same drift of t
 import ctypes
 import json
 import os
+import platform
 import sys
 import time
 
-if os.environ.get("KEEP_FREED_MEMORY"):
+if os.environ.get("KEEP_FREED_MEMORY") and platform.libc_ver()[0] == "glibc":
     # What worldloom.devices.keep_freed_memory does, for Pythons without worldloom: no arenas, no maps, no trimming.
     for name, value in ((-8, 1), (-4, 0), (-1, -1)):
         ctypes.CDLL(None).mallopt(name, value)
