@@ -61,7 +61,7 @@ class CompiledUpdate:
     """
 
     def __init__(
-        self, update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_fresh: bool, single: bool = False
+        self, update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_fresh: bool, single: bool
     ):
         # Jitted by itself too: naming the metrics and compiling the loop then share one trace.
         self._update = jax.jit(update)
@@ -143,7 +143,7 @@ class CompiledUpdate:
 
 @functools.lru_cache(maxsize=16)
 def compiled_update(
-    update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_fresh: bool, single: bool = False
+    update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_fresh: bool, single: bool
 ) -> CompiledUpdate:
     """The :class:`CompiledUpdate` of these arguments; runs in one process share it and what it compiled."""
     return CompiledUpdate(update, loss_terms, skip_nonfinite, keep_fresh, single)

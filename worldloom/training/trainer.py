@@ -75,7 +75,7 @@ class Trainer:
                 "slower inside the loop that several updates in one call are.",
                 self._capacity,
             )
-        self._capacity = 1 if self._single else self._capacity
+            self._capacity = 1
         self._evaluates = callbacks is None
         callbacks = [ProgressCallback(), LoggingCallback()] if callbacks is None else callbacks
         self._hooks = Hooks([as_callback(callback) for callback in callbacks], self._hooks_config())
