@@ -32,12 +32,14 @@ def random_batch(obs_shape, action_dim, batch_size, rows, seed=0):
     }
 
 
-def update_call(name, *, obs_shape, action_dim, batch_size, length, **overrides):
-    """``call()`` does one full update and waits for it; also the model and how it was compiled."""
+def update_call(name, *, obs_shape, action_dim, batch_size, length, training=None, **overrides):
+    """``call()`` does one full update and waits for it; also the model and how it was compiled.
+
+    ``training`` are further fields of the ``TrainingConfig``, ``overrides`` of the model's.
+    """
     model = create_world_model(name, obs_shape=obs_shape, action_dim=action_dim, **overrides)
-    training = TrainingConfig(
-        batch_size=batch_size, sequence_length=length, grad_clip=20.0 if name.startswith("tdmpc2") else 0.0
-    )
+    clip = 20.0 if name.startswith("tdmpc2") else 0.0
+    training = TrainingConfig(batch_size=batch_size, sequence_length=length, grad_clip=clip, **(training or {}))
     algorithm = model.algorithm
     rows = algorithm.window(model.config, training).rows
     batch = random_batch(obs_shape, action_dim, batch_size, rows)

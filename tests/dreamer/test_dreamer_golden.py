@@ -10,9 +10,10 @@ import pytest
 from worldloom.interop.dreamerv3 import load_official_dreamerv3, official_name, to_official_dreamerv3
 from worldloom.models.base import flatten, merge
 from worldloom.models.dreamer import DreamerV3WorldModel, init_state, update
-from worldloom.models.dreamer.loss import loss
+from worldloom.models.dreamer.loss import LOSS_TERMS, loss
 from worldloom.models.dreamer.spaces import prepare_observations
 from worldloom.training.config import TrainingConfig
+from worldloom.training.step import CompiledUpdate
 
 VARIANTS = ("image-continuous", "vector-discrete", "vector-free-nats")
 TERMS = {
@@ -120,16 +121,28 @@ def test_return_range_after_the_loss(recorded):
         )
 
 
-def test_three_optimizer_steps(recorded):
+@pytest.mark.parametrize("way", ["one by one", "in one call", "in parts", "rematerialised"])
+def test_three_optimizer_steps(recorded, way):
+    """However they are computed."""
+    batch_size = len(recorded.batch["rewards"])
     training = TrainingConfig(
-        learning_rate=recorded.config["lr"], warmup_steps=recorded.config["warmup"], grad_clip=0, device="cpu"
+        learning_rate=recorded.config["lr"],
+        warmup_steps=recorded.config["warmup"],
+        grad_clip=0,
+        device="cpu",
+        batch_size=batch_size,
+        microbatches=batch_size if way == "in parts" else 1,
+        remat=way == "rematerialised",
     )
     state = init_state(recorded.model, training, jax.random.key(0))
-    step = jax.jit(lambda state: update(state, recorded.batch, None))
-    losses = []
-    for _ in range(3):
-        state, metrics = step(state)
-        losses.append(float(metrics["loss"]))
+    if way == "in one call":
+        state, losses = three_at_once(state, recorded.batch)
+    else:
+        step = jax.jit(lambda state: update(state, recorded.batch, None))
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state)
+            losses.append(float(metrics["loss"]))
     assert_close(losses, recorded.expect("train_losses"), 1e-5)
     ours = to_official_dreamerv3(state)
     expected = {k.removeprefix("expect/after3/"): v for k, v in recorded.data.items() if k.startswith("expect/after3/")}
@@ -140,6 +153,14 @@ def test_three_optimizer_steps(recorded):
     wrong = sum(int(mask.sum()) for mask in off.values())
     total = sum(mask.size for mask in off.values())
     assert wrong <= 1e-4 * total, {name: int(mask.sum()) for name, mask in off.items() if mask.any()}
+
+
+def three_at_once(state, batch):
+    """The state after three updates in one compiled call, and their losses."""
+    modes = CompiledUpdate(lambda state, batch, _: update(state, batch, None), LOSS_TERMS, False, False, False)
+    batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
+    state, _, outcome = modes(state, modes.fresh_guard(), batches, 3)
+    return state, outcome.rows[:, 0]
 
 
 def test_open_loop(recorded):

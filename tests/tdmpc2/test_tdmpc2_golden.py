@@ -14,6 +14,7 @@ import pytest
 from worldloom.interop import load_official_tdmpc2, to_official_tdmpc2
 from worldloom.models.tdmpc2 import LOSS_TERMS, init_state, planner, update
 from worldloom.training.config import TrainingConfig
+from worldloom.training.step import CompiledUpdate
 
 VARIANTS = ("single", "episodic", "multitask", "image")
 VALUES = {"rtol": 1e-4, "atol": 1e-4}
@@ -130,12 +131,24 @@ def test_whole_plan(model, recorded, task):
     np.testing.assert_allclose(both[0], twice(action), rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def trained(model, batch, settings):
+@pytest.fixture(scope="module", params=["one by one", "in one call", "in parts", "rematerialised"])
+def trained(request, model, batch, settings):
+    """Three updates, however they are computed."""
+    batch_size = len(batch["rewards"])
     training = TrainingConfig(
-        learning_rate=settings["lr"], grad_clip=settings["grad_clip_norm"], batch_size=settings["batch"]
+        learning_rate=settings["lr"],
+        grad_clip=settings["grad_clip_norm"],
+        batch_size=batch_size,
+        microbatches=batch_size if request.param == "in parts" else 1,
+        remat=request.param == "rematerialised",
     )
     state = init_state(model, training, jax.random.key(0))
+    if request.param == "in one call":
+        modes = CompiledUpdate(lambda state, batch, _: update(state, batch, None), LOSS_TERMS, False, False, False)
+        batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
+        names = modes.names(state, batches)
+        state, _, outcome = modes(state, modes.fresh_guard(), batches, 3)
+        return state, dict(zip(names, np.asarray(outcome.rows).T, strict=True))
     step, metrics = jax.jit(lambda state: update(state, batch, None)), []
     for _ in range(3):
         state, now = step(state)

@@ -201,6 +201,8 @@ def test_a_family_is_evaluated_by_its_loss_terms(base, episodes):
         {"seed": -1},
         {"updates_per_call": -1},
         {"skip_nonfinite": 1},
+        {"microbatches": 0},
+        {"remat": "yes"},
     ],
 )
 def test_values_out_of_range_are_refused(change):

@@ -52,11 +52,17 @@ class TrainingConfig(BaseConfig):
     updates_per_call: int = 0
     """Most updates in one compiled call (it holds as many batches on the device); 0 is 1 on a CPU and 8 elsewhere.
     Models of images do one on a CPU, where convolutions are slow in loops. The result does not depend on it."""
+    microbatches: int = 1
+    """Parts in which a batch is worked through, one after the other, with one optimizer step at the end. Gradients are
+    those of the whole batch, memory that of ``batch_size / microbatches`` windows. Divides ``batch_size``."""
+    remat: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     skip_nonfinite: bool = False
     """Leave out updates whose loss or gradient is NaN or infinite and count them, instead of stopping."""
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "sequence_length", "log_interval", "prefill", "replay_capacity"):
+        positive = ("total_steps", "batch_size", "sequence_length", "log_interval", "prefill", "replay_capacity")
+        for name in (*positive, "microbatches"):
             check(
                 is_integer(getattr(self, name)) and getattr(self, name) >= 1,
                 f"{name} must be an integer ≥ 1, not {getattr(self, name)!r}.",
@@ -78,8 +84,12 @@ class TrainingConfig(BaseConfig):
         for name in ("weight_decay", "grad_clip", "train_ratio"):
             value = getattr(self, name)
             check(is_number(value) and 0 <= value < float("inf"), f"{name} must be a number ≥ 0, not {value!r}.")
+        for name in ("remat", "skip_nonfinite"):
+            value = getattr(self, name)
+            check(isinstance(value, bool), f"{name} must be True or False, not {value!r}.")
         check(
-            isinstance(self.skip_nonfinite, bool), f"skip_nonfinite must be True or False, not {self.skip_nonfinite!r}."
+            self.batch_size % self.microbatches == 0,
+            f"microbatches={self.microbatches} must divide batch_size={self.batch_size}.",
         )
         check_device_name(self.device)
 
@@ -89,4 +99,4 @@ class TrainingConfig(BaseConfig):
         It is a static part of the compiled state: runs that differ in seed or length only share one program.
         """
         read = ("batch_size", "sequence_length", "learning_rate", "weight_decay", "grad_clip", "warmup_steps")
-        return TrainingConfig(**{name: getattr(self, name) for name in read})
+        return TrainingConfig(**{name: getattr(self, name) for name in (*read, "microbatches", "remat")})

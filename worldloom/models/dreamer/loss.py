@@ -44,6 +44,7 @@ class LossAux(NamedTuple):
       elements: each term before its mean: [B, T], ``actor`` and ``critic`` [H, B·K], ``replay_critic`` [B, K − 1].
       latents: posterior states [B, T, ...] of the rows that counted.
       posterior: logits of those states, [B, T, S, C].
+      returns: imagined λ-returns, [H, B·K].
       return_range: the moved percentiles ``{"lo": [], "hi": []}``.
       metrics: further scalars worth a look.
     """
@@ -51,34 +52,49 @@ class LossAux(NamedTuple):
     elements: dict[str, jax.Array]
     latents: Latent
     posterior: jax.Array
+    returns: jax.Array
     return_range: dict[str, jax.Array]
     metrics: dict[str, jax.Array]
 
 
 def loss(
-    model: DreamerV3WorldModel, batch: Mapping[str, Any], key: jax.Array | None
+    model: DreamerV3WorldModel,
+    batch: Mapping[str, Any],
+    key: jax.Array | None,
+    *,
+    scale: jax.Array | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], LossAux]]:
     """Total loss of a batch [B, T, ...], its terms (plain means before their scales) and :class:`LossAux`.
 
     One backward pass trains all parts; who learns from what is decided by the stop-gradients here. The batch is
     described at :func:`worldloom.models.dreamer.batch.align`; ``key=None`` takes the mode of every draw.
+
+    Args:
+      model, batch, key: see above.
+      scale: of the advantages, [], if it is not to follow from this batch's returns.
+      remat: keep no activations of networks for the backward pass; compute them again there.
     """
+    forget = jax.checkpoint if remat else lambda network: network
     config, rows = model.config, align(model.config, batch, model.dtype)
     batch_size, length = rows.rewards.shape
     observe_key, imagine_key = split_key(key)
     losses: dict[str, jax.Array] = {}
 
     # World model: states inferred from the rows, and what each state explains.
-    tokens = model.encoder(rows.obs)
+    tokens = forget(model.encoder)(rows.obs)
     initial = rows.initial or model.initial_state(batch_size)
-    latents, logits = model.rssm.observe(initial, tokens, rows.previous_actions, rows.is_first, observe_key)
+    latents, logits = model.rssm.observe(
+        initial, tokens, rows.previous_actions, rows.is_first, observe_key, remat=remat
+    )
     posterior = OneHot.from_logits(logits, config.unimix)
     prior = OneHot.from_logits(model.rssm.prior(latents.deter), config.unimix)
     features = latents.features
     discount = 1 - 1 / config.return_horizon
-    losses["reconstruction"] = reconstruction_loss(model.decoder(latents), rows.obs)
-    losses["reward"] = symexp_twohot_loss(model.reward(features), rows.rewards)
-    losses["continue"] = binary_cross_entropy(model.continuation(features)[..., 0], discount * (1 - rows.is_terminal))
+    losses["reconstruction"] = reconstruction_loss(forget(model.decoder)(latents), rows.obs)
+    losses["reward"] = symexp_twohot_loss(forget(model.reward)(features), rows.rewards)
+    goes_on = forget(model.continuation)(features)[..., 0]
+    losses["continue"] = binary_cross_entropy(goes_on, discount * (1 - rows.is_terminal))
     losses["dynamics"] = jnp.maximum(sg(posterior).kl(prior), config.kl_free)
     losses["representation"] = jnp.maximum(posterior.kl(sg(prior)), config.kl_free)
 
@@ -90,15 +106,16 @@ def loss(
 
     # Actor and critic learn from the imagined returns. Heads see all H + 1 states and results are cut: cutting the
     # features would copy the largest array there is.
-    policy, critic_logits = model.actor(dream_features), model.critic(dream_features)
+    policy, critic_logits = forget(model.actor)(dream_features), forget(model.critic)(dream_features)
     rewards = frozen.predict_reward(dream_features)[1:]
     continues = frozen.predict_continue(dream_features)
     values = symexp_twohot_mean(sg(critic_logits))
     returns = lambda_return(rewards, continues[1:], values[1:], config.return_lambda)
-    return_range, scale = normalise(model.params["return_range"], returns, config.return_range_rate)
+    return_range, own_scale = normalise(model.params["return_range"], returns, config.return_range_rate)
+    scale = sg(own_scale) if scale is None else scale
     weights = jnp.cumprod(continues, 0)[:-1]
     slow_values = symexp_twohot_mean(frozen.slow_critic(dream_features))
-    advantages = (returns - values[:-1]) / scale
+    advantages = sg(returns - values[:-1]) / scale
     losses["actor"] = weights * actor_loss(policy, actions, advantages, config.entropy_scale)
     targets = jnp.concatenate([returns, values[-1:]])
     losses["critic"] = weights * critic_loss(critic_logits, targets, slow_values, config.slow_critic_scale)[:-1]
@@ -109,7 +126,7 @@ def loss(
     real_features, real_rewards, is_terminal, is_last = real
     targets = replay_return(real_rewards, is_terminal, is_last, bootstrap, discount, config.return_lambda)
     slow_values = symexp_twohot_mean(frozen.slow_critic(sg(real_features[:, :-1])))
-    replayed = critic_loss(model.critic(real_features[:, :-1]), targets, slow_values, config.slow_critic_scale)
+    replayed = critic_loss(forget(model.critic)(real_features[:, :-1]), targets, slow_values, config.slow_critic_scale)
     losses["replay_critic"] = (1 - is_last[:, :-1]) * replayed
 
     terms = {name: jnp.mean(value) for name, value in losses.items()}
@@ -123,7 +140,7 @@ def loss(
         "imagined_return": jnp.mean(returns),
         "return_scale": scale,
     }
-    return total, ({"loss": total, **terms}, LossAux(losses, latents, logits, return_range, metrics))
+    return total, ({"loss": total, **terms}, LossAux(losses, latents, logits, returns, return_range, metrics))
 
 
 def imagine(
@@ -169,11 +186,11 @@ def actor_loss(
 ) -> jax.Array:
     """REINFORCE with an entropy bonus, ``−(A_t · log π(a_t) + η · H(π_t))`` [H, N] (``imag_loss``).
 
-    Discrete and continuous actions alike: no gradient runs through actions, advantages or dynamics. The policy and
-    its actions have one step more than the advantages [H, N]; it is left out.
+    Discrete and continuous actions alike: no gradient runs through actions or dynamics, and advantages come without
+    one. The policy and its actions have one step more than the advantages [H, N]; it is left out.
     """
     log_prob = sum((policy[name].log_prob(sg(actions[name])) for name in policy), jnp.zeros(()))
-    return -(sg(advantages) * log_prob[:-1] + entropy_scale * entropy(policy)[:-1])
+    return -(advantages * log_prob[:-1] + entropy_scale * entropy(policy)[:-1])
 
 
 def critic_loss(logits: jax.Array, returns: jax.Array, slow_values: jax.Array, slow_scale: float) -> jax.Array:

@@ -107,7 +107,14 @@ class RSSM(nnx.Module):
         self.unimix = config.unimix
 
     def observe(
-        self, initial: Latent, tokens: jax.Array, actions: jax.Array, is_first: jax.Array, key: jax.Array | None
+        self,
+        initial: Latent,
+        tokens: jax.Array,
+        actions: jax.Array,
+        is_first: jax.Array,
+        key: jax.Array | None,
+        *,
+        remat: bool = False,
     ) -> tuple[Latent, jax.Array]:
         """Posterior states along a sequence, one ``lax.scan``.
 
@@ -117,6 +124,7 @@ class RSSM(nnx.Module):
           actions: embedded *previous* actions [B, T, A]: row t holds what was done at t − 1.
           is_first: [B, T]; true rows start from zeros, as if nothing had been done before.
           key: for the draws, or None for modes.
+          remat: keep only the states for the backward pass.
 
         Returns:
           States [B, T, ...] and posterior logits [B, T, S, C].
@@ -138,6 +146,8 @@ class RSSM(nnx.Module):
             return state, (state, logits)
 
         rows = jax.tree.map(_swap_time, (action_shares, token_shares, keep))
+        # A scan keeps the recomputation apart by itself.
+        step = jax.checkpoint(step, prevent_cse=False) if remat else step
         _, out = jax.lax.scan(step, initial, (*rows, step_keys(key, tokens.shape[1])))
         states, logits = jax.tree.map(_swap_time, out)
         return states, logits

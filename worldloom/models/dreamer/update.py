@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ import optax
 from worldloom.devices import compute_dtype
 from worldloom.models.base import merge
 from worldloom.models.dreamer.config import DreamerV3Config
-from worldloom.models.dreamer.loss import loss
+from worldloom.models.dreamer.loss import loss, normalise
 from worldloom.models.dreamer.model import ActorCarry, DreamerV3WorldModel, zero_carry
+from worldloom.models.parts import join_rows, over_parts, part_keys, split_rows
 from worldloom.optim import clip_by_agc, clip_by_norm, decay_kernels, scale_by_laprop, warmup_schedule
 from worldloom.state import TrainState, WindowSpec
 
@@ -62,25 +63,62 @@ def update(
     config, training = state.config, state.training
     trained, fixed = _split(state.params)
 
-    def objective(trained: dict[str, Any]) -> Any:
-        model = merge(DreamerV3WorldModel, config, {**trained, **fixed})
-        return loss(model, batch, key)
+    def gradients(batch: Mapping[str, Any], key: jax.Array | None, scale: jax.Array | None = None) -> Any:
+        def objective(trained: dict[str, Any]) -> Any:
+            model = merge(DreamerV3WorldModel, config, {**trained, **fixed})
+            return loss(model, batch, key, scale=scale, remat=training.remat)
 
-    grads, (terms, aux) = jax.grad(objective, has_aux=True)(trained)
+        grads, (terms, aux) = jax.grad(objective, has_aux=True)(trained)
+        return (grads, terms), (aux.latents, aux.returns, aux.return_range, aux.metrics)
+
+    whole = training.microbatches == 1
+    (grads, terms), aux = gradients(batch, key) if whole else _in_parts(gradients, state, batch, key)
+    latents, _, return_range, extras = aux
     updates, opt_state = optimizer(config, training).update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     rate = config.slow_critic_rate
     slow = jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, fixed["slow_critic"], trained["critic"])
-    params = {**trained, "slow_critic": slow, "return_range": aux.return_range}
+    params = {**trained, "slow_critic": slow, "return_range": return_range}
 
     learning_rate = warmup_schedule(training.learning_rate, training.warmup_steps)(state.step)
-    metrics = terms | aux.metrics | {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(learning_rate)}
+    metrics = terms | extras | {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(learning_rate)}
     if config.replay_context:
         metrics["replay"] = {
-            "deter": aux.latents.deter.astype(jnp.float32),
-            "stoch": aux.latents.stoch.astype(jnp.float32),
+            "deter": latents.deter.astype(jnp.float32),
+            "stoch": latents.stoch.astype(jnp.float32),
         }
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def _in_parts(gradients: Callable[..., Any], state: TrainState, batch: Mapping[str, Any], key: jax.Array | None) -> Any:
+    """What ``gradients`` of the whole batch gives, from one part of it at a time; each part draws with its own key.
+
+    Every term is a mean over the batch, so gradients average; but advantages are divided by a range of *all* returns.
+    The actor's gradient is affine in 1 / scale: each part is worked out at the scale so far, with its slope, and the
+    average moved to the scale of the whole batch.
+    """
+    before = state.params["return_range"]
+    inverse = 1 / jnp.maximum(1.0, before["hi"] - before["lo"])
+    parts = state.training.microbatches
+
+    def part(inputs: tuple[Any, jax.Array | None]) -> Any:
+        rows, key = inputs
+        at_scale = lambda inverse: gradients(rows, key, 1 / inverse)  # noqa: E731
+        means, (grad_slopes, term_slopes), aux = jax.jvp(at_scale, (inverse,), (jnp.ones(()),), has_aux=True)
+        latents, returns, _, extras = aux
+        return (means, (grad_slopes["actor"], term_slopes), extras), (latents, returns)
+
+    averaged, (latents, returns) = over_parts(part, (split_rows(dict(batch), parts), part_keys(key, parts)))
+    (grads, terms), (actor_slope, term_slopes), extras = averaged
+    return_range, scale = normalise(before, returns, state.config.return_range_rate)
+    moved = functools.partial(jax.tree.map, lambda mean, slope: mean + (1 / scale - inverse) * slope)
+    grads = {**grads, "actor": moved(grads["actor"], actor_slope)}
+    return (grads, moved(terms, term_slopes)), (
+        join_rows(latents),
+        returns,
+        return_range,
+        extras | {"return_scale": scale},
+    )
 
 
 def act(

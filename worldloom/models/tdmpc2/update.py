@@ -12,8 +12,18 @@ import optax
 
 from worldloom.errors import DataError
 from worldloom.models.base import Params, merge
+from worldloom.models.parts import over_parts, part_keys, split_rows
 from worldloom.models.tdmpc2.config import TDMPC2Config
-from worldloom.models.tdmpc2.loss import model_loss, policy_loss, read_rows
+from worldloom.models.tdmpc2.loss import (
+    Rollouts,
+    Rows,
+    first_values,
+    model_loss,
+    move_scale,
+    policy_loss,
+    read_rows,
+    with_f1,
+)
 from worldloom.models.tdmpc2.model import TDMPC2WorldModel
 from worldloom.models.tdmpc2.networks import project_rows
 from worldloom.ops.keys import split_key
@@ -67,16 +77,23 @@ def update(
       metrics: float32 scalars: ``LOSS_TERMS``, gradient norms before clipping, policy statistics, learning rate.
     """
     config, training = state.config, state.training
-    model_key, policy_key = split_key(key, 2)
+    parts = training.microbatches
+    model_keys, policy_keys = (part_keys(each, parts) for each in split_key(key, 2))
     rows = read_rows(config, batch)
-    params = _project_tasks(state.params, rows.task)
+    task = rows.task
+    params = _project_tasks(state.params, task)
+    rows, tasks = split_rows((rows, task), parts)
     rebuild = lambda trained: merge(TDMPC2WorldModel, config, {**params, **trained})  # noqa: E731
 
     # 1. Encoder, dynamics, reward, Q networks, termination, task embedding.
-    def model_objective(trained: Params) -> Any:
-        return model_loss(rebuild(trained), rows, model_key)
+    def model_gradients(inputs: tuple[Rows, jax.Array | None]) -> Any:
+        def objective(trained: Params) -> Any:
+            return model_loss(rebuild(trained), *inputs, remat=training.remat)
 
-    (loss, (terms, rollouts)), grads = jax.value_and_grad(model_objective, has_aux=True)(_model_part(params))
+        (loss, (terms, rollouts)), grads = jax.value_and_grad(objective, has_aux=True)(_model_part(params))
+        return (grads, {"loss": loss, **terms}), rollouts
+
+    (grads, terms), rollouts = over_parts(model_gradients, (rows, model_keys))
     # The policy's last backward pass is still in the embedding's gradient, as in the reference: there the policy's
     # optimizer clears only the policy's own gradients, and the model's are cleared before that pass, not after.
     leftover = state.opt_state["policy_grad_of_tasks"]
@@ -84,14 +101,23 @@ def update(
     optimizer = _model_optimizer(config, training)
     steps, model_opt = optimizer.update(grads, state.opt_state["model"], _model_part(params))
     params |= optax.apply_updates(_model_part(params), steps)
-    params = _project_tasks(params, rows.task)
+    params = _project_tasks(params, task)
 
-    # 2. Policy prior.
-    def policy_objective(trained: Params) -> Any:
-        return policy_loss(rebuild(trained), rollouts, rows.task, policy_key)
+    # 2. Policy prior. Values are divided by a width of those of the whole batch: parts need to know it beforehand.
+    scale = None
+    if parts > 1:
+        values = over_parts(lambda inputs: ((), first_values(rebuild({}), *inputs)), (rollouts, tasks, policy_keys))[1]
+        scale = move_scale(params["scale"]["value"], values, config.tau)
 
-    of_policy = {"policy": params["policy"], **_tasks(params)}
-    (policy, pi_metrics), pi_grads = jax.value_and_grad(policy_objective, has_aux=True)(of_policy)
+    def policy_gradients(inputs: tuple[Rollouts, jax.Array | None, jax.Array | None]) -> Any:
+        def objective(trained: Params) -> Any:
+            return policy_loss(rebuild(trained), *inputs, scale=scale, remat=training.remat)
+
+        of_policy = {"policy": params["policy"], **_tasks(params)}
+        (policy, metrics), grads = jax.value_and_grad(objective, has_aux=True)(of_policy)
+        return (grads, {"policy": policy, **metrics}), ()
+
+    (pi_grads, pi_metrics), _ = over_parts(policy_gradients, (rollouts, tasks, policy_keys))
     optimizer = _policy_optimizer(config, training)
     steps, policy_opt = optimizer.update(pi_grads["policy"], state.opt_state["policy"], params["policy"])
     params["policy"] = optax.apply_updates(params["policy"], steps)
@@ -101,9 +127,7 @@ def update(
     params["target_q"] = optax.incremental_update(params["q"], params["target_q"], config.tau)
 
     metrics = {
-        "loss": loss,
-        **terms,
-        "policy": policy,
+        **with_f1(terms),
         "grad_norm": optax.tree.norm(grads),
         "pi_grad_norm": optax.tree.norm(pi_grads["policy"]),
         **pi_metrics,

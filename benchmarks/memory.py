@@ -1,0 +1,69 @@
+"""How much memory does an update need, and what do ``microbatches`` and ``remat`` save, for how much time?
+
+    python benchmarks/memory.py --model dreamerv3:size1m
+
+Prints JSON. Every setting runs in a process of its own: ``peak_mb`` is what the process (on a GPU: the device) held at
+most beyond what it held before the first update; ``temporary_mb`` is XLA's own account of one update.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+SETTINGS = {
+    "plain": {},
+    "remat": {"remat": True},
+    "2 parts": {"microbatches": 2},
+    "4 parts": {"microbatches": 4},
+    "8 parts": {"microbatches": 8},
+    "4 parts, remat": {"microbatches": 4, "remat": True},
+}
+
+
+def peak_bytes():
+    import jax
+
+    held = jax.devices()[0].memory_stats()
+    return held["peak_bytes_in_use"] if held else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def one(setting, name, obs, batch_size, length, repeats):
+    from work import measure, update_call
+
+    obs_shape = (64, 64, 3) if obs == "image" else (24,)
+    sizes = {"batch_size": batch_size, "length": length, "training": SETTINGS[setting]}
+    call, _, lowered = update_call(name, obs_shape=obs_shape, action_dim=6, **sizes)
+    program = lowered.compile()
+    before = peak_bytes()
+    timing = measure(call, repeats=repeats)
+    return {
+        "temporary_mb": round(program.memory_analysis().temp_size_in_bytes / 1e6, 1),
+        "peak_mb": round((peak_bytes() - before) / 1e6, 1),
+        "seconds": round(timing["median_seconds"], 3),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dreamerv3:size1m")
+    parser.add_argument("--obs", choices=["vector", "image"], default="vector")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--setting", choices=SETTINGS, help="only this one, in this process")
+    args = parser.parse_args()
+    work = (args.model, args.obs, args.batch_size, args.length, args.repeats)
+    if args.setting:
+        print(json.dumps(one(args.setting, *work)))
+        return
+    found = {}
+    for setting in SETTINGS:
+        command = [sys.executable, *sys.argv, "--setting", setting]
+        found[setting] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(json.dumps({"benchmark": "memory", "work": work, "settings": found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
