@@ -203,6 +203,7 @@ def test_a_family_is_evaluated_by_its_loss_terms(base, episodes):
         {"skip_nonfinite": 1},
         {"microbatches": 0},
         {"remat": "yes"},
+        {"replay_storage": "moon"},
     ],
 )
 def test_values_out_of_range_are_refused(change):

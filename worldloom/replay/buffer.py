@@ -364,7 +364,7 @@ class ReplayBuffer:
         chosen = fitting[run]
         return self._index.rows(runs.stream[chosen], runs.begin[chosen] + start, rows)
 
-    def take(self, row_ids: np.ndarray, *, latents: bool = False) -> Batch:
+    def take(self, row_ids: np.ndarray, *, latents: bool = False, observations: bool = True) -> Batch:
         """The rows ``row_ids`` [..., T] as a dict of new arrays [..., T, ...].
 
         ``obs`` (array or dict of arrays), ``actions`` (float32; discrete ones as one-hots, the zero vector where none
@@ -372,7 +372,7 @@ class ReplayBuffer:
         an episode only, so False at a window's beginning in the middle of one; ``is_last`` True at the row an episode
         ended with for whatever reason; ``is_terminal`` True where it ended in a terminal state. With tasks, ``task``
         int32 [...], that of row 0. With ``latents``, ``context`` {name: float32 [..., ...]}, the stored latents of
-        row 0.
+        row 0. ``observations=False`` leaves out ``obs``.
 
         Raises:
           DataError: a row is not held (any more), or no latents are stored.
@@ -389,11 +389,12 @@ class ReplayBuffer:
                 "No latents are stored; create the buffer with latents={'deter': …} or call ensure_latents."
             )
         assert self._schema is not None
-        names = [name for name in self._schema.columns if name not in ("stream", "task")]
+        obs = {key: column_name("obs", key) for key in self._schema.obs}
+        left_out = {"stream", "task"} if observations else {"stream", "task", *obs.values()}
+        names = [name for name in self._schema.columns if name not in left_out]
         found = {k: v.reshape(*ids.shape, *v.shape[1:]) for k, v in self._rows.take(names, ids.ravel()).items()}
         flags = found["flags"]
         batch: Batch = {
-            "obs": bare({key: found[column_name("obs", key)] for key in self._schema.obs}),
             "actions": bare(
                 {
                     key: one_hot(found[column_name("actions", key)], action.dim)
@@ -408,6 +409,8 @@ class ReplayBuffer:
             "is_terminal": flags & TERMINAL != 0,
             "row_ids": ids,
         }
+        if observations:
+            batch["obs"] = bare({key: found[name] for key, name in obs.items()})
         head = ids[..., 0]
         if self._schema.has_task:
             batch["task"] = self._rows.take(["task"], head.ravel())["task"].reshape(head.shape)

@@ -26,7 +26,16 @@ FORMAT = 1
 _MAX_JSON = 64 << 20
 # Fields of TrainingConfig that may change between parts of a run: none of them moves a number.
 _FREE = frozenset(
-    {"total_steps", "env_steps", "log_interval", "eval_interval", "save_interval", "device", "updates_per_call"}
+    {
+        "total_steps",
+        "env_steps",
+        "log_interval",
+        "eval_interval",
+        "save_interval",
+        "device",
+        "updates_per_call",
+        "replay_storage",
+    }
 )
 _AROUND = "around/"
 """Prefix of the arrays that are not part of the state."""

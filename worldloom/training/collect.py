@@ -234,10 +234,12 @@ class OnlineFeed:
             self._collector.step(self._state())
         if self._due() <= step:
             return None
-        for fresh in self._unwritten.due(step):
+        due = self._unwritten.due(step)
+        for fresh in due if self._windows.on_device is None else ():
             fresh.write(self._windows.buffer)
         chunk = self._plan(step, self._due() - step)
-        return chunk, *send(self._windows, self._seed, chunk, self._capacity, self._device)
+        batches, row_ids = send(self._windows, self._seed, chunk, self._capacity, self._device)
+        return chunk, self._windows.complete(batches, row_ids, self._capacity, due), row_ids
 
     def give_back(self, chunk: Chunk, outcome: Outcome, row_ids: list[Any]) -> None:
         """Have the fresh latents of a call written back to replay, when a batch is to see them."""

@@ -57,6 +57,10 @@ class TrainingConfig(BaseConfig):
     those of the whole batch, memory that of ``batch_size / microbatches`` windows. Divides ``batch_size``."""
     remat: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    replay_storage: str = "auto"
+    """Where batches are put together. ``host``: in the computer's memory, and sent to the device. ``device``: rows are
+    copied to the device once, which takes memory for ``replay_capacity`` of them (of recorded data: for those there
+    are). ``auto``: on a GPU or TPU if they take at most half of what is free there. Batches are the same."""
     skip_nonfinite: bool = False
     """Leave out updates whose loss or gradient is NaN or infinite and count them, instead of stopping."""
 
@@ -90,6 +94,10 @@ class TrainingConfig(BaseConfig):
         check(
             self.batch_size % self.microbatches == 0,
             f"microbatches={self.microbatches} must divide batch_size={self.batch_size}.",
+        )
+        check(
+            self.replay_storage in ("auto", "host", "device"),
+            f"replay_storage must be 'auto', 'host' or 'device', not {self.replay_storage!r}.",
         )
         check_device_name(self.device)
 

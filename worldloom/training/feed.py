@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,9 +10,11 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from worldloom.errors import DataError
+from worldloom.replay.device import SLOTS, DeviceReplay, Ring, draws_windows
 from worldloom.training.config import TrainingConfig
 from worldloom.training.step import Batch, Outcome
 
@@ -44,7 +47,13 @@ class Fresh(NamedTuple):
     outcome: Outcome
 
     def write(self, buffer: Any) -> None:
-        """Write them to ``buffer``, update by update; waits until they are computed."""
+        """Write them to ``buffer``, update by update; waits until they are computed unless it is on a device."""
+        if isinstance(buffer, DeviceReplay):
+            for i, ids in enumerate(self.row_ids):
+                latents = {name: jnp.asarray(value[i]) for name, value in self.outcome.fresh.items()}
+                length = next(iter(latents.values())).shape[1]
+                buffer.write_latents(ids[:, -length:], latents, jnp.asarray(self.outcome.good[i]))
+            return
         good = np.asarray(self.outcome.good)
         fresh = {name: np.asarray(value) for name, value in self.outcome.fresh.items()}
         for i, ids in enumerate(self.row_ids):
@@ -142,9 +151,58 @@ class Windows:
         # Context rows come before the ones that gradients run through; without stored latents there is no context.
         self.rows = spec.rows if self.latents or not spec.latents else config.sequence_length
         self.buffer, self._batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
+        self.on_device: DeviceReplay | None = None
+        shapes = model.config.obs_shape
+        self._shapes = list(shapes.values()) if isinstance(shapes, Mapping) else [shapes]
+
+    @property
+    def ring(self) -> Ring | None:
+        """What :attr:`on_device` keeps."""
+        return None if self.on_device is None else self.on_device.ring
+
+    def write_back(self) -> None:
+        """Have the buffer's own latents follow those on the device."""
+        if self.on_device is not None and self.latents:
+            self.on_device.write_back()
+
+    def bytes_on_device(self, *, growing: bool) -> float:
+        """What :meth:`hold_on` would take; without end if it cannot be done."""
+        if not draws_windows(self.buffer):
+            return math.inf
+        images = (len(shape) == 3 for shape in self._shapes)
+        width = sum(math.prod(shape) * (1 if image else 4) for shape, image in zip(self._shapes, images, strict=True))
+        width += sum(4 * math.prod(shape) for shape in self.buffer.latents.values()) if self.latents else 0
+        return width * (self.buffer.capacity if growing else len(self.buffer))
+
+    def hold_on(self, device: jax.Device, *, growing: bool) -> None:
+        """Keep a copy of what is large on ``device``, for as long as training runs.
+
+        Args:
+          device: where.
+          growing: whether rows will come, up to the buffer's capacity.
+        """
+        capacity = self.buffer.capacity if growing else len(self.buffer)
+        self.on_device = DeviceReplay(self.buffer, latents=self.latents, device=device, capacity=capacity)
+
+    def complete(self, batches: Batch, row_ids: list[Any], updates: int, due: list[Fresh]) -> Batch:
+        """``batches`` as an update takes them, after ``due`` has been written where they will be looked up."""
+        if self.on_device is None:
+            return batches
+        self.on_device.follow()
+        for fresh in due:
+            fresh.write(self.on_device)
+        return batches | {SLOTS: self.on_device.slots(row_ids, updates)}
 
     def draw(self, seed: int, update: int) -> tuple[Batch, np.ndarray | None]:
-        """Batch number ``update`` [B, T, ...] and its row numbers, if the buffer tells them."""
+        """Batch number ``update`` [B, T, ...] and its row numbers, if the buffer tells them.
+
+        What :attr:`on_device` keeps is left out.
+        """
+        if self.on_device is not None:
+            sizes, drawn = (self._batch_size, self.rows), {"seed": seed, "update": update}
+            ids = self.buffer.draw(*sizes, **drawn, cross_episodes=self._cross_episodes)
+            batch = self.buffer.take(ids, observations=False)
+            return batch, batch.pop("row_ids")
         batch = self.buffer.sample(
             self._batch_size,
             self.rows,
@@ -208,8 +266,10 @@ class OfflineFeed:
         assert self._next is not None
         (chunk, loading), self._next = self._next, None
         assert chunk.step == step
+        due = [] if self._windows.on_device is None else self._unwritten.due(step)
         self._prefetch(step + chunk.updates)
-        return chunk, *loading.result()
+        batches, row_ids = loading.result()
+        return chunk, self._windows.complete(batches, row_ids, self._capacity, due), row_ids
 
     def give_back(self, chunk: Chunk, outcome: Outcome, row_ids: list[Any]) -> None:
         """Have the fresh latents of a call written back to replay, when a batch is to see them."""
@@ -224,7 +284,7 @@ class OfflineFeed:
     def _prefetch(self, step: int) -> None:
         chunk = self._plan(step)
         if chunk is not None:
-            for fresh in self._unwritten.due(step):
+            for fresh in self._unwritten.due(step) if self._windows.on_device is None else ():
                 self._writes.append(self._worker.submit(fresh.write, self._windows.buffer))
             arguments = self._windows, self._seed, chunk, self._capacity, self._device
             self._next = chunk, self._worker.submit(send, *arguments)

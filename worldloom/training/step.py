@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from worldloom.replay.device import Ring, with_rows
 from worldloom.state import TrainState
 
 Batch = dict[str, Any]
@@ -69,9 +70,9 @@ class CompiledUpdate:
         self._skip, self._keep_fresh, self._single = skip_nonfinite, keep_fresh, single
         self._call = jax.jit(self._updates, donate_argnums=0)
 
-    def names(self, state: TrainState, batches: Batch) -> tuple[str, ...]:
+    def names(self, state: TrainState, batches: Batch, ring: Ring | None = None) -> tuple[str, ...]:
         """Metric names in the order of ``Outcome.rows``: loss terms first, in the family's order."""
-        metrics = dict(self._abstract(state, batches))
+        metrics = dict(self._abstract(state, batches, ring))
         metrics.pop(REPLAY, None)
         wrong = {name: leaf.shape for name, leaf in metrics.items() if getattr(leaf, "shape", None) != ()}
         assert not wrong, f"metrics must be scalars, got shapes {wrong}"
@@ -89,33 +90,39 @@ class CompiledUpdate:
         return Guard(jnp.asarray(True), jnp.asarray(skipped, jnp.int32))
 
     def __call__(
-        self, state: TrainState, guard: Guard, batches: Batch, count: int
+        self, state: TrainState, guard: Guard, batches: Batch, count: int, ring: Ring | None = None
     ) -> tuple[TrainState, Guard, Outcome]:
-        """Do ``count`` updates with the first ``count`` of ``batches`` [K, B, T, ...]. ``state`` is used up."""
-        assert count == 1 or not self._single
-        return self._call(state, guard, batches, count)
+        """Do ``count`` updates with the first ``count`` of ``batches`` [K, B, T, ...]. ``state`` is used up.
 
-    def _abstract(self, state: TrainState, batches: Batch) -> dict[str, Any]:
+        With a ``ring`` (see :mod:`worldloom.replay.device`) observations and latents are looked up there.
+        """
+        assert count == 1 or not self._single
+        return self._call(state, guard, batches, count, ring)
+
+    def _abstract(self, state: TrainState, batches: Batch, ring: Ring | None) -> dict[str, Any]:
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
-        return jax.eval_shape(self._update, state, batch, state.key)[1]
+        return jax.eval_shape(
+            lambda *args: self._update(args[0], _complete(ring, args[1]), args[2]), state, batch, state.key
+        )[1]
 
     def _updates(
-        self, state: TrainState, guard: Guard, batches: Batch, count: jax.Array
+        self, state: TrainState, guard: Guard, batches: Batch, count: jax.Array, ring: Ring | None
     ) -> tuple[TrainState, Guard, Outcome]:
-        names = self.names(state, batches)
+        names = self.names(state, batches, ring)
         measured = names[:-1] if self._skip else names
         guarded = jnp.array(self.guarded(names))
         if jax.tree.leaves(batches)[0].shape[0] == 1 and not self._single:
             # XLA folds an axis of length one away, then fuses differently and rounds differently: give it two.
             batches = jax.tree.map(lambda x: jnp.concatenate([x, x]), batches)
         capacity = jax.tree.leaves(batches)[0].shape[0]
-        fresh = self._abstract(state, batches).get(REPLAY, {}) if self._keep_fresh else {}
+        fresh = self._abstract(state, batches, ring).get(REPLAY, {}) if self._keep_fresh else {}
 
         def one(index: jax.Array, carry: tuple[TrainState, Guard, Outcome]) -> tuple[TrainState, Guard, Outcome]:
             old, guard, outcome = carry
             # The barriers keep XLA from fusing the update with how its batch was stacked or its metrics are stored:
             # rounding must not depend on K.
-            batch = jax.lax.optimization_barrier(jax.tree.map(lambda x: x[index], batches))
+            batch = _complete(ring, jax.tree.map(lambda x: x[index], batches))
+            batch = jax.lax.optimization_barrier(batch)
             new, metrics = self._update(old, batch, jax.random.fold_in(old.key, old.step))
             metrics = jax.lax.optimization_barrier(metrics)
             row = jnp.stack([metrics[name].astype(jnp.float32) for name in measured])
@@ -153,6 +160,10 @@ def compiled_update(
 def copy(tree: Any) -> Any:
     """New arrays with the same values: what the update may consume while others keep theirs."""
     return jax.tree.map(jnp.copy, tree)
+
+
+def _complete(ring: Ring | None, batch: Batch) -> Batch:
+    return with_rows(ring, batch) if ring else batch
 
 
 def _choose(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:

@@ -241,6 +241,7 @@ class Trainer:
             return on_host(self.state)
 
         look = self._looker(windows, total, read_host)
+        self._place_replay(windows)
         with self._feed(windows, total, plan) as feed:
             hooks.begin(self._step, look)
             while self._step < total and not hooks.stop_reason and not interrupts.received:
@@ -249,10 +250,10 @@ class Trainer:
                     continue
                 chunk, batches, row_ids = taken
                 if history is None:
-                    names = update.names(self._state, batches)
+                    names = update.names(self._state, batches, windows.ring)
                     history = History(names, () if self.config.skip_nonfinite else update.guarded(names))
                     hooks.attach(history)
-                self._state, guard, outcome = update(self._state, guard, batches, chunk.updates)
+                self._state, guard, outcome = update(self._state, guard, batches, chunk.updates, windows.ring)
                 feed.give_back(chunk, outcome, row_ids)
                 history.add(self._step, chunk.updates, outcome.rows)
                 self._step += chunk.updates
@@ -265,7 +266,18 @@ class Trainer:
             if self.stop_reason:
                 _log.info("Training stopped at step %d. %s.", self._step, self.stop_reason)
             hooks.end(self._step, look)
+        windows.write_back()
         self._skipped = int(guard.skipped)
+
+    def _place_replay(self, windows: Windows) -> None:
+        """Have rows kept on the device, if the config says so or they fit well."""
+        storage, growing = self.config.replay_storage, self._collector is not None
+        if storage == "auto":
+            memory = self._device.memory_stats() if self._device.platform != "cpu" else None
+            free = memory["bytes_limit"] - memory["bytes_in_use"] if memory and "bytes_limit" in memory else 0
+            storage = "device" if windows.bytes_on_device(growing=growing) <= free / 2 else "host"
+        if storage == "device":
+            windows.hold_on(self._device, growing=growing)
 
     def _feed(self, windows: Windows, total: int, plan: Callable[[int, int], Chunk]) -> OfflineFeed | OnlineFeed:
         arguments = windows, self.config, self._device, self._capacity
@@ -309,6 +321,7 @@ class Trainer:
         for name, array in flatten_state(state).items():
             if name.startswith("params/") and not np.isfinite(array).all():
                 raise NonFiniteError(f"Step {self._step}: the weights {name} are not finite and are not saved.")
+        windows.write_back()
         record = {
             "format": FORMAT,
             "run_id": self._run_id,

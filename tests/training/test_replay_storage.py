@@ -1,0 +1,131 @@
+"""Where replay lies moves no bit: weights, latents, checkpoints and what a resumed run does."""
+
+import jax
+import numpy as np
+import pytest
+from online_worlds import Glide
+from toy_family import ToyConfig, ToyWorldModel, fill
+
+from worldloom import create_world_model
+from worldloom.envs import make_env
+from worldloom.errors import ConfigError
+from worldloom.replay import ReplayBuffer
+from worldloom.training import Trainer
+from worldloom.training.callbacks import CheckpointCallback
+from worldloom.training.config import TrainingConfig
+
+
+def weights(trainer):
+    return jax.device_get((trainer.state.params, trainer.state.opt_state))
+
+
+def latents(buffer):
+    ids = np.arange(*buffer.state_dict().values())[:, None]
+    return buffer.take(ids, latents=True)["context"]
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def offline(config, storage, capacity, **options):
+    buffer = fill(ReplayBuffer(1000))
+    buffer.ensure_latents({"memory": (1,)})
+    config = config.replace(replay_storage=storage, updates_per_call=capacity)
+    trainer = Trainer(ToyWorldModel(ToyConfig(latents=True)), config, options.pop("callbacks", []))
+    trainer.train(buffer, **options)
+    return trainer, buffer
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_offline(config, capacity):
+    (one, held), (other, copied) = (offline(config, storage, capacity) for storage in ("host", "device"))
+    assert_same(weights(one), weights(other))
+    assert_same(latents(held), latents(copied))
+    assert np.any(latents(copied)["memory"] != 0)
+
+
+def test_checkpoints_go_from_one_to_the_other(config, tmp_path):
+    whole, held = offline(config, "host", 2)
+    half = config.total_steps // 2
+    offline(config, "device", 2, callbacks=[CheckpointCallback(str(tmp_path))], total_steps=half)
+    for storage in ("host", "device"):
+        again, buffer = offline(
+            config, storage, 2, callbacks=[CheckpointCallback(str(tmp_path))], resume=tmp_path / str(half)
+        )
+        assert_same(weights(whole), weights(again))
+        assert_same(latents(held), latents(buffer))
+
+
+@pytest.mark.parametrize("capacity", [1, 4])
+def test_online_in_a_buffer_that_forgets(config, capacity):
+    trainers = []
+    for storage in ("host", "device"):
+        env = make_env(Glide, 2, seed=3)
+        changed = config.replace(replay_storage=storage, updates_per_call=capacity, prefill=20, replay_capacity=60)
+        model = ToyWorldModel(
+            ToyConfig(obs_shape=env.obs_shape, action_dim=env.action_dim, action_type=env.action_type, latents=True)
+        )
+        trainers.append(Trainer(model, changed, []))
+        trainers[-1].train(env, total_steps=100)
+    one, other = trainers
+    assert_same(weights(one), weights(other))
+    assert len(one.replay) == 60
+    assert_same(latents(one.replay), latents(other.replay))
+
+
+@pytest.mark.parametrize(
+    ("name", "obs_shape"), [("dreamerv3:tiny", (5,)), ("tdmpc2:tiny", (5,)), ("dreamerv3:tiny", (48, 48, 3))]
+)
+def test_either_family(name, obs_shape):
+    draw, found = np.random.default_rng(0), []
+    image = len(obs_shape) == 3
+    data = [
+        (
+            draw.integers(0, 256, (13, *obs_shape)).astype(np.uint8) if image else draw.normal(size=(13, *obs_shape)),
+            draw.uniform(-1, 1, (12, 2)),
+            draw.normal(size=12),
+        )
+        for _ in range(4)
+    ]
+    for storage in ("host", "device"):
+        buffer = ReplayBuffer(1000)
+        for obs, actions, rewards in data:
+            buffer.add_episode(obs, actions, rewards, truncated=True)
+        config = TrainingConfig(
+            total_steps=3, batch_size=2, sequence_length=4, device="cpu", updates_per_call=2, replay_storage=storage
+        )
+        trainer = Trainer(create_world_model(name, obs_shape=obs_shape, action_dim=2, device="cpu"), config, [])
+        trainer.train(buffer)
+        found.append(weights(trainer))
+    assert_same(*found)
+
+
+def test_more_rows_than_there_was_room_for_may_arrive_while_training(config):
+    """The copy on the device begins with room for the rows that are there, and grows."""
+
+    def trained(storage):
+        buffer = fill(ReplayBuffer(10_000))
+        grow = (4, lambda info: fill(buffer) and None)
+        trainer = Trainer(
+            ToyWorldModel(ToyConfig()), config.replace(replay_storage=storage, updates_per_call=2), [grow]
+        )
+        trainer.train(buffer)
+        return trainer, buffer
+
+    trainer, buffer = trained("device")
+    assert len(buffer) > 2 * len(fill(ReplayBuffer(1000)))
+    assert np.all([np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights(trainer))])
+
+
+def test_auto_is_the_host_on_a_cpu_and_for_other_buffers(config, buffer):
+    class Counting(ReplayBuffer):
+        def sample(self, *args, **kwargs):
+            self.asked = True
+            return super().sample(*args, **kwargs)
+
+    counting = fill(Counting(1000))
+    Trainer(ToyWorldModel(ToyConfig()), config, []).train(counting)
+    assert counting.asked
+    with pytest.raises(ConfigError, match="a Counting stays on the host"):
+        Trainer(ToyWorldModel(ToyConfig()), config.replace(replay_storage="device"), []).train(counting)
