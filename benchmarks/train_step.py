@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -17,13 +18,16 @@ import time
 
 import jax
 import numpy as np
-from work import update_call
+from work import kept_or_returned, update_call
 
 import worldloom
-from worldloom import create_world_model
+from worldloom.devices import keep_freed_memory
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, TrainingConfig
 from worldloom.training.callbacks import LoggingCallback, ProgressCallback
+
+SIDES = ("update", "trainer", "trainer, callbacks")
+ACTIONS = 6
 
 
 def episodes(obs_shape, action_dim, rows=2_000, length=200):
@@ -36,43 +40,60 @@ def episodes(obs_shape, action_dim, rows=2_000, length=200):
     return buffer
 
 
-def going_on(trainer, buffer):
-    """``call(n)`` trains ``n`` updates more."""
-    return lambda updates: trainer.train(buffer, total_steps=trainer.step + updates)
-
-
-def bare(one):
-    def call(updates):
-        for _ in range(updates):
-            one()
-
-    return call
-
-
-def compare(name, obs_shape, action_dim, batch_size, length, updates, rounds, folder):
-    """Milliseconds per update of the three, each the median over rounds, and the ratios of paired rounds."""
-    shapes = {"obs_shape": obs_shape, "action_dim": action_dim}
+def serve(pipe, side, name, obs_shape, batch_size, length, kept):
+    """One of the three in a process of its own: answers a number of updates with seconds."""
+    if kept:
+        keep_freed_memory()
+    shapes = {"obs_shape": obs_shape, "action_dim": ACTIONS}
     overrides = {"replay_context": False} if name.startswith("dreamer") else {}
     one, model, _ = update_call(name, **shapes, batch_size=batch_size, length=length, **overrides)
-    config = TrainingConfig(total_steps=10**9, batch_size=batch_size, sequence_length=length, device="auto")
-    buffer = episodes(obs_shape, action_dim)
-    watched = [ProgressCallback(), LoggingCallback(folder, log_to_tensorboard=True)]
-    calls = {"update": bare(one)}
-    for label, callbacks in {"trainer": [], "trainer, callbacks": watched}.items():
-        calls[label] = going_on(Trainer(create_world_model(name, **shapes, **overrides), config, callbacks), buffer)
-    times = {label: [] for label in calls}
-    for number in range(rounds + 1):
-        for label, call in calls.items():
+    if side == "update":
+
+        def call(updates):
+            for _ in range(updates):
+                one()
+    else:
+        config = TrainingConfig(total_steps=10**9, batch_size=batch_size, sequence_length=length, device="auto")
+        folder = tempfile.mkdtemp()
+        watched = [ProgressCallback(), LoggingCallback(folder, log_to_tensorboard=True)]
+        trainer = Trainer(model, config, watched if side == "trainer, callbacks" else [])
+        buffer = episodes(obs_shape, ACTIONS)
+
+        def call(updates):
+            trainer.train(buffer, total_steps=trainer.step + updates)
+
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        call(2)  # Compiles.
+        pipe.send(model.num_parameters())
+        while updates := pipe.recv():
             start = time.perf_counter()
-            call(updates if number else 5)
-            if number:  # The first round compiles.
-                times[label].append((time.perf_counter() - start) / updates)
+            call(updates)
+            pipe.send((time.perf_counter() - start) / updates)
+
+
+def compare(name, obs_shape, batch_size, length, updates, rounds, kept):
+    """Milliseconds per update of the three, each the median over rounds, and the ratios of paired rounds.
+
+    They take turns, each in its own process: where a program's memory lies moves its time by some percent.
+    """
+    context, pipes, times = multiprocessing.get_context("spawn"), {}, {side: [] for side in SIDES}
+    for side in SIDES:
+        pipes[side], theirs = context.Pipe()
+        arguments = theirs, side, name, obs_shape, batch_size, length, kept
+        context.Process(target=serve, args=arguments, daemon=True).start()
+        parameters = pipes[side].recv()
+    for _ in range(rounds):
+        for side, pipe in pipes.items():
+            pipe.send(updates)
+            times[side].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(0)
     paired = lambda a, b: statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))  # noqa: E731
     return {
         "batch": [batch_size, length],
-        "parameters": model.num_parameters(),
-        "ms per update": {label: round(1e3 * statistics.median(values), 3) for label, values in times.items()},
-        "spread": {label: round(max(values) / min(values), 2) for label, values in times.items()},
+        "parameters": parameters,
+        "ms per update": {side: round(1e3 * statistics.median(values), 3) for side, values in times.items()},
+        "spread": {side: round(max(values) / min(values), 2) for side, values in times.items()},
         "speed from the buffer": round(paired("update", "trainer"), 3),
         "cost of callbacks": round(paired("trainer, callbacks", "trainer") - 1, 4),
     }
@@ -84,13 +105,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=["tdmpc2:tiny", "dreamerv3:tiny"], help="presets")
     parser.add_argument("--images", action="store_true", help="64×64×3 observations instead of 24 numbers")
+    kept_or_returned(parser)
     options = parser.parse_args()
     cases = {}
     for name in options.models:
         batch_size, length = (32, 16) if name.startswith("tdmpc2") else (16, 32)
         obs_shape = (64, 64, 3) if options.images else (24,)
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-            cases[name] = compare(name, obs_shape, 6, batch_size, length, options.updates, options.rounds, folder)
+        work = obs_shape, batch_size, length, options.updates, options.rounds
+        cases[name] = compare(name, *work, kept=not options.returned)
     report = {
         "benchmark": "train_step",
         "cases": cases,

@@ -33,7 +33,7 @@ def random_batch(obs_shape, action_dim, batch_size, rows, seed=0):
 
 
 def update_call(name, *, obs_shape, action_dim, batch_size, length, training=None, **overrides):
-    """``call()`` does one full update and waits for it; also the model and how it was compiled.
+    """``call()`` does one full update and waits for it; also the model and what lowers the program.
 
     ``training`` are further fields of the ``TrainingConfig``, ``overrides`` of the model's.
     """
@@ -56,7 +56,7 @@ def update_call(name, *, obs_shape, action_dim, batch_size, length, training=Non
         state["now"], metrics = step(state["now"], batch, key)
         jax.block_until_ready((state["now"], metrics))
 
-    return call, model, step.lower(state["now"], batch, key)
+    return call, model, lambda: step.lower(state["now"], batch, key)
 
 
 def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
@@ -72,7 +72,7 @@ def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
     def call():
         jax.block_until_ready(act(state, carry, obs, key))
 
-    return call, model, act.lower(state, carry, obs, key)
+    return call, model, lambda: act.lower(state, carry, obs, key)
 
 
 def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **overrides):
@@ -90,7 +90,7 @@ def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **override
     def call():
         jax.block_until_ready(imagine(params, state, actions, key))
 
-    return call, model, imagine.lower(params, state, actions, key)
+    return call, model, lambda: imagine.lower(params, state, actions, key)
 
 
 def kept_or_returned(parser):
@@ -120,9 +120,9 @@ def matmul_ceiling(size=1024, repeats=20):
     return 2 * size**3 / timing["p5_seconds"]
 
 
-def report(question, timing, model, lowered, /, **about):
+def report(question, timing, model, lower, /, **about):
     """Everything that a reader needs to judge a timing, as a dict for JSON."""
-    cost = lowered.compile().cost_analysis() or {}
+    cost = lower().compile().cost_analysis() or {}
     flops, ceiling = cost.get("flops", float("nan")), matmul_ceiling()
     return {
         "question": question,

@@ -31,6 +31,8 @@ TDMPC2 = ["--model", "tdmpc2:5m", "--batch-size", "256", "--length", "4"]
 WORKS = {
     "tdmpc2-update": ("tdmpc2_official.py", ["--work", "update"], [*TDMPC2, "--work", "update"]),
     "tdmpc2-plan": ("tdmpc2_official.py", ["--work", "plan"], [*TDMPC2, "--work", "plan"]),
+    "tdmpc2-update-port": ("tdmpc2_jax_port.py", ["--work", "update"], [*TDMPC2, "--work", "update"]),
+    "tdmpc2-plan-port": ("tdmpc2_jax_port.py", ["--work", "plan"], [*TDMPC2, "--work", "plan"]),
     "dreamerv3-size1m-vector": dreamer("size1m", "vector", 16, 64),
     "dreamerv3-size12m-vector": dreamer("size12m", "vector", 16, 64),
     "dreamerv3-size1m-image": dreamer("size1m", "image", 16, 64),

@@ -100,6 +100,10 @@ class Dense(nnx.Module):
         """[..., in] → [..., out]."""
         return jax.nn.silu(self.norm(self.linear(x)))
 
+    def finish(self, product: jax.Array) -> jax.Array:
+        """What is left to do after the product with the kernel."""
+        return jax.nn.silu(self.norm(product + self.linear.bias.astype(product.dtype)))
+
 
 class MLP(nnx.Module):
     """``layers`` × :class:`Dense` of ``width`` units; no output layer."""

@@ -16,9 +16,11 @@ class OneHot(NamedTuple):
 
     Attributes:
       log_probs: normalised log-probabilities [..., S, C] of S variables with C classes.
+      probs: their exponentials, which draws need without the logarithms.
     """
 
     log_probs: jax.Array
+    probs: jax.Array
 
     @classmethod
     def from_logits(cls, logits: jax.Array, unimix: float = 0.0) -> OneHot:
@@ -26,9 +28,10 @@ class OneHot(NamedTuple):
         # Classes lead while they are summed: CPUs are slow at rows of four or 32 numbers.
         logits = jnp.moveaxis(logits.astype(jnp.float32), -1, 0)
         if not unimix:
-            return cls(jnp.moveaxis(jax.nn.log_softmax(logits, 0), 0, -1))
+            log_probs = jax.nn.log_softmax(logits, 0)
+            return cls(jnp.moveaxis(log_probs, 0, -1), jnp.moveaxis(jnp.exp(log_probs), 0, -1))
         mixed = (1 - unimix) * jax.nn.softmax(logits, 0) + unimix / logits.shape[0]
-        return cls(jnp.moveaxis(jnp.log(mixed), 0, -1))
+        return cls(jnp.moveaxis(jnp.log(mixed), 0, -1), jnp.moveaxis(mixed, 0, -1))
 
     def sample(self, key: jax.Array | None) -> jax.Array:
         """Exact one-hot draws [..., S, C] whose gradient is that of the probabilities (straight-through).
@@ -36,7 +39,7 @@ class OneHot(NamedTuple):
         A draw inverts the cumulated probabilities: one random number per variable, where Gumbel noise takes one and
         two logarithms per class (12 times the time on a CPU).
         """
-        probs = jnp.exp(self.log_probs)
+        probs = self.probs
         if key is None:
             index = jnp.argmax(self.log_probs, -1)
         else:
@@ -52,11 +55,11 @@ class OneHot(NamedTuple):
 
     def entropy(self) -> jax.Array:
         """``−Σ_c p log p`` in nats, summed over the S variables: [...]."""
-        return -jnp.sum(jnp.exp(self.log_probs) * self.log_probs, (-2, -1))
+        return -jnp.sum(self.probs * self.log_probs, (-2, -1))
 
     def kl(self, other: OneHot) -> jax.Array:
         """``KL(self ‖ other)`` in nats, summed over the S variables: [...]."""
-        return jnp.sum(jnp.exp(self.log_probs) * (self.log_probs - other.log_probs), (-2, -1))
+        return jnp.sum(self.probs * (self.log_probs - other.log_probs), (-2, -1))
 
 
 class Categorical(NamedTuple):

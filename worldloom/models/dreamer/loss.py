@@ -149,21 +149,24 @@ def imagine(
     """Let the policy act in the world model: features [H + 1, N, F] from ``starts`` [N, ...] and the action at each."""
     mixing = model.rssm.core.mixing(model.dtype)
     # Features are written where they are read from; to stack and to append them would copy them twice.
-    features = jnp.zeros((horizon + 1, *starts.features.shape), model.dtype).at[0].set(starts.features)
+    put = jax.lax.dynamic_update_index_in_dim
+    first = starts.features
+    dream = put(jnp.zeros((horizon + 1, *first.shape), model.dtype), first, 0, 0)
 
-    def step(carry: tuple[Latent, jax.Array], now: tuple) -> tuple[tuple[Latent, jax.Array], dict[str, jax.Array]]:
-        (state, features), (index, key) = carry, now
+    def step(carry: tuple, now: tuple) -> tuple[tuple, dict[str, jax.Array]]:
+        (state, features, dream), (index, key) = carry, now
         action_key, latent_key = split_key(key)
-        actions = model.sample_actions(state.features, action_key)
+        actions = model.sample_actions(features, action_key)
         embedded = embed_actions(model.config, strip_single(model.config, actions), 1, model.dtype)
         state = model.rssm.predict(state, embedded, latent_key, mixing)
-        return (state, features.at[index + 1].set(state.features)), actions
+        features = state.features
+        return (state, features, put(dream, features, index + 1, 0)), actions
 
     rollout_key, last_key = split_key(key)
     steps = (jnp.arange(horizon), step_keys(rollout_key, horizon))
-    (last, features), actions = jax.lax.scan(step, (starts, features), steps)
-    final = model.sample_actions(last.features, last_key)
-    return features, jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), actions, final)
+    (_, last, dream), actions = jax.lax.scan(step, (starts, first, dream), steps)
+    final = model.sample_actions(last, last_key)
+    return dream, jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), actions, final)
 
 
 def reconstruction_loss(decoded: Mapping[str, jax.Array], obs: Mapping[str, jax.Array]) -> jax.Array:

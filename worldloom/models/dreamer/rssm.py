@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from worldloom.models.dreamer.config import DreamerV3Config
-from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm, block_matmul
+from worldloom.nn.late import Kernels, Products, late_scan
+from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm
 from worldloom.ops.distributions import OneHot
 from worldloom.ops.keys import step_keys
 
@@ -38,6 +41,21 @@ class Latent:
         return self.stoch.reshape(*self.stoch.shape[:-2], -1)
 
 
+class Mixing(NamedTuple):
+    """The weights of :class:`BlockGRU` as its steps use them.
+
+    Attributes:
+      kernels: of the embeddings ``deter_in`` and ``stoch_in``; the hidden kernel's shares ``own`` chunk [g, D/g, D/g]
+        and ``shared`` state embeddings [2H, D]; and ``gates``.
+      action: the hidden kernel's share of the action embedding, [H, D].
+      gate_bias: [3, D]; each block's 3·D/g outputs are its reset, candidate and update gates, in this order.
+    """
+
+    kernels: Kernels
+    action: jax.Array
+    gate_bias: jax.Array
+
+
 class BlockGRU(nnx.Module):
     """``h' = u · c + (1 − u) · h`` from state and action, with block-diagonal recurrent weights (``_core``).
 
@@ -56,32 +74,38 @@ class BlockGRU(nnx.Module):
         self.norm = RMSNorm(deter)
         self.gates = BlockLinear(deter, 3 * deter, blocks, rngs=rngs)
 
-    def mixing(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """What all steps of a scan share, cut once.
-
-        The hidden kernel's shares: own chunk [g, D/g, D/g], state embeddings [2H, D], action embedding [H, D]; and the
-        gates' biases [3, D]: each block's 3·D/g outputs are its reset, candidate and update gates, in this order.
-        """
+    def mixing(self, dtype: jnp.dtype) -> Mixing:
+        """What all steps of a scan share, cut once."""
         kernel, bias = self.hidden.kernel.astype(dtype), self.gates.bias.astype(dtype)
         own = kernel.shape[2]
         shared = kernel[:, own:].transpose(1, 0, 2).reshape(kernel.shape[1] - own, -1)
         cut = 2 * (shared.shape[0] // 3)
-        return kernel[:, :own], shared[:cut], shared[cut:], bias.reshape(-1, 3, own).swapaxes(0, 1).reshape(3, -1)
+        kernels = {
+            "deter_in": self.deter_in.linear.kernel.astype(dtype),
+            "stoch_in": self.stoch_in.linear.kernel.astype(dtype),
+            "own": kernel[:, :own],
+            "shared": shared[:cut],
+            "gates": self.gates.kernel.astype(dtype),
+        }
+        return Mixing(kernels, shared[cut:], bias.reshape(-1, 3, own).swapaxes(0, 1).reshape(3, -1))
 
-    def action_share(self, action: jax.Array, mixing: tuple[jax.Array, ...]) -> jax.Array:
+    def action_share(self, action: jax.Array, mixing: Mixing) -> jax.Array:
         """What the action [..., A] and the bias add to the hidden layer: [..., D].
 
         Entries beyond ±1 act like ±1; their gradient is divided by their size instead of cut.
         """
         bounded = action / jax.lax.stop_gradient(jnp.maximum(1, jnp.abs(action)))
-        return self.action_in(bounded) @ mixing[2] + self.hidden.bias.astype(action.dtype)
+        return self.action_in(bounded) @ mixing.action + self.hidden.bias.astype(action.dtype)
 
-    def __call__(self, state: Latent, action_share: jax.Array, mixing: tuple[jax.Array, ...]) -> jax.Array:
-        """Next deterministic state [..., D]."""
-        embedded = jnp.concatenate([self.deter_in(state.deter), self.stoch_in(state.flat_stoch)], -1)
-        hidden = block_matmul(state.deter, mixing[0]) + embedded @ mixing[1] + action_share
-        gates = block_matmul(jax.nn.silu(self.norm(hidden)), self.gates.kernel.astype(hidden.dtype), 3)
-        reset, candidate, update = (gates[i] + mixing[3][i] for i in range(3))
+    def __call__(
+        self, state: Latent, action_share: jax.Array, gate_bias: jax.Array, products: Callable[..., jax.Array]
+    ) -> jax.Array:
+        """Next deterministic state [..., D]; ``products`` with the kernels of :class:`Mixing`."""
+        deter, stoch = products("deter_in", state.deter), products("stoch_in", state.flat_stoch)
+        embedded = jnp.concatenate([self.deter_in.finish(deter), self.stoch_in.finish(stoch)], -1)
+        hidden = products("own", state.deter) + products("shared", embedded) + action_share
+        gates = products("gates", jax.nn.silu(self.norm(hidden)), 3)
+        reset, candidate, update = (gates[i] + gate_bias[i] for i in range(3))
         candidate = jnp.tanh(jax.nn.sigmoid(reset) * candidate)
         update = jax.nn.sigmoid(update - 1)
         return update * candidate + (1 - update) * state.deter
@@ -133,22 +157,33 @@ class RSSM(nnx.Module):
         mixing = self.core.mixing(tokens.dtype)
         kernel = self.posterior_hidden.linear.kernel.astype(tokens.dtype)
         from_deter, from_tokens = jnp.split(kernel, [initial.deter.shape[-1]])
+        kernels = mixing.kernels | {
+            "posterior": from_deter,
+            "logits": self.posterior_logits.kernel.astype(tokens.dtype),
+        }
         action_shares = self.core.action_share(actions * keep, mixing)
         token_shares = tokens @ from_tokens + self.posterior_hidden.linear.bias.astype(tokens.dtype)
+        graph, weights = nnx.split(self)
 
-        def step(state: Latent, row: tuple) -> tuple[Latent, tuple[Latent, jax.Array]]:
-            action_share, token_share, keep_t, key_t = row
+        def step(weights: Any, products: Products, state: Latent, row: tuple, key: jax.Array | None) -> tuple:
+            rssm, gate_bias = nnx.merge(graph, weights[0]), weights[1]
+            action_share, token_share, keep_t = row
             state = Latent(state.deter * keep_t, state.stoch * keep_t[..., None])
-            deter = self.core(state, action_share, mixing)
-            hidden = jax.nn.silu(self.posterior_hidden.norm(deter @ from_deter + token_share))
-            logits = self._to_latents(self.posterior_logits(hidden))
-            state = Latent(deter, self._sample(logits, key_t))
+            deter = rssm.core(state, action_share, gate_bias, products)
+            hidden = jax.nn.silu(rssm.posterior_hidden.norm(products("posterior", deter) + token_share))
+            logits = products("logits", hidden) + rssm.posterior_logits.bias.astype(hidden.dtype)
+            logits = rssm._to_latents(logits)
+            state = Latent(deter, rssm._sample(logits, key))
             return state, (state, logits)
 
         rows = jax.tree.map(_swap_time, (action_shares, token_shares, keep))
-        # A scan keeps the recomputation apart by itself.
-        step = jax.checkpoint(step, prevent_cse=False) if remat else step
-        _, out = jax.lax.scan(step, initial, (*rows, step_keys(key, tokens.shape[1])))
+        shared, keys = (nnx.to_pure_dict(weights), mixing.gate_bias), step_keys(key, tokens.shape[1])
+        if remat:
+            # A scan keeps the recomputation apart by itself.
+            one = lambda state, now: step(shared, Products(kernels), state, *now)  # noqa: E731
+            _, out = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), initial, (rows, keys))
+        else:
+            _, out = late_scan(step, shared, kernels, initial, rows, keys)
         states, logits = jax.tree.map(_swap_time, out)
         return states, logits
 
@@ -156,12 +191,11 @@ class RSSM(nnx.Module):
         """Logits [..., S, C] of the stochastic part predicted from the deterministic part [..., D] alone."""
         return self._to_latents(self.prior_logits(self.prior_hidden(deter)))
 
-    def predict(
-        self, state: Latent, action: jax.Array, key: jax.Array | None, mixing: tuple[jax.Array, ...] | None = None
-    ) -> Latent:
+    def predict(self, state: Latent, action: jax.Array, key: jax.Array | None, mixing: Mixing | None = None) -> Latent:
         """One imagined step from [..., ] states and embedded actions [..., A]; ``mixing`` spares cutting it again."""
         mixing = mixing or self.core.mixing(action.dtype)
-        deter = self.core(state, self.core.action_share(action, mixing), mixing)
+        action_share = self.core.action_share(action, mixing)
+        deter = self.core(state, action_share, mixing.gate_bias, Products(mixing.kernels))
         return Latent(deter, self._sample(self.prior(deter), key))
 
     def _sample(self, logits: jax.Array, key: jax.Array | None) -> jax.Array:
