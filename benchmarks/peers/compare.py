@@ -4,7 +4,8 @@
     python benchmarks/peers/compare.py dreamerv3-size1m-vector --checkout DIR --peer-python DIR/bin/python
 
 ``ratio`` is reference / ours: 2 means that ours takes half the time. On a CPU both sides keep freed memory in the
-process (see ``worldloom.devices.keep_freed_memory``), which helps either; ``--returned`` leaves both as they come.
+process (see ``worldloom.devices.keep_freed_memory``), which helps either; ``--returned`` leaves both as they come, and
+``--as-shipped`` only the reference: ours runs as ``worldloom train`` does.
 """
 
 import argparse
@@ -75,13 +76,17 @@ def main():
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--calls", type=int, default=3, help="calls per turn")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for TD-MPC2")
-    parser.add_argument("--returned", action="store_true", help="let the C library hand freed memory back")
+    memory = parser.add_mutually_exclusive_group()
+    memory.add_argument(
+        "--returned", action="store_true", help="let the C library hand freed memory back, on both sides"
+    )
+    memory.add_argument("--as-shipped", action="store_true", help="let it on the reference's side")
     args = parser.parse_args()
     script, theirs, ours = WORKS[args.work]
     theirs = [*theirs, "--compile"] if args.compile else theirs
     peer = Side(
         [args.peer_python, str(HERE / script), "--checkout", str(args.checkout.resolve()), *theirs],
-        kept=not args.returned,
+        kept=not (args.returned or args.as_shipped),
     )
     own = Side([sys.executable, str(HERE / "worldloom_work.py"), *ours], kept=not args.returned)
     pairs = [(peer.seconds(args.calls), own.seconds(args.calls)) for _ in range(args.pairs + 1)][1:]
@@ -96,7 +101,7 @@ def main():
                 "reference_seconds": statistics.median(reference for reference, _ in pairs),
                 "our_seconds": statistics.median(mine for _, mine in pairs),
                 "pairs": args.pairs,
-                "freed_memory": "returned" if args.returned else "kept",
+                "freed_memory": "returned" if args.returned else "kept by ours" if args.as_shipped else "kept",
                 "cpus": os.cpu_count(),
                 "reference": peer.about,
                 "ours": own.about,
