@@ -66,9 +66,9 @@ def serve(pipe, side, name, obs_shape, batch_size, length, kept):
         call(2)  # Compiles.
         pipe.send(model.num_parameters())
         while updates := pipe.recv():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             call(updates)
-            pipe.send((time.perf_counter() - start) / updates)
+            pipe.send(((time.perf_counter() - start[0]) / updates, (time.process_time() - start[1]) / updates))
 
 
 def compare(name, obs_shape, batch_size, length, updates, rounds, kept):
@@ -76,7 +76,8 @@ def compare(name, obs_shape, batch_size, length, updates, rounds, kept):
 
     They take turns, each in its own process: where a program's memory lies moves its time by some percent.
     """
-    context, pipes, times = multiprocessing.get_context("spawn"), {}, {side: [] for side in SIDES}
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    times, work = {side: [] for side in SIDES}, {side: [] for side in SIDES}
     for side in SIDES:
         pipes[side], theirs = context.Pipe()
         arguments = theirs, side, name, obs_shape, batch_size, length, kept
@@ -85,17 +86,23 @@ def compare(name, obs_shape, batch_size, length, updates, rounds, kept):
     for _ in range(rounds):
         for side, pipe in pipes.items():
             pipe.send(updates)
-            times[side].append(pipe.recv())
+            seconds, of_cores = pipe.recv()
+            times[side].append(seconds)
+            work[side].append(of_cores)
     for pipe in pipes.values():
         pipe.send(0)
-    paired = lambda a, b: statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))  # noqa: E731
+    paired = lambda of, a, b: statistics.median(x / y for x, y in zip(of[a], of[b], strict=True))  # noqa: E731
     return {
         "batch": [batch_size, length],
         "parameters": parameters,
         "ms per update": {side: round(1e3 * statistics.median(values), 3) for side, values in times.items()},
         "spread": {side: round(max(values) / min(values), 2) for side, values in times.items()},
-        "speed from the buffer": round(paired("update", "trainer"), 3),
-        "cost of callbacks": round(paired("trainer, callbacks", "trainer") - 1, 4),
+        "speed from the buffer": round(paired(times, "update", "trainer"), 3),
+        "cost of callbacks": round(paired(times, "trainer, callbacks", "trainer") - 1, 4),
+        # What the cores did, all threads together: other processes disturb it less than the time.
+        "ms of cores per update": {side: round(1e3 * statistics.median(values), 3) for side, values in work.items()},
+        "work of an update over work from the buffer": round(paired(work, "update", "trainer"), 3),
+        "work for callbacks": round(paired(work, "trainer, callbacks", "trainer") - 1, 4),
     }
 
 
