@@ -48,3 +48,17 @@ def _forget_programs():
     """Compiled programs of a module are of no use to the next, and gigabytes by the end."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def elsewhere(request):
+    """``elsewhere(condition)`` skips a way of computing updates that is compared for another recorded file.
+
+    Each is a compilation, which is all the time that these tests take; `-m slow` compares every file in every way.
+    """
+
+    def skip_if(condition: bool) -> None:
+        if condition and "slow" not in request.config.getoption("-m").replace("not slow", ""):
+            pytest.skip("another recorded file is computed in this way; run with -m slow")
+
+    return skip_if
