@@ -21,6 +21,7 @@ import numpy as np
 from work import kept_or_returned, update_call
 
 import worldloom
+from worldloom import create_world_model
 from worldloom.devices import keep_freed_memory
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, TrainingConfig
@@ -46,16 +47,17 @@ def serve(pipe, side, name, obs_shape, batch_size, length, kept):
         keep_freed_memory()
     shapes = {"obs_shape": obs_shape, "action_dim": ACTIONS}
     overrides = {"replay_context": False} if name.startswith("dreamer") else {}
-    one, model, _ = update_call(name, **shapes, batch_size=batch_size, length=length, **overrides)
     if side == "update":
+        one, model, _ = update_call(name, **shapes, batch_size=batch_size, length=length, **overrides)
 
         def call(updates):
             for _ in range(updates):
                 one()
     else:
         config = TrainingConfig(total_steps=10**9, batch_size=batch_size, sequence_length=length, device="auto")
-        folder = tempfile.mkdtemp()
-        watched = [ProgressCallback(), LoggingCallback(folder, log_to_tensorboard=True)]
+        folder = tempfile.TemporaryDirectory()
+        watched = [ProgressCallback(), LoggingCallback(folder.name, log_to_tensorboard=True)]
+        model = create_world_model(name, **shapes, **overrides)
         trainer = Trainer(model, config, watched if side == "trainer, callbacks" else [])
         buffer = episodes(obs_shape, ACTIONS)
 
