@@ -12,7 +12,7 @@ import numpy as np
 
 from worldloom.errors import ConfigError
 from worldloom.replay.buffer import Batch, ReplayBuffer
-from worldloom.replay.schema import bare, column_name, latent_name
+from worldloom.replay.schema import bare, by_key, column_name, latent_name
 
 Ring = dict[str, jax.Array]
 """``obs`` or ``obs/<key>`` and ``latents/<key>``, each [capacity, ...]; row i lies in slot ``i % capacity``."""
@@ -120,8 +120,7 @@ class DeviceReplay:
 
     def _columns(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         found = self._buffer.take(ids[:, None], latents=self._latents)
-        obs = found["obs"] if isinstance(found["obs"], dict) else {"": found["obs"]}
-        columns = {column_name("obs", key): value[:, 0] for key, value in obs.items()}
+        columns = {column_name("obs", key): value[:, 0] for key, value in by_key(found["obs"]).items()}
         return columns | {latent_name(key): value for key, value in found.get("context", {}).items()}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from worldloom.errors import DataError
 from worldloom.replay.device import SLOTS, DeviceReplay, Ring, draws_windows
+from worldloom.replay.schema import by_key
 from worldloom.training.config import TrainingConfig
 from worldloom.training.step import Batch, Outcome
 
@@ -152,8 +153,7 @@ class Windows:
         self.rows = spec.rows if self.latents or not spec.latents else config.sequence_length
         self.buffer, self._batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
         self.on_device: DeviceReplay | None = None
-        shapes = model.config.obs_shape
-        self._shapes = list(shapes.values()) if isinstance(shapes, Mapping) else [shapes]
+        self._shapes = list(by_key(model.config.obs_shape).values())
 
     @property
     def ring(self) -> Ring | None:
@@ -169,8 +169,8 @@ class Windows:
         """What :meth:`hold_on` would take; without end if it cannot be done."""
         if not draws_windows(self.buffer):
             return math.inf
-        images = (len(shape) == 3 for shape in self._shapes)
-        width = sum(math.prod(shape) * (1 if image else 4) for shape, image in zip(self._shapes, images, strict=True))
+        # Images have three axes and stay uint8.
+        width = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in self._shapes)
         width += sum(4 * math.prod(shape) for shape in self.buffer.latents.values()) if self.latents else 0
         return width * (self.buffer.capacity if growing else len(self.buffer))
 
