@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from worldloom.models.dreamer.loss import actor_loss, critic_loss, normalise, replay_return
+from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
+from worldloom.models.dreamer.loss import actor_loss, critic_loss, imagine, normalise, replay_return
 from worldloom.ops.distributions import Categorical, Normal
 from worldloom.ops.returns import lambda_return
 from worldloom.ops.symexp_twohot import symexp_twohot_mean
@@ -70,3 +71,24 @@ def test_replayed_loss_and_gradients(golden):
     assert_close(returns, data["replay/expect/returns"])
     assert_close(elements, data["replay/expect/loss"])
     assert_close(gradient, data["replay/expect/grad/value_logits"])
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_imagination_hands_on_what_the_actor_computed(drawn):
+    """Actions come from the policy at their features, whose first products the loss takes over."""
+    config = DreamerV3Config(
+        obs_shape=(3,), action_dim=2, deter_dim=32, stoch_dim=12, num_categories=4, hidden_dim=8, mlp_layers=2
+    )
+    model = DreamerV3WorldModel(config, device="cpu", dtype=jnp.float32)
+    starts = model.initial_state(5)
+    key = jax.random.key(0) if drawn else None
+    features, actions, products = imagine(model, starts, 4, key)
+    assert features.shape[:2] == actions["action"].shape[:2] == products.shape[:2] == (5, 5)
+    np.testing.assert_allclose(products, model.actor.product(features), rtol=1e-5, atol=1e-6)
+    policy = model.actor(features)["action"]
+    distance = np.abs(actions["action"] - policy.mean) / np.asarray(policy.std)
+    if drawn:
+        assert 0 < distance.mean() < 2
+        assert len(np.unique(distance)) == distance.size
+    else:
+        np.testing.assert_allclose(distance, 0, atol=1e-5)

@@ -48,7 +48,7 @@ def rows(batch_size, length, seed):
 
 @pytest.fixture(scope="module")
 def trained():
-    training = TrainingConfig(learning_rate=3e-3, grad_clip=0, device="cpu")
+    training = TrainingConfig(learning_rate=1e-3, grad_clip=0, device="cpu")
     state = dreamer.init_state(DreamerV3WorldModel(CONFIG, device="cpu"), training, jax.random.key(0))
     batches = jax.tree.map(lambda *x: np.stack(x), *[rows(8, 8, seed) for seed in range(STEPS)])
 

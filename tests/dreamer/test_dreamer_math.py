@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldloom.models.dreamer.loss import normalise, replay_return
-from worldloom.nn.linear import BlockLinear, Linear, RMSNorm, truncated_normal
+from worldloom.nn.linear import MLP, BlockLinear, Linear, RMSNorm, truncated_normal
 from worldloom.ops.distributions import Categorical, Normal, OneHot, binary_cross_entropy
 from worldloom.ops.returns import lambda_return
 from worldloom.ops.symexp_twohot import symexp_bins, symexp_twohot_loss, symexp_twohot_mean
@@ -147,6 +148,22 @@ def test_block_linear_is_block_diagonal():
     dense[:3, :2], dense[3:, 2:] = layer.kernel[0], layer.kernel[1]
     x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
     np.testing.assert_allclose(layer(x), x @ dense, rtol=1e-5, atol=1e-6)
+
+
+def test_a_known_product_only_lacks_the_gradient_of_its_kernel():
+    mlp = MLP(5, 4, 2, rngs=nnx.Rngs(0))
+    graph, weights = nnx.split(mlp)
+    x = jax.random.normal(jax.random.key(1), (3, 2, 5))
+    known = mlp.product(x)
+
+    def value(weights, x, known):
+        mlp = nnx.merge(graph, weights)
+        return jnp.sum(jnp.sin(mlp.finish(mlp.product(x, known))))
+
+    expected, found = (jax.value_and_grad(value)(weights, x, y) for y in (None, known))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
+    for gradient in jax.grad(value, argnums=(1, 2))(weights, x, known):
+        np.testing.assert_array_equal(gradient, 0)
 
 
 def test_return_range_moves_before_it_divides():

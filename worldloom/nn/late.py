@@ -46,9 +46,9 @@ Step = Callable[[Any, Products, Any, Any, jax.Array | None], tuple[Any, Any]]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def late_scan(
-    step: Step, weights: Any, kernels: Kernels, initial: Any, rows: Any, keys: jax.Array | None
+    step: Step, weights: Any, kernels: Kernels, initial: Any, rows: Any, noise: jax.Array | None
 ) -> tuple[Any, Any]:
-    """``lax.scan`` of ``step(weights, products, carry, row, key) -> (carry, out)``.
+    """``lax.scan`` of ``step(weights, products, carry, row, noise) -> (carry, out)``.
 
     Differentiated by ``lax.scan`` itself, each step adds to the gradient of each kernel a product of a few rows. Here
     the loop backwards keeps what reaches the products' outputs, and one product over all steps follows it.
@@ -59,25 +59,25 @@ def late_scan(
       kernels: by name.
       initial: carry before the first step.
       rows: scanned over.
-      keys: scanned over, not differentiated.
+      noise: scanned over, not differentiated: random numbers, or keys, or None.
 
     Returns:
       As ``lax.scan``.
     """
-    return jax.lax.scan(lambda carry, now: step(weights, Products(kernels), carry, *now), initial, (rows, keys))
+    return jax.lax.scan(lambda carry, now: step(weights, Products(kernels), carry, *now), initial, (rows, noise))
 
 
 def _forward(
-    step: Step, weights: Any, kernels: Kernels, initial: Any, rows: Any, keys: jax.Array | None
+    step: Step, weights: Any, kernels: Kernels, initial: Any, rows: Any, noise: jax.Array | None
 ) -> tuple[Any, Any]:
     def tapped(weights: Any, initial: Any, rows: Any, taps: Kernels) -> Any:
         def one(carry: Any, now: Any) -> Any:
-            row, key, tap = now
+            row, noise, tap = now
             products = Products(kernels, tap)
-            carry, out = step(weights, products, carry, row, key)
+            carry, out = step(weights, products, carry, row, noise)
             return carry, (out, products.inputs)
 
-        carry, (outs, inputs) = jax.lax.scan(one, initial, (rows, keys, taps))
+        carry, (outs, inputs) = jax.lax.scan(one, initial, (rows, noise, taps))
         return (carry, outs), inputs
 
     def outputs(carry: Any, now: Any) -> Kernels:
@@ -85,7 +85,7 @@ def _forward(
         step(weights, products, carry, *now)
         return products.outputs
 
-    first = jax.tree.map(lambda x: x[0], (rows, keys))
+    first = jax.tree.map(lambda x: x[0], (rows, noise))
     length = len(jax.tree.leaves(rows)[0])
     shapes = jax.eval_shape(outputs, initial, first)
     taps = {name: jnp.zeros((length, *shape.shape), shape.dtype) for name, shape in shapes.items()}

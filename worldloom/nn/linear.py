@@ -34,10 +34,34 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] → [..., out]."""
+        return self.product(x) + self.bias.astype(x.dtype)
+
+    def product(self, x: jax.Array, known: jax.Array | None = None) -> jax.Array:
+        """``x W`` [..., in] → [..., out].
+
+        ``known`` is its value where it was computed before; then a gradient reaches W alone.
+        """
+        kernel = self.kernel.astype(x.dtype)
+        if known is not None:
+            return _known_product(x, kernel, known)
         # One axis of rows: of two, CPUs would copy the gradient for the product with x.
-        rows = x.reshape(-1, x.shape[-1])
-        y = rows @ self.kernel.astype(x.dtype) + self.bias.astype(x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _known_product(x: jax.Array, kernel: jax.Array, product: jax.Array) -> jax.Array:
+    return product
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array, product: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return product, x
+
+
+def _product_backward(x: jax.Array, reached: jax.Array) -> tuple[None, jax.Array, None]:
+    return None, x.reshape(-1, x.shape[-1]).T @ reached.reshape(-1, reached.shape[-1]), None
+
+
+_known_product.defvjp(_product_forward, _product_backward)
 
 
 class BlockLinear(nnx.Module):
@@ -114,6 +138,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] → [..., width]."""
-        for layer in self.layers:
+        return self.finish(self.product(x))
+
+    def product(self, x: jax.Array, known: jax.Array | None = None) -> jax.Array:
+        """That of the first layer; see :meth:`Linear.product`."""
+        return self.layers[0].linear.product(x, known)
+
+    def finish(self, product: jax.Array) -> jax.Array:
+        """What is left to do after :meth:`product`."""
+        x = self.layers[0].finish(product)
+        for layer in self.layers[1:]:
             x = layer(x)
         return x

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from worldloom.ops.keys import split_key
 from worldloom.ops.symlog import symlog
 
 
@@ -25,30 +28,37 @@ class OneHot(NamedTuple):
     @classmethod
     def from_logits(cls, logits: jax.Array, unimix: float = 0.0) -> OneHot:
         """``p = (1 − unimix) · softmax(logits) + unimix / C``: no class ever has less than ``unimix / C``."""
-        # Classes lead while they are summed: CPUs are slow at rows of four or 32 numbers.
-        logits = jnp.moveaxis(logits.astype(jnp.float32), -1, 0)
+        # Classes one by one: CPUs are slow at sums over rows of four or 32 numbers.
+        classes = jnp.moveaxis(logits.astype(jnp.float32), -1, 0)
+        classes -= jax.lax.stop_gradient(functools.reduce(jnp.maximum, list(classes)))
+        masses = jnp.exp(classes)
+        total = functools.reduce(jnp.add, list(masses))
         if not unimix:
-            log_probs = jax.nn.log_softmax(logits, 0)
-            return cls(jnp.moveaxis(log_probs, 0, -1), jnp.moveaxis(jnp.exp(log_probs), 0, -1))
-        mixed = (1 - unimix) * jax.nn.softmax(logits, 0) + unimix / logits.shape[0]
-        return cls(jnp.moveaxis(jnp.log(mixed), 0, -1), jnp.moveaxis(mixed, 0, -1))
+            log_probs, probs = classes - jnp.log(total), masses / total
+        else:
+            probs = masses * ((1 - unimix) / total) + unimix / len(classes)
+            log_probs = jnp.log(probs)
+        return cls(jnp.moveaxis(log_probs, 0, -1), jnp.moveaxis(probs, 0, -1))
 
     def sample(self, key: jax.Array | None) -> jax.Array:
-        """Exact one-hot draws [..., S, C] whose gradient is that of the probabilities (straight-through).
+        """Exact one-hot draws [..., S, C] whose gradient is that of the probabilities (straight-through)."""
+        return self.pick(None if key is None else jax.random.uniform(key, self.probs.shape[:-1]))
+
+    def pick(self, uniform: jax.Array | None) -> jax.Array:
+        """As :meth:`sample`, with random numbers [..., S] from [0, 1) drawn before; None picks the modes.
 
         A draw inverts the cumulated probabilities: one random number per variable, where Gumbel noise takes one and
         two logarithms per class (12 times the time on a CPU).
         """
         probs = self.probs
-        if key is None:
+        if uniform is None:
             index = jnp.argmax(self.log_probs, -1)
         else:
-            threshold = jax.random.uniform(key, probs.shape[:-1])
-            index, reached = jnp.zeros(threshold.shape, jnp.int32), jnp.zeros_like(threshold)
+            index, reached = jnp.zeros(uniform.shape, jnp.int32), jnp.zeros_like(uniform)
             # The last class takes what is left, so rounding of the sum can never leave the range.
             for mass in jnp.moveaxis(probs, -1, 0)[:-1]:
                 reached += mass
-                index += reached <= threshold
+                index += reached <= uniform
         hard = jax.nn.one_hot(index, probs.shape[-1], dtype=jnp.float32)
         # The bracket matters: (hard + p) − p would leave a rounding error in a value that must be exactly 0 or 1.
         return jax.lax.stop_gradient(hard) + (probs - jax.lax.stop_gradient(probs))
@@ -120,6 +130,12 @@ class Normal(NamedTuple):
     def entropy(self) -> jax.Array:
         """``Σ ½ log(2πe σ²)`` in nats: [...]."""
         return jnp.sum(jnp.log(self.std) + 0.5 * math.log(2 * math.pi * math.e), -1)
+
+
+def draw(policy: Mapping[str, Normal | Categorical], key: jax.Array | None) -> dict[str, jax.Array]:
+    """One draw of each action's distribution, by name."""
+    keys = split_key(key, len(policy)) if len(policy) > 1 else (key,)
+    return {name: policy[name].sample(k) for name, k in zip(policy, keys, strict=True)}
 
 
 def binary_cross_entropy(logit: jax.Array, target: jax.Array) -> jax.Array:

@@ -14,7 +14,14 @@ from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.networks import unit_range
 from worldloom.models.dreamer.rssm import Latent
 from worldloom.models.dreamer.spaces import embed_actions, strip_single
-from worldloom.ops.distributions import Categorical, Normal, OneHot, binary_cross_entropy, symlog_squared_error
+from worldloom.ops.distributions import (
+    Categorical,
+    Normal,
+    OneHot,
+    binary_cross_entropy,
+    draw,
+    symlog_squared_error,
+)
 from worldloom.ops.keys import split_key, step_keys
 from worldloom.ops.returns import lambda_return
 from worldloom.ops.symexp_twohot import symexp_twohot_loss, symexp_twohot_mean
@@ -102,11 +109,12 @@ def loss(
     frozen = merge(type(model), config, sg(model.params), model.dtype)
     starting = min(config.imagination_starts or length, length)
     starts = jax.tree.map(lambda x: sg(x[:, -starting:]).reshape(-1, *x.shape[2:]), latents)
-    dream_features, actions = imagine(frozen, starts, config.imagination_horizon, imagine_key)
+    dream_features, actions, products = imagine(frozen, starts, config.imagination_horizon, imagine_key)
 
     # Actor and critic learn from the imagined returns. Heads see all H + 1 states and results are cut: cutting the
-    # features would copy the largest array there is.
-    policy, critic_logits = forget(model.actor)(dream_features), forget(model.critic)(dream_features)
+    # features would copy the largest array there is. The actor has seen them; only its gradient is to come.
+    policy = forget(model.actor.finish)(model.actor.product(dream_features, known=products))
+    critic_logits = forget(model.critic)(dream_features)
     rewards = frozen.predict_reward(dream_features)[1:]
     continues = frozen.predict_continue(dream_features)
     values = symexp_twohot_mean(sg(critic_logits))
@@ -145,28 +153,36 @@ def loss(
 
 def imagine(
     model: DreamerV3WorldModel, starts: Latent, horizon: int, key: jax.Array | None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Let the policy act in the world model: features [H + 1, N, F] from ``starts`` [N, ...] and the action at each."""
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """Let the policy act in the world model.
+
+    Returns:
+      Features [H + 1, N, F] from ``starts`` [N, ...]; the action at each; the actor's first product with each.
+    """
     mixing = model.rssm.core.mixing(model.dtype)
     # Features are written where they are read from; to stack and to append them would copy them twice.
     put = jax.lax.dynamic_update_index_in_dim
     first = starts.features
     dream = put(jnp.zeros((horizon + 1, *first.shape), model.dtype), first, 0, 0)
 
-    def step(carry: tuple, now: tuple) -> tuple[tuple, dict[str, jax.Array]]:
-        (state, features, dream), (index, key) = carry, now
-        action_key, latent_key = split_key(key)
-        actions = model.sample_actions(features, action_key)
-        embedded = embed_actions(model.config, strip_single(model.config, actions), 1, model.dtype)
-        state = model.rssm.predict(state, embedded, latent_key, mixing)
-        features = state.features
-        return (state, features, put(dream, features, index + 1, 0)), actions
+    def act(features: jax.Array, key: jax.Array | None) -> tuple[dict[str, jax.Array], jax.Array]:
+        product = model.actor.product(features)
+        return draw(model.actor.finish(product), key), product
 
-    rollout_key, last_key = split_key(key)
-    steps = (jnp.arange(horizon), step_keys(rollout_key, horizon))
-    (_, last, dream), actions = jax.lax.scan(step, (starts, first, dream), steps)
-    final = model.sample_actions(last, last_key)
-    return dream, jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), actions, final)
+    def step(carry: tuple, now: tuple) -> tuple[tuple, tuple]:
+        (state, features, dream), (index, key, noise) = carry, now
+        actions, product = act(features, key)
+        embedded = embed_actions(model.config, strip_single(model.config, actions), 1, model.dtype)
+        state = model.rssm.predict(state, embedded, noise, mixing)
+        features = state.features
+        return (state, features, put(dream, features, index + 1, 0)), (actions, product)
+
+    action_key, latent_key, last_key = split_key(key, 3)
+    noise = model.rssm.noise(latent_key, horizon, len(first))
+    steps = (jnp.arange(horizon), step_keys(action_key, horizon), noise)
+    (_, last, dream), acted = jax.lax.scan(step, (starts, first, dream), steps)
+    whole = jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), acted, act(last, last_key))
+    return dream, *whole
 
 
 def reconstruction_loss(decoded: Mapping[str, jax.Array], obs: Mapping[str, jax.Array]) -> jax.Array:

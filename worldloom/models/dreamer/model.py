@@ -16,7 +16,8 @@ from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.networks import Actor, Decoder, Encoder, Head, ReturnRange
 from worldloom.models.dreamer.rssm import RSSM, Latent
 from worldloom.models.dreamer.spaces import embed_actions, prepare_observations, restore_observations, strip_single
-from worldloom.ops.keys import split_key, step_keys
+from worldloom.ops.distributions import draw
+from worldloom.ops.keys import split_key
 from worldloom.ops.symexp_twohot import symexp_twohot_mean
 
 
@@ -120,7 +121,8 @@ class DreamerV3WorldModel(WorldModel):
     @compiled
     def predict(self, state: Latent, action: Any, key: jax.Array | None = None) -> Latent:
         """State [B, ...] imagined after acting [B, ...] in ``state``."""
-        return self.rssm.predict(state, embed_actions(self.config, action, 1, self.dtype), key)
+        embedded = embed_actions(self.config, action, 1, self.dtype)
+        return self.rssm.predict(state, embedded, self.rssm.noise(key, len(embedded)))
 
     @compiled
     def imagine(self, state: Latent, actions: Any, key: jax.Array | None = None) -> Trajectory:
@@ -129,11 +131,11 @@ class DreamerV3WorldModel(WorldModel):
         mixing = self.rssm.core.mixing(self.dtype)
 
         def step(state: Latent, inputs: tuple) -> tuple[Latent, Latent]:
-            action, key = inputs
-            state = self.rssm.predict(state, action, key, mixing)
+            action, noise = inputs
+            state = self.rssm.predict(state, action, noise, mixing)
             return state, state
 
-        _, later = jax.lax.scan(step, state, (embedded, step_keys(key, embedded.shape[0])))
+        _, later = jax.lax.scan(step, state, (embedded, self.rssm.noise(key, *embedded.shape[:2])))
         states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, later)
         features = later.features
         return Trajectory(states, self.predict_reward(features), self.predict_continue(features))
@@ -181,15 +183,9 @@ class DreamerV3WorldModel(WorldModel):
             carry = dataclasses.replace(carry, is_first=carry.is_first | jnp.asarray(is_first, bool))
         latent_key, action_key = split_key(key)
         latent = self._posterior(carry, obs, latent_key)
-        action = strip_single(self.config, self.sample_actions(latent.features, action_key))
+        action = strip_single(self.config, draw(self.actor(latent.features), action_key))
         embedded = embed_actions(self.config, action, 1, self.dtype)
         return ActorCarry(latent, embedded, jnp.zeros_like(carry.is_first)), action
-
-    def sample_actions(self, features: jax.Array, key: jax.Array | None) -> dict[str, jax.Array]:
-        """Actions by name drawn from the policy at features [..., F]."""
-        policy = self.actor(features)
-        keys = split_key(key, len(policy))
-        return {name: policy[name].sample(k) for name, k in zip(policy, keys, strict=True)}
 
     def predict_reward(self, features: jax.Array) -> jax.Array:
         """Expected reward [...] of arriving at features [..., F]."""

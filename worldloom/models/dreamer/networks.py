@@ -169,7 +169,15 @@ class Actor(nnx.Module):
 
     def __call__(self, features: jax.Array) -> dict[str, Normal | Categorical]:
         """The distribution of each action by name."""
-        x = self.mlp(features)
+        return self.finish(self.product(features))
+
+    def product(self, features: jax.Array, known: jax.Array | None = None) -> jax.Array:
+        """That of the first layer; see :meth:`worldloom.nn.linear.Linear.product`."""
+        return self.mlp.product(features, known)
+
+    def finish(self, product: jax.Array) -> dict[str, Normal | Categorical]:
+        """What is left to do after :meth:`product`."""
+        x = self.mlp.finish(product)
         return {name: output(x) for name, output in self.outputs.items()}
 
 

@@ -14,7 +14,6 @@ from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.nn.late import Kernels, Products, late_scan
 from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm
 from worldloom.ops.distributions import OneHot
-from worldloom.ops.keys import step_keys
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +164,7 @@ class RSSM(nnx.Module):
         token_shares = tokens @ from_tokens + self.posterior_hidden.linear.bias.astype(tokens.dtype)
         graph, weights = nnx.split(self)
 
-        def step(weights: Any, products: Products, state: Latent, row: tuple, key: jax.Array | None) -> tuple:
+        def step(weights: Any, products: Products, state: Latent, row: tuple, noise: jax.Array | None) -> tuple:
             rssm, gate_bias = nnx.merge(graph, weights[0]), weights[1]
             action_share, token_share, keep_t = row
             state = Latent(state.deter * keep_t, state.stoch * keep_t[..., None])
@@ -173,17 +172,17 @@ class RSSM(nnx.Module):
             hidden = jax.nn.silu(rssm.posterior_hidden.norm(products("posterior", deter) + token_share))
             logits = products("logits", hidden) + rssm.posterior_logits.bias.astype(hidden.dtype)
             logits = rssm._to_latents(logits)
-            state = Latent(deter, rssm._sample(logits, key))
+            state = Latent(deter, rssm._draw(logits, noise))
             return state, (state, logits)
 
         rows = jax.tree.map(_swap_time, (action_shares, token_shares, keep))
-        shared, keys = (nnx.to_pure_dict(weights), mixing.gate_bias), step_keys(key, tokens.shape[1])
+        shared, noise = (nnx.to_pure_dict(weights), mixing.gate_bias), self.noise(key, tokens.shape[1], len(tokens))
         if remat:
             # A scan keeps the recomputation apart by itself.
             one = lambda state, now: step(shared, Products(kernels), state, *now)  # noqa: E731
-            _, out = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), initial, (rows, keys))
+            _, out = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), initial, (rows, noise))
         else:
-            _, out = late_scan(step, shared, kernels, initial, rows, keys)
+            _, out = late_scan(step, shared, kernels, initial, rows, noise)
         states, logits = jax.tree.map(_swap_time, out)
         return states, logits
 
@@ -191,15 +190,27 @@ class RSSM(nnx.Module):
         """Logits [..., S, C] of the stochastic part predicted from the deterministic part [..., D] alone."""
         return self._to_latents(self.prior_logits(self.prior_hidden(deter)))
 
-    def predict(self, state: Latent, action: jax.Array, key: jax.Array | None, mixing: Mixing | None = None) -> Latent:
-        """One imagined step from [..., ] states and embedded actions [..., A]; ``mixing`` spares cutting it again."""
+    def noise(self, key: jax.Array | None, *shape: int) -> jax.Array | None:
+        """What drawing the stochastic part takes: numbers from [0, 1), [*shape, S], or None for modes.
+
+        For all steps of a scan at once: drawn one by one inside of it they cost more.
+        """
+        return None if key is None else jax.random.uniform(key, (*shape, self.latents[0]))
+
+    def predict(
+        self, state: Latent, action: jax.Array, noise: jax.Array | None, mixing: Mixing | None = None
+    ) -> Latent:
+        """One imagined step from [..., ] states and embedded actions [..., A].
+
+        ``noise`` [..., S] is of :meth:`noise`; ``mixing`` spares cutting it again.
+        """
         mixing = mixing or self.core.mixing(action.dtype)
         action_share = self.core.action_share(action, mixing)
         deter = self.core(state, action_share, mixing.gate_bias, Products(mixing.kernels))
-        return Latent(deter, self._sample(self.prior(deter), key))
+        return Latent(deter, self._draw(self.prior(deter), noise))
 
-    def _sample(self, logits: jax.Array, key: jax.Array | None) -> jax.Array:
-        return OneHot.from_logits(logits, self.unimix).sample(key).astype(logits.dtype)
+    def _draw(self, logits: jax.Array, noise: jax.Array | None) -> jax.Array:
+        return OneHot.from_logits(logits, self.unimix).pick(noise).astype(logits.dtype)
 
     def _to_latents(self, logits: jax.Array) -> jax.Array:
         return logits.reshape(*logits.shape[:-1], *self.latents)
