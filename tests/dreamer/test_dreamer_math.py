@@ -9,8 +9,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worldloom.models.base import flatten
+from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.dreamer.loss import normalise, replay_return
-from worldloom.nn.linear import MLP, BlockLinear, Linear, RMSNorm, truncated_normal
+from worldloom.nn.linear import MLP, BlockLinear, Linear, OneDraw, RMSNorm, truncated_normal
 from worldloom.ops.distributions import Categorical, Normal, OneHot, binary_cross_entropy
 from worldloom.ops.returns import lambda_return
 from worldloom.ops.symexp_twohot import symexp_bins, symexp_twohot_loss, symexp_twohot_mean
@@ -129,10 +131,27 @@ def test_rms_norm_check_values():
     assert RMSNorm(4)(jnp.ones(4, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_initial_weights_have_the_variance_of_the_full_fan_in():
-    from flax import nnx
+def test_initial_weights_are_different_numbers_of_one_draw():
+    """None is dealt twice, the model's draw is used whole, and the streams of keys are those of plain Rngs."""
+    config = DreamerV3Config(obs_shape=(3,), action_dim=2, deter_dim=64, stoch_dim=16, num_categories=4, hidden_dim=32)
+    model = DreamerV3WorldModel(config, seed=3, device="cpu")
+    kernels = [
+        np.ravel(x) for name, x in flatten(model.params).items() if name.endswith("kernel") and "slow" not in name
+    ]
+    drawn = np.concatenate([x / x.std() for x in kernels if x.any()])
+    # Float32 has 2^24 numbers to draw from, so some coincide; a slice dealt twice would be a tenth of all.
+    assert len(np.unique(drawn)) > 0.97 * drawn.size
+    assert abs(drawn.mean()) < 5 / drawn.size**0.5
+    rngs = OneDraw(jax.random.key(0), 10)
+    first, second = rngs.truncated_normal(-2, 2, (2, 3)), rngs.truncated_normal(-2, 2, (4,))
+    assert len(np.unique(np.r_[np.ravel(first), second])) == 10
+    assert rngs.params() == nnx.Rngs(0).params()
+    with pytest.raises(TypeError):
+        rngs.truncated_normal(-2, 2, (1,))
 
-    draws = truncated_normal(jax.random.key(0), (200_000,), 4)
+
+def test_initial_weights_have_the_variance_of_the_full_fan_in():
+    draws = truncated_normal(nnx.Rngs(0), (200_000,), 4)
     assert abs(float(draws.std()) - 0.5) < 0.002
     assert float(jnp.abs(draws).max()) <= 2 * 1.1368 * 0.5
     block = BlockLinear(512, 512, 8, rngs=nnx.Rngs(0))
@@ -141,8 +160,6 @@ def test_initial_weights_have_the_variance_of_the_full_fan_in():
 
 
 def test_block_linear_is_block_diagonal():
-    from flax import nnx
-
     layer = BlockLinear(6, 4, 2, rngs=nnx.Rngs(1))
     dense = np.zeros((6, 4), np.float32)
     dense[:3, :2], dense[3:, 2:] = layer.kernel[0], layer.kernel[1]

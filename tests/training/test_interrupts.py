@@ -33,6 +33,14 @@ Trainer(ToyWorldModel(ToyConfig()), config, [(1, interrupt), CheckpointCallback(
 """
 
 
+@pytest.fixture(autouse=True)
+def _listen_to_ctrl_c():
+    """A test run in the background of a shell ignores it, and so would the trainer."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(folder, number, times):
     command = [sys.executable, "-c", SCRIPT, str(folder), str(int(number)), str(times)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)

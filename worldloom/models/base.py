@@ -16,6 +16,7 @@ from flax import nnx
 
 from worldloom.devices import compute_dtype, resolve_device
 from worldloom.errors import ConfigError, WeightsError
+from worldloom.nn.linear import OneDraw
 
 F = TypeVar("F", bound=Callable[..., Any])
 Params = dict[str, Any]
@@ -213,13 +214,14 @@ def _abstract(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> WorldMode
 @functools.lru_cache(maxsize=64)
 def _initializer(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> tuple[Any, Callable[..., Params]]:
     # Drawn in one compiled call: eager initialisation compiles every distinct shape by itself, seconds per model.
-    def parts(key: jax.Array) -> nnx.Dict:
-        return nnx.Dict(cls.build(config, dtype, nnx.Rngs(key)))
+    def parts(rngs: nnx.Rngs) -> nnx.Dict:
+        return nnx.Dict(cls.build(config, dtype, rngs))
 
-    graph = nnx.split(nnx.eval_shape(parts, jax.random.key(0)))[0]
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: parts(nnx.Rngs(0))))
+    size = count_parameters(nnx.to_pure_dict(shapes))
 
     def params(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(parts(key)))
+        return nnx.to_pure_dict(nnx.state(parts(OneDraw(key, size))))
 
     # It runs once, so it should be quick to compile rather than quick.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

@@ -24,7 +24,7 @@ class Conv(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int = 5, rngs: nnx.Rngs):
         shape = (kernel, kernel, inputs, outputs)
-        self.kernel = nnx.Param(truncated_normal(rngs.params(), shape, kernel * kernel * inputs))
+        self.kernel = nnx.Param(truncated_normal(rngs, shape, kernel * kernel * inputs))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,29 @@ from flax import nnx
 TRUNCATION = 1.1368
 
 
-def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> jax.Array:
+class OneDraw(nnx.Rngs):
+    """Rngs whose truncated normals are cut from a single draw: compiling one takes as long for a weight as for all.
+
+    Args:
+      key: of that draw and of the streams, which are those of ``nnx.Rngs(key)``.
+      size: numbers to draw, at least as many as will be taken.
+    """
+
+    def __init__(self, key: jax.Array, size: int):
+        super().__init__(key)
+        self._numbers = jax.random.truncated_normal(jax.random.fold_in(key, size), -2.0, 2.0, (size,))
+        self._taken = 0
+
+    def truncated_normal(self, lower: float, upper: float, shape: tuple[int, ...]) -> jax.Array:
+        """The next numbers of the draw."""
+        assert (lower, upper) == (-2, 2)
+        start, self._taken = self._taken, self._taken + math.prod(shape)
+        return self._numbers[start : self._taken].reshape(shape)
+
+
+def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> jax.Array:
     """Normal draws cut at ±2σ whose realised standard deviation is ``scale · sqrt(1 / fan_in)``."""
-    draws = jax.random.truncated_normal(key, -2.0, 2.0, shape)
-    return draws * (TRUNCATION * scale * fan_in**-0.5)
+    return rngs.truncated_normal(-2.0, 2.0, shape) * (TRUNCATION * scale * fan_in**-0.5)
 
 
 class Linear(nnx.Module):
@@ -29,7 +49,7 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(truncated_normal(rngs.params(), (inputs, outputs), inputs, scale))
+        self.kernel = nnx.Param(truncated_normal(rngs, (inputs, outputs), inputs, scale))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,7 +98,7 @@ class BlockLinear(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, *, rngs: nnx.Rngs):
         shape = (blocks, inputs // blocks, outputs // blocks)
-        self.kernel = nnx.Param(truncated_normal(rngs.params(), shape, inputs))
+        self.kernel = nnx.Param(truncated_normal(rngs, shape, inputs))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:

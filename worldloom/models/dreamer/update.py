@@ -28,7 +28,8 @@ def optimizer(config: DreamerV3Config, training: Any) -> optax.GradientTransform
     return optax.chain(
         clip_by_agc(config.agc),
         clip_by_norm(training.grad_clip),
-        scale_by_laprop(config.beta1, config.beta2, config.eps),
+        # As one vector: its steps look at no tensor as a whole, and would be three programs for each.
+        optax.flatten(scale_by_laprop(config.beta1, config.beta2, config.eps)),
         decay_kernels(training.weight_decay),
         optax.scale_by_learning_rate(warmup_schedule(training.learning_rate, training.warmup_steps)),
     )
