@@ -1,15 +1,14 @@
 """What does the training loop cost beside the updates? Prints JSON; ``python benchmarks/train_step.py --help``.
 
 Times, by turns, an update on a batch that lies on the device, the same within ``Trainer`` from a host buffer without
-callbacks, and with a progress bar, JSON lines and TensorBoard events at their default intervals. The aims are 0.95 of
-the bare speed from the buffer, and at most 1 % for the callbacks.
+callbacks, and with a progress bar, JSON lines and TensorBoard events at their defaults, which is every
+1,000 updates. The aims are 0.95 of the bare speed from the buffer, and at most 1 % of the time in callbacks.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -41,70 +40,87 @@ def episodes(obs_shape, action_dim, rows=2_000, length=200):
     return buffer
 
 
-def serve(pipe, side, name, obs_shape, batch_size, length, kept):
-    """One of the three in a process of its own: answers a number of updates with seconds."""
-    if kept:
-        keep_freed_memory()
+def timed(callback, spent):
+    """The callback, whose hooks add their seconds to the list: those of this thread at work, not waiting for values."""
+
+    def watch(hook):
+        def call(*args):
+            start = time.thread_time()
+            answer = hook(*args)
+            spent.append(time.thread_time() - start)
+            return answer
+
+        return call
+
+    for name in ("on_train_begin", "on_step", "on_eval", "on_train_end"):
+        setattr(callback, name, watch(getattr(callback, name)))
+    return callback
+
+
+def sides(name, obs_shape, batch_size, length, folder, spent):
+    """Functions that do a number of updates, by name, and the number of parameters."""
     shapes = {"obs_shape": obs_shape, "action_dim": ACTIONS}
     overrides = {"replay_context": False} if name.startswith("dreamer") else {}
-    if side == "update":
-        one, model, _ = update_call(name, **shapes, batch_size=batch_size, length=length, **overrides)
+    if name.startswith("tdmpc2") and len(obs_shape) == 3:
+        overrides["latent_dim"] = 512  # Where its image encoder ends.
+    one, model, _ = update_call(name, **shapes, batch_size=batch_size, length=length, **overrides)
+    buffer = episodes(obs_shape, ACTIONS)
+    config = TrainingConfig(total_steps=10**9, batch_size=batch_size, sequence_length=length, device="auto")
 
-        def call(updates):
-            for _ in range(updates):
-                one()
-    else:
-        config = TrainingConfig(total_steps=10**9, batch_size=batch_size, sequence_length=length, device="auto")
-        folder = tempfile.TemporaryDirectory()
-        watched = [ProgressCallback(), LoggingCallback(folder.name, log_to_tensorboard=True)]
-        model = create_world_model(name, **shapes, **overrides)
-        trainer = Trainer(model, config, watched if side == "trainer, callbacks" else [])
-        buffer = episodes(obs_shape, ACTIONS)
+    def bare(updates):
+        for _ in range(updates):
+            one()
 
-        def call(updates):
-            trainer.train(buffer, total_steps=trainer.step + updates)
+    def trained(callbacks):
+        trainer = Trainer(create_world_model(name, **shapes, **overrides), config, callbacks)
+        return lambda updates: trainer.train(buffer, total_steps=trainer.step + updates)
 
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-        call(2)  # Compiles.
-        pipe.send(model.num_parameters())
-        while updates := pipe.recv():
-            start = time.perf_counter(), time.process_time()
-            call(updates)
-            pipe.send(((time.perf_counter() - start[0]) / updates, (time.process_time() - start[1]) / updates))
+    defaults = [ProgressCallback(), LoggingCallback(folder, log_to_tensorboard=True)]
+    watched = [timed(callback, spent) for callback in defaults]
+    return dict(zip(SIDES, (bare, trained([]), trained(watched)), strict=True)), model.num_parameters()
 
 
-def compare(name, obs_shape, batch_size, length, updates, rounds, kept):
+def compare(name, obs_shape, batch_size, length, updates, rounds):
     """Milliseconds per update of the three, each the median over rounds, and the ratios of paired rounds.
 
-    They take turns, each in its own process: where a program's memory lies moves its time by some percent.
+    They take turns in one process, and so in the same temporary memory: where it lies moves a program by some percent,
+    more than what is looked for.
     """
-    context, pipes = multiprocessing.get_context("spawn"), {}
     times, work = {side: [] for side in SIDES}, {side: [] for side in SIDES}
-    for side in SIDES:
-        pipes[side], theirs = context.Pipe()
-        arguments = theirs, side, name, obs_shape, batch_size, length, kept
-        context.Process(target=serve, args=arguments, daemon=True).start()
-        parameters = pipes[side].recv()
-    for _ in range(rounds):
-        for side, pipe in pipes.items():
-            pipe.send(updates)
-            seconds, of_cores = pipe.recv()
-            times[side].append(seconds)
-            work[side].append(of_cores)
-    for pipe in pipes.values():
-        pipe.send(0)
-    paired = lambda of, a, b: statistics.median(x / y for x, y in zip(of[a], of[b], strict=True))  # noqa: E731
+    spent = []  # Seconds in each call of a callback.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as null,
+        contextlib.redirect_stdout(null),
+        contextlib.redirect_stderr(null),
+    ):
+        calls, parameters = sides(name, obs_shape, batch_size, length, folder, spent)
+        for call in calls.values():
+            call(2)  # Compiles.
+        spent.clear()
+        for _ in range(rounds):
+            for side, call in calls.items():
+                start = time.perf_counter(), time.process_time()
+                call(updates)
+                times[side].append((time.perf_counter() - start[0]) / updates)
+                work[side].append((time.process_time() - start[1]) / updates)
+
+    def paired(of, a, b):
+        ratios = [x / y for x, y in zip(of[a], of[b], strict=True)]
+        return dict(zip(("median", "min", "max"), (statistics.median(ratios), min(ratios), max(ratios)), strict=True))
+
     return {
         "batch": [batch_size, length],
         "parameters": parameters,
         "ms per update": {side: round(1e3 * statistics.median(values), 3) for side, values in times.items()},
         "spread": {side: round(max(values) / min(values), 2) for side, values in times.items()},
-        "speed from the buffer": round(paired(times, "update", "trainer"), 3),
-        "cost of callbacks": round(paired(times, "trainer, callbacks", "trainer") - 1, 4),
+        "speed from the buffer": paired(times, "update", "trainer"),
+        "time with callbacks": paired(times, "trainer, callbacks", "trainer"),
+        "share of the time in callbacks": sum(spent) / (updates * sum(times["trainer, callbacks"])),
         # What the cores did, all threads together: other processes disturb it less than the time.
         "ms of cores per update": {side: round(1e3 * statistics.median(values), 3) for side, values in work.items()},
-        "work of an update over work from the buffer": round(paired(work, "update", "trainer"), 3),
-        "work for callbacks": round(paired(work, "trainer, callbacks", "trainer") - 1, 4),
+        "work of an update over work from the buffer": paired(work, "update", "trainer"),
+        "work with callbacks": paired(work, "trainer, callbacks", "trainer"),
     }
 
 
@@ -116,12 +132,14 @@ def main():
     parser.add_argument("--images", action="store_true", help="64×64×3 observations instead of 24 numbers")
     kept_or_returned(parser)
     options = parser.parse_args()
+    if not options.returned:
+        keep_freed_memory()
     cases = {}
     for name in options.models:
         batch_size, length = (32, 16) if name.startswith("tdmpc2") else (16, 32)
         obs_shape = (64, 64, 3) if options.images else (24,)
         work = obs_shape, batch_size, length, options.updates, options.rounds
-        cases[name] = compare(name, *work, kept=not options.returned)
+        cases[name] = compare(name, *work)
     report = {
         "benchmark": "train_step",
         "cases": cases,
