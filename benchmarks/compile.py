@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 
-def first_update(name, folder):
+def first_update(name, folder, kept):
     """What the new process does; prints seconds since its start after each part."""
     start = time.perf_counter()
     import jax
@@ -24,7 +24,8 @@ def first_update(name, folder):
 
     from worldloom.devices import keep_compiled_programs, keep_freed_memory
 
-    keep_freed_memory()
+    if kept:
+        keep_freed_memory()
     keep_compiled_programs(folder)
     parts = {"imports": time.perf_counter() - start}
     windows = {"batch_size": 256, "length": 4} if name.startswith("tdmpc2") else {"batch_size": 16, "length": 64}
@@ -40,12 +41,14 @@ def main():
     parser.add_argument("--model", default="dreamerv3:size1m")
     parser.add_argument("--repeats", type=int, default=2, help="starts from compiled programs")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--returned", action="store_true", help="let the C library hand freed memory back")
     args = parser.parse_args()
     if args.folder:
-        first_update(args.model, args.folder)
+        first_update(args.model, args.folder, not args.returned)
         return
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--model", args.model, "--folder", folder]
+        command += ["--returned"] * args.returned
         environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
 
         def start():
@@ -55,8 +58,15 @@ def main():
         cold = start()
         warm = [start() for _ in range(args.repeats)]
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    print(json.dumps({"model": args.model, "cold": cold, "warm": warm, "mib_on_disk": round(size / 2**20, 1),
-                      "cpus": os.cpu_count()}, indent=2))  # fmt: skip
+    report = {
+        "model": args.model,
+        "cold": cold,
+        "warm": warm,
+        "mib_on_disk": round(size / 2**20, 1),
+        "freed_memory": "returned" if args.returned else "kept",
+        "cpus": os.cpu_count(),
+    }
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

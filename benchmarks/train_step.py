@@ -21,7 +21,6 @@ from work import kept_or_returned, update_call
 
 import worldloom
 from worldloom import create_world_model
-from worldloom.devices import keep_freed_memory
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, TrainingConfig
 from worldloom.training.callbacks import LoggingCallback, ProgressCallback
@@ -132,8 +131,6 @@ def main():
     parser.add_argument("--images", action="store_true", help="64×64×3 observations instead of 24 numbers")
     kept_or_returned(parser)
     options = parser.parse_args()
-    if not options.returned:
-        keep_freed_memory()
     cases = {}
     for name in options.models:
         batch_size, length = (32, 16) if name.startswith("tdmpc2") else (16, 32)

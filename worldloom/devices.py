@@ -93,6 +93,7 @@ def keep_freed_memory() -> bool:
     them back, so that every page is faulted in and cleared again in every update: a third of the time of a DreamerV3
     ``size1m`` update on two cores. After this call they come from one heap that only grows. It concerns the whole
     process and works for threads that begin later, so call it first thing; the command line does, imports never do.
+    Threads then share one heap, so that compiling takes some seconds longer.
     Starting Python with ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` has nearly the same effect.
     """
     try:
