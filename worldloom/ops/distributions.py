@@ -1,4 +1,4 @@
-"""The distributions of DreamerV3 as small pytrees. Everything is float32; ``key=None`` draws the mode."""
+"""The distributions of DreamerV3 as small pytrees. Everything is float32; Without randomness, draws are modes."""
 
 from __future__ import annotations
 
@@ -40,15 +40,12 @@ class OneHot(NamedTuple):
             log_probs = jnp.log(probs)
         return cls(jnp.moveaxis(log_probs, 0, -1), jnp.moveaxis(probs, 0, -1))
 
-    def sample(self, key: jax.Array | None) -> jax.Array:
-        """Exact one-hot draws [..., S, C] whose gradient is that of the probabilities (straight-through)."""
-        return self.pick(None if key is None else jax.random.uniform(key, self.probs.shape[:-1]))
-
     def pick(self, uniform: jax.Array | None) -> jax.Array:
-        """As :meth:`sample`, with random numbers [..., S] from [0, 1) drawn before; None picks the modes.
+        """Exact one-hot draws [..., S, C] whose gradient is that of the probabilities (straight-through).
 
-        A draw inverts the cumulated probabilities: one random number per variable, where Gumbel noise takes one and
-        two logarithms per class (12 times the time on a CPU).
+        ``uniform`` holds random numbers [..., S] from [0, 1), drawn before; None picks the modes. A draw
+        inverts the cumulated probabilities: one random number per variable, where Gumbel noise takes one and two
+        logarithms per class (12 times the time on a CPU).
         """
         probs = self.probs
         if uniform is None:
