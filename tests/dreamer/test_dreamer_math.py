@@ -132,7 +132,7 @@ def test_rms_norm_check_values():
 
 
 def test_initial_weights_are_different_numbers_of_one_draw():
-    """None is dealt twice, the model's draw is used whole, and the streams of keys are those of plain Rngs."""
+    """None is dealt twice, more than were drawn cannot be, and the streams of keys are those of plain Rngs."""
     config = DreamerV3Config(obs_shape=(3,), action_dim=2, deter_dim=64, stoch_dim=16, num_categories=4, hidden_dim=32)
     model = DreamerV3WorldModel(config, seed=3, device="cpu")
     kernels = [

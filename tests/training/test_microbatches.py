@@ -58,12 +58,14 @@ class Family:
         return state, metrics, program.memory_analysis().temp_size_in_bytes
 
 
-def by_tensor(state):
+def by_tensor(model, state):
     """(path, array) of the optimizer's state; DreamerV3 keeps each moment of all tensors in one vector."""
-    trained = {k: v for k, v in state.params.items() if k not in ("slow_critic", "return_range")}
+    trained = {name: part for name, part in state.params.items() if name not in model.untrained}
     vector, cut = jax.flatten_util.ravel_pytree(trained)
     moments = jax.tree.map(lambda x: cut(x) if x.shape == vector.shape else x, state.opt_state)
-    return jax.tree_util.tree_flatten_with_path(moments)[0]
+    found = jax.tree_util.tree_flatten_with_path(moments)[0]
+    assert len(found) > 2 * len(jax.tree.leaves(trained))  # Two moments of each, and counts.
+    return found
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -86,8 +88,8 @@ def test_the_update_is_the_same(family, whole, fields):
             metrics[name],
             value,
         )
-    expected = dict(by_tensor(whole[0]))
-    for path, value in by_tensor(state):
+    expected = dict(by_tensor(family.model, whole[0]))
+    for path, value in by_tensor(family.model, state):
         largest = np.abs(expected[path]).max()
         # First moments of LaProp are already divided by the root of the second, whatever that is.
         if largest > 1e-12 and ".mu" not in jax.tree_util.keystr(path):
