@@ -2,8 +2,8 @@
 
     python benchmarks/compile.py --model dreamerv3:size1m
 
-Starts new processes that import, build the model and do one update (DreamerV3 16×64, TD-MPC2 256 windows) as the
-command line does, once without compiled programs and then with those. Prints JSON; seconds of each part.
+Starts new processes that import, build the model and do one update (DreamerV3 16×64, TD-MPC2 256 windows) with
+freed memory kept, once without compiled programs and then with those. Prints JSON; seconds of each part.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main():
         environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
 
         def start():
-            output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
             return json.loads(output.splitlines()[-1])
 
         cold = start()

@@ -144,7 +144,7 @@ def value(text):
 
 
 def main():
-    keep_freed_memory()
+    keep_freed_memory(overlap=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tdmpc2:tiny")
     parser.add_argument("--env", default="Pendulum-v1")

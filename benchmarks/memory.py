@@ -61,7 +61,7 @@ def main():
     found = {}
     for setting in SETTINGS:
         command = [sys.executable, *sys.argv, "--setting", setting]
-        found[setting] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found[setting] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     print(json.dumps({"benchmark": "memory", "work": work, "settings": found}, indent=2))
 
 

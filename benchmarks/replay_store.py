@@ -99,7 +99,7 @@ def main():
         child = subprocess.run(
             [sys.executable, __file__, "--resume", name, "--latents", str(arguments.latents)],
             check=True,
-            capture_output=True,
+            stdout=subprocess.PIPE,
         )
         report = {
             "rows": arguments.rows,

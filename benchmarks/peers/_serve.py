@@ -3,6 +3,7 @@
 A pair of long-lived processes takes turns, so that both see the same drift of the machine.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -11,9 +12,14 @@ import sys
 import time
 
 if os.environ.get("KEEP_FREED_MEMORY") and platform.libc_ver()[0] == "glibc":
-    # What worldloom.devices.keep_freed_memory does, for Pythons without worldloom: no arenas, no maps, no trimming.
-    for name, value in ((-8, 1), (-4, 0), (-1, -1)):
+    # What worldloom.devices.keep_freed_memory does, for Pythons without worldloom: no maps, no trimming, and JAX
+    # computes in the thread that calls it, whose heap this concerns.
+    for name, value in ((-4, 0), (-1, -1)):
         ctypes.CDLL(None).mallopt(name, value)
+    with contextlib.suppress(ImportError):  # PyTorch computes there anyway.
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def serve(call, **about):

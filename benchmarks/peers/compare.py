@@ -5,7 +5,7 @@
 
 ``ratio`` is reference / ours: 2 means that ours takes half the time. On a CPU both sides keep freed memory in the
 process (see ``worldloom.devices.keep_freed_memory``), which helps either; ``--returned`` leaves both as they come, and
-``--as-shipped`` only the reference: ours runs as ``worldloom train`` does.
+``--as-shipped`` only the reference.
 """
 
 import argparse

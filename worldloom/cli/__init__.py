@@ -82,7 +82,7 @@ def _prepare_to_compute() -> None:
     from worldloom.devices import keep_compiled_programs, keep_freed_memory
     from worldloom.models.registry import cache_dir
 
-    keep_freed_memory()
+    keep_freed_memory(overlap=True)  # Environments step while the device trains.
     keep_compiled_programs(cache_dir() / "compiled")
 
 
