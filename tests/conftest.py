@@ -1,5 +1,6 @@
 """Shared test set-up: one compilation cache for all runs, recorded arrays by name."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def _forget_programs():
     """Compiled programs of a module are of no use to the next, and gigabytes by the end."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _messages_reach_pytest():
+    """The command line, called in this process, keeps worldloom's messages to itself."""
+    logging.getLogger("worldloom").propagate = True
 
 
 @pytest.fixture(scope="session")

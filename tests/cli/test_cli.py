@@ -90,6 +90,30 @@ def test_a_run_goes_on_where_it_was_interrupted(tell, tmp_path):
     assert "hidden_dim" in err
 
 
+def test_going_on_needs_a_folder(tell, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begin = ["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", *TINY]
+    assert "for example --run runs/FOLDER" in tell(*begin, "--resume")[2]
+    monkeypatch.setattr("time.strftime", lambda form: "20300101-000000")
+    for _ in range(2):  # In one second.
+        assert tell(*begin, "--steps", "20")[0] == 0
+    name = "pendulum-v1-tdmpc2-tiny-20300101-000000"
+    assert sorted(path.name for path in Path("runs").iterdir()) == [name, f"{name}.2"]
+    assert losses(Path("runs") / name) == losses(Path("runs") / f"{name}.2") != {}
+    code, _, err = tell(*begin, "--resume")
+    assert code == 2
+    assert f"--run runs/{name}.2" in err
+
+
+def test_the_end_that_is_given_counts(tell, tmp_path):
+    begin = ["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", *TINY, "--run", tmp_path / "run"]
+    assert "give one" in tell(*begin, "--steps", "20", "--total-steps", "30")[2]
+    assert tell(*begin, "--steps", "20")[0] == 0
+    code, out, _ = tell("train", "--run", tmp_path / "run", "--resume", "--total-steps", "30")
+    assert code == 0
+    assert "30 updates" in out
+
+
 def losses(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line and line["step"] % 5 == 0}

@@ -4,12 +4,15 @@ import itertools
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 from toy_family import ToyConfig, ToyWorldModel
 
 from worldloom import ConfigError
+from worldloom.errors import DataError
+from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, evaluate
 from worldloom.training.callbacks import (
     Callback,
@@ -129,6 +132,36 @@ def test_values_that_are_not_finite_stay_valid_json(model, buffer, config, tmp_p
         for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ]
     assert strict[0]["eval/ratio"] is None
+
+
+@pytest.mark.parametrize("value", [np.float32(1.5), np.array(1.5), jnp.float32(1.5), 1.5])
+def test_numbers_of_any_kind_are_measurements(model, buffer, config, tmp_path, value):
+    folder, heard = tmp_path / "saved", []
+
+    class Hear(Callback):
+        def on_eval(self, info, measurements):
+            heard.append(measurements)
+
+    callbacks = [(4, lambda info: {"eval/x": value}), Hear(), LoggingCallback(str(tmp_path), False)]
+    callbacks.append(CheckpointCallback(str(folder), save_every=4, monitor="eval/x"))
+    Trainer(model, config.replace(total_steps=8), callbacks).train(buffer)
+    assert heard == [{"eval/x": 1.5}, {"eval/x": 1.5}]
+    assert sorted(path.name for path in folder.iterdir() if path.name.isdecimal()) == ["4", "8"]
+
+
+def test_what_is_no_number_is_no_measurement(model, buffer, config):
+    with pytest.raises(TypeError, match="measurements are numbers"):
+        Trainer(model, config, [(4, lambda info: {"eval/x": "high"})]).train(buffer)
+
+
+def test_held_out_data_that_does_not_fit_is_refused_before_training(model, buffer, config):
+    short = ReplayBuffer(100)
+    short.add_episode(np.zeros((2, 3), np.float32), np.zeros((1, 2), np.float32), np.zeros(1, np.float32))
+    trainer = Trainer(model, config.replace(sequence_length=4), [EvalCallback(short, every=10)])
+    with pytest.raises(DataError):
+        trainer.train(buffer)
+    assert trainer.step == 0
+    Trainer(model, config.replace(eval_interval=0, total_steps=2), [EvalCallback(short)]).train(buffer)
 
 
 def test_evaluation_is_the_same_every_time_and_changes_nothing(model, buffer, config, held_out):

@@ -436,6 +436,64 @@ def test_another_number_of_environments_is_refused(config, tmp_path):
         trainer.train(env, total_steps=9, resume="auto")
 
 
+@pytest.mark.parametrize("change", [{"time_limit": 3}, {"action_repeat": 2}])
+def test_other_environments_than_a_run_was_collected_from_are_refused(config, tmp_path, change):
+    for fields in ({}, change):
+        env = make_env(Walk, seed=3, **fields)
+        trainer = Trainer(toy(env), config, [CheckpointCallback(str(tmp_path), save_every=5)])
+        if not fields:
+            trainer.train(env, total_steps=5)
+    name = "episode_length" if "time_limit" in change else "action_repeat"
+    with pytest.raises(ConfigError, match=f"collected from environments with {name}="):
+        trainer.train(env, total_steps=9, resume="auto")
+    assert trainer.step == 0
+    assert len(trainer.replay) == 0
+
+
+def test_where_environments_are_stepped_does_not_matter_to_a_resumed_run(config, tmp_path):
+    for parallel in ("sync", "subprocess"):
+        with make_env(Walk, seed=3, parallel=parallel) as env:
+            trainer = Trainer(toy(env), config, [CheckpointCallback(str(tmp_path), save_every=5)])
+            trainer.train(env, total_steps=trainer.step + 5 if parallel == "sync" else 9, resume="auto")
+    assert trainer.step == 9
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_environments_that_somebody_else_moved_begin_new_episodes(config, caplog, num_envs):
+    env = make_env(Walk, num_envs, seed=3)
+    trainer = Trainer(toy(env), config, [])
+    trainer.train(env, total_steps=5)
+    trainer.train(env, total_steps=6)
+    assert "somebody else" not in caplog.text
+    middle = len(trainer.replay)
+    env.reset(seed=5)
+    for _ in range(3):
+        env.step(env.sample_actions(np.random.default_rng(0)))
+    trainer.train(env, total_steps=20)
+    assert "reset or stepped by somebody else" in caplog.text
+    rows = every_row(trainer.replay)
+    assert not rows["is_first"][middle - num_envs : middle].all()
+    assert rows["is_first"][middle : middle + num_envs].all()
+    for number in range(num_envs):
+        # Until then episodes 0, 1, ... of seed 3, from there on those of seed 5 but for its first.
+        of_one = stream(rows, number, num_envs)
+        assert_happened(Walk, {k: v[: middle // num_envs] for k, v in of_one.items()}, 3, number)
+        later = {k: v[middle // num_envs :] for k, v in of_one.items()}
+        np.testing.assert_array_equal(later["obs"][0], first_observation(Walk, episode_seed(5, number, 1)))
+
+
+def first_observation(kind, seed):
+    return kind().reset(seed=seed)[0].astype(np.float32)
+
+
+def test_environments_of_the_trainer_that_broke_are_made_again(config):
+    trainer = Trainer(toy(make_env(Walk)), config, [])
+    trainer.train(Walk, total_steps=2)
+    trainer._env(Walk).close()
+    trainer.train(Walk, total_steps=4)
+    assert trainer.step == 4
+
+
 def vector_of_gymnasium():
     return make_env(gym.vector.SyncVectorEnv([Walk, Walk], autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP), seed=3)
 
@@ -648,6 +706,9 @@ def test_a_window_longer_than_anything_collected_is_answered_with_a_sentence(con
     env = make_env(Walk)
     with pytest.raises(DataError, match=r"A window needs 50 rows; the longest episode held has \d+"):
         Trainer(toy(env), config.replace(sequence_length=50), []).train(env)
+    crowd = make_env(Walk, 10)
+    with pytest.raises(DataError, match=r"\d+ decision steps were taken in 10 environments; a larger prefill"):
+        Trainer(toy(crowd), config.replace(sequence_length=4), []).train(crowd)
 
 
 class Breaking(Glide):

@@ -61,3 +61,12 @@ def test_discrete_actions_of_tdmpc2_have_settings_of_their_own():
 def test_images_get_the_latent_that_their_encoder_needs():
     with make_env(Camera) as env:
         assert recipe("tdmpc2:tiny", env).model["latent_dim"] == 512
+
+
+def test_every_environment_of_many_collects_a_window_before_the_first_update():
+    with make_env("CartPole-v1", 64) as env:
+        assert recipe("dreamerv3:tiny", env).training["prefill"] == 64 * 34
+        assert recipe("dreamerv3:tiny", env, {"prefill": 5}).training["prefill"] == 5
+        assert recipe("dreamerv3:tiny", env, {"sequence_length": 4}).training["prefill"] == 1_000
+    with make_env("CartPole-v1", 4) as env:
+        assert recipe("dreamerv3:tiny", env).training["prefill"] == 1_000

@@ -76,6 +76,8 @@ def _prepare() -> None:
     if not logger.handlers:
         logger.addHandler(_AboveTheBar())
         logger.setLevel(logging.INFO)
+    # Some dependency gives the root logger a handler of its own, which would say everything again.
+    logger.propagate = False
 
 
 def _prepare_to_compute() -> None:

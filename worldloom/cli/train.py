@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -105,8 +106,11 @@ def _begin(given: Mapping[str, Any]) -> Plan:
         )
     name, (model_given, training_given, env_given) = given["model"], _sort(given)
     seed = training_given.get("seed", TrainingConfig.seed)
-    run = RunFolder(given.get("run") or _new_folder(given["env"], name))
-    if run.exists and not given.get("resume"):
+    if given.get("resume") and "run" not in given:
+        newest = max(Path("runs").glob(f"{_plain(given['env'], name)}-*"), default=Path("runs/FOLDER"))
+        raise ConfigError(f"--resume needs the folder of the run, for example --run {newest}.")
+    run = RunFolder(given["run"]) if "run" in given else None
+    if run and run.exists and not given.get("resume"):
         raise ConfigError(f"{run.path} holds a run; add --resume to go on with it, or choose another folder by --run.")
     env = make_env(given["env"], seed=seed, **env_given)
     try:
@@ -120,7 +124,7 @@ def _begin(given: Mapping[str, Any]) -> Plan:
     reasons |= dict.fromkeys({**model_given, **training_given, **env_given}, "given")
     chosen = {**env_given, **advice.model, **model_given, **advice.training, **training_given}
     settled = [_as_flag(field, value, reasons[field]) for field, value in chosen.items() if field not in SHAPES]
-    return Plan(model, config, env, run, settled)
+    return Plan(model, config, env, run or RunFolder(_new_folder(given["env"], name)), settled)
 
 
 def _go_on(run: RunFolder, given: Mapping[str, Any]) -> Plan:
@@ -129,7 +133,9 @@ def _go_on(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     model_given, training_given, env_given = _sort(given)
     if "env" in given:
         env_given["spec"] = given["env"]
-    config = run.training_config(**training_given)
+    # The end that is given counts, not one of the other kind that the run was begun with.
+    ends = {"env_steps": 0} if "total_steps" in training_given else {}
+    config = run.training_config(**{**ends, **training_given})
     env = run.make_env(**env_given)
     try:
         model_config = config_from_dict({**settings["model"], **model_given})
@@ -149,6 +155,8 @@ def _sort(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dic
     about_training = TrainingConfig.__dataclass_fields__  # type: ignore[attr-defined]
     env = {name: value for name, value in given.items() if name in about_env}
     training = {name: value for name, value in given.items() if name in about_training}
+    if training.get("total_steps") and training.get("env_steps"):
+        raise ConfigError("--steps (environment steps) and --total-steps (updates) both say when to end; give one.")
     rest = about_env | about_run | set(about_training)
     return {name: value for name, value in given.items() if name not in rest}, training, env
 
@@ -178,8 +186,20 @@ def _family(name: str) -> str:
 
 
 def _new_folder(env: str, model: str) -> Path:
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{env}-{model}").strip("-").lower()
-    return Path("runs") / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """A folder that was not there before, now taken: runs that begin in the same second get one each."""
+    path = Path("runs") / f"{_plain(env, model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(2):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            path = path.with_name(f"{path.name.partition('.')[0]}.{number}")
+        else:
+            break
+    return path
+
+
+def _plain(env: str, model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{env}-{model}").strip("-").lower()
 
 
 def _flag_given(words: Sequence[str], option: str) -> bool:

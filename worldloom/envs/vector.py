@@ -37,6 +37,7 @@ class VectorEnv:
       action_repeat: environment steps per decision step.
       episode_length: decision steps after which an episode is truncated, or ``None`` if that is not known.
       seed: root of the episodes' seeds.
+      moves: how often the environments were reset, stepped or restored, by whomever.
       settings: what :func:`worldloom.envs.make_env` was given, by name: ``make_env(**env.settings)`` makes such
         environments again, unless ``spec`` is an object.
     """
@@ -59,6 +60,7 @@ class VectorEnv:
         self.episode_length = None if backend.time_limit is None else -(-backend.time_limit // action_repeat)
         self.seed = _checked_seed(seed)
         self._closed = False
+        self.moves = 0
         self._rewind()
 
     def reset(self, seed: int | None = None) -> Rows:
@@ -167,6 +169,11 @@ class VectorEnv:
         self._closed = True
         self._backend.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether they were closed, by :meth:`close` or by an error in them."""
+        return self._closed
+
     def __enter__(self) -> Self:
         return self
 
@@ -211,6 +218,7 @@ class VectorEnv:
         return self._rows(arrivals, first=starting)._replace(events=(*arrivals.restarts, *ends))
 
     def _rows(self, arrivals: Arrivals, first: np.ndarray) -> Rows:
+        self.moves += 1
         self._last = arrivals
         self._over = arrivals.last.copy()
         obs = self._observations.structure(arrivals.obs)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from worldloom.envs import EpisodeEnd, Rows, VectorEnv
-from worldloom.errors import ConfigError
+from worldloom.errors import ConfigError, DataError
 from worldloom.state import TrainState
 from worldloom.training.config import TrainingConfig
 from worldloom.training.feed import Chunk, Fresh, Unwritten, Windows, below, send
@@ -91,7 +91,7 @@ class Collector:
         self._endless = getattr(model.config, "episodic", True) is False
         self._rows: Rows | None = None
         self._choice: tuple[Any, Mapping[str, Any]] | None = None
-        self._calls = 0
+        self._calls = self._moves = 0
         self.decisions = self.restarts = 0
         self.ends: list[EpisodeEnd] = []
 
@@ -102,6 +102,9 @@ class Collector:
 
     def step(self, state: TrainState) -> None:
         """Take the actions chosen before, store the rows they were chosen at, and choose the next with ``state``."""
+        if self._rows is not None and self.env.moves != self._moves:
+            _log.warning("The environments were reset or stepped by somebody else: all of them begin new episodes.")
+            self._rows = self._choice = None
         if self._choice is not None:
             self._take(*jax.device_get(self._choice))
         elif self._rows is None:
@@ -116,6 +119,7 @@ class Collector:
             "calls": self._calls,
             "restarts": self.restarts,
             "ends": [list(end) for end in self.ends],
+            "env": kind(self.env),
         }
         if self._choice is None:
             return counts, {}
@@ -138,6 +142,7 @@ class Collector:
             return
         saved = below(arrays, "env/")
         self._rows = self.env.restore(saved)
+        self._moves = self.env.moves
         leaves = below(arrays, "carry/")
         structure = jax.tree.structure(self._carry)
         self._carry = jax.tree.unflatten(structure, [leaves[str(i)] for i in range(len(leaves))])
@@ -157,7 +162,7 @@ class Collector:
         self._arrive(self.env.step(actions))
 
     def _arrive(self, rows: Rows) -> None:
-        self._rows = rows
+        self._rows, self._moves = rows, self.env.moves
         if self._endless and rows.is_terminal.any():
             raise ConfigError(
                 "An episode ended in a terminal state, but the model has episodic=False: it would value that state as "
@@ -238,7 +243,13 @@ class OnlineFeed:
         for fresh in due if self._windows.on_device is None else ():
             fresh.write(self._windows.buffer)
         chunk = self._plan(step, self._due() - step)
-        batches, row_ids = send(self._windows, self._seed, chunk, self._capacity, self._device)
+        try:
+            batches, row_ids = send(self._windows, self._seed, chunk, self._capacity, self._device)
+        except DataError as error:
+            raise DataError(
+                f"{error} So far {self._collector.decisions} decision steps were taken in "
+                f"{self._collector.env.num_envs} environments; a larger prefill takes more before the first update."
+            ) from None
         return chunk, self._windows.complete(batches, row_ids, self._capacity, due), row_ids
 
     def give_back(self, chunk: Chunk, outcome: Outcome, row_ids: list[Any]) -> None:
@@ -285,6 +296,25 @@ def check_match(env: VectorEnv, model: Any) -> None:
             raise ConfigError(
                 f"The environment has {name}={wanted!r}, the model {given!r}. Create the model with obs_shape="
                 "env.obs_shape, action_dim=env.action_dim, action_type=env.action_type."
+            )
+
+
+def kind(env: VectorEnv) -> dict[str, Any]:
+    """What of ``env`` decides about episodes, as far as JSON can tell; where and how fast they run is left out."""
+    plain = {name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)}
+    free = ("seed", "num_envs", "parallel", "worker_timeout", "action_repeat", "time_limit")
+    effective = {"action_repeat": env.action_repeat, "episode_length": env.episode_length}
+    return {name: value for name, value in plain.items() if name not in free} | effective
+
+
+def check_same_kind(saved: Mapping[str, Any], env: VectorEnv) -> None:
+    """Raise ``ConfigError`` if a run was collected from other environments than ``env``: ``saved`` is their kind."""
+    for name, value in kind(env).items():
+        # What was made of a function or an object has no spec that could be compared.
+        if name in saved and saved[name] != value:
+            raise ConfigError(
+                f"The run was collected from environments with {name}={saved[name]!r}, these have {value!r}. Resume "
+                "with the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
             )
 
 

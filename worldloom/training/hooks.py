@@ -125,7 +125,14 @@ class Hooks:
                 f"The callback {self.names[index]}.{method.__name__} answered {answer!r}; it may answer None, "
                 "StopTraining('why') or measurements such as {'eval/return': 1.0}."
             )
-        return answer
+        if answer is None:
+            return None
+        try:
+            return {str(name): float(value) for name, value in answer.items()}
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"The callback {self.names[index]}.{method.__name__} answered {answer!r}; measurements are numbers."
+            ) from None
 
     def _info(self, interval: Interval, look: Look) -> StepInfo:
         def rate() -> float:

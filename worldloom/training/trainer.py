@@ -28,7 +28,7 @@ from worldloom.training.callbacks import (
 from worldloom.training.callbacks.base import as_callback
 from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.checkpoint_files import FORMAT, Snapshot, flatten_state
-from worldloom.training.collect import Collector, OnlineFeed, Schedule, check_match
+from worldloom.training.collect import Collector, OnlineFeed, Schedule, check_match, check_same_kind
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate
 from worldloom.training.feed import Chunk, OfflineFeed, Unwritten, Windows, below, copy_latents
@@ -112,7 +112,8 @@ class Trainer:
         Args:
           source: recorded episodes, a :class:`~worldloom.replay.ReplayBuffer`; or environments: a
             :class:`~worldloom.envs.VectorEnv`, or what ``make_env`` makes one of (an id such as ``"Pendulum-v1"``, a
-            function). They are reset when training begins, and yours to close.
+            function). They are reset when training begins, and yours to close. A further call goes on in the same
+            episodes, unless somebody else moved the environments meanwhile.
           total_steps: updates in all, those of earlier calls and of a resumed run included; None takes the config's.
           resume: ``"auto"`` goes on from the newest checkpoint in the folder of the ``CheckpointCallback`` if there is
             one, True insists on one, a path names another folder of checkpoints or a single one. The run then equals
@@ -156,7 +157,7 @@ class Trainer:
         """The environments meant by ``source``; what is made of an id is kept for the next call."""
         if isinstance(source, VectorEnv):
             return source
-        if self._made is None or self._made[0] != source:
+        if self._made is None or self._made[0] != source or self._made[1].closed:
             self._made = source, make_env(source, seed=self.config.seed)
         return self._made[1]
 
@@ -352,6 +353,7 @@ class Trainer:
             saved, given = kinds if self._collector else kinds[::-1]
             raise ConfigError(f"The run in {folder} was trained from {saved}; it cannot go on from {given}.")
         if self._collector is not None:
+            check_same_kind(record["collector"].get("env", {}), self._collector.env)
             self._collector.replay.adopt(replay)
             self._collector.load_state_dict(record["collector"], below(arrays, "collector/"))
             windows = Windows(self._collector.replay, self.model, self.config, empty=True)

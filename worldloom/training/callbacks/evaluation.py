@@ -9,8 +9,10 @@ import numpy as np
 from worldloom.config import check
 from worldloom.envs import VectorEnv
 from worldloom.training.callbacks.base import Answer, Callback, StepInfo
+from worldloom.training.collect import check_match
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate, play
+from worldloom.training.feed import Windows
 
 
 class EvalCallback(Callback):
@@ -41,6 +43,16 @@ class EvalCallback(Callback):
     def interval(self, config: TrainingConfig) -> int:
         """``every``, or ``config.eval_interval``."""
         return config.eval_interval if self.every is None else self.every
+
+    def on_train_begin(self, info: StepInfo) -> Answer:
+        """Refuse data or environments that do not fit before training, not at the first evaluation."""
+        if not self.interval(info.config):
+            return None
+        if isinstance(self.source, VectorEnv):
+            check_match(self.source, info.model())
+        else:
+            Windows(self.source, info.model(), info.config).draw(self.seed, 0)
+        return None
 
     def on_step(self, info: StepInfo) -> Answer:
         """Evaluate the weights of this step."""
