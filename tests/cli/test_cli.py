@@ -75,6 +75,7 @@ def test_a_folder_is_not_trained_in_twice_by_accident(run_folder, tell):
     code, _, err = tell("train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--run", run_folder)
     assert code == 2
     assert "holds a run; add --resume" in err
+    assert "holds a run; add --resume" in tell("train", "--run", run_folder)[2]
 
 
 def test_a_run_goes_on_where_it_was_interrupted(tell, tmp_path):

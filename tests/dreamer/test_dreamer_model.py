@@ -119,6 +119,12 @@ def test_interface_shapes_and_units(model):
         assert np.all((image >= 0) & (image <= 1))
 
 
+def test_actions_that_are_not_time_first_are_refused(model):
+    actions = random_actions(model.config, (B, B + 1))
+    with pytest.raises(DataError, match=r"time first, \[H, B, ...\]; swapaxes"):
+        model.imagine(model.encode(random_obs(model.config, (B,))), actions)
+
+
 def test_imagine_is_repeated_predict(model):
     actions = random_actions(model.config, (3, B))
     start = model.encode(random_obs(model.config, (B,)))

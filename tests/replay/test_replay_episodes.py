@@ -107,6 +107,8 @@ def test_discrete_actions_from_integers_and_one_hots_agree():
 
 def test_undeclared_number_of_discrete_actions_grows_with_the_data():
     buffer = ReplayBuffer()
+    with pytest.raises(DataError, match=r"actions\[0\] is -1; discrete actions count from 0"):
+        buffer.add_episode(np.zeros((3, 2)), [-1, 1], np.zeros(2))
     buffer.add_episode(np.zeros((3, 2)), [0, 1], np.zeros(2))
     assert buffer.action_dim == 2
     buffer.add_episode(np.zeros((3, 2)), [0, 4], np.zeros(2))

@@ -45,6 +45,13 @@ def test_whole_interface(variant):
             assert jnp.abs(action).max() <= 1.0
 
 
+def test_actions_that_are_not_time_first_are_refused():
+    model = make("discrete")
+    state = model.encode(observations(model.config, 4))
+    with pytest.raises(DataError, match=r"time first, \[H, B, ...\]; swapaxes"):
+        model.imagine(state, jnp.zeros((4, 5), jnp.int32))
+
+
 def test_discrete_actions_as_integers_or_one_hots():
     model = make("discrete")
     state = model.encode(observations(model.config, 4))

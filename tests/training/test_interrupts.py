@@ -47,7 +47,9 @@ def run(folder, number, times):
 
 
 def test_sigterm_saves_and_leaves_with_143(tmp_path):
-    assert run(tmp_path, signal.SIGTERM, 1).returncode == 143
+    ended = run(tmp_path, signal.SIGTERM, 1)
+    assert ended.returncode == 143
+    assert "Stopping once this update is done" in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["7"]
 
 

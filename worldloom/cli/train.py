@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,15 @@ def train(words: Sequence[str]) -> int:
     with plan.env:
         start = time.perf_counter()
         trainer = Trainer(plan.model, plan.config, plan.run.callbacks(plan.env))
-        trainer.train(plan.env, resume="auto" if given.get("resume") else False)
+        try:
+            trainer.train(plan.env, resume="auto" if given.get("resume") else False)
+        except (KeyboardInterrupt, SystemExit):
+            if any(plan.run.checkpoints.glob("[0-9]*")):
+                print(
+                    f"Stopped after {trainer.step:,} updates. To go on: worldloom train --run {plan.run.path} --resume",
+                    file=sys.stderr,
+                )
+            raise
         seconds = time.perf_counter() - start
     print(
         f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {plan.run.path}; "
@@ -99,6 +108,9 @@ def _begin(given: Mapping[str, Any]) -> Plan:
     from worldloom.envs import make_env
     from worldloom.training.recipes import recipe
 
+    run = RunFolder(given["run"]) if "run" in given else None
+    if run and run.exists and not given.get("resume"):
+        raise ConfigError(f"{run.path} holds a run; add --resume to go on with it, or choose another folder by --run.")
     if "model" not in given or "env" not in given:
         raise ConfigError(
             "A new run needs --model and --env, for example: "
@@ -109,9 +121,6 @@ def _begin(given: Mapping[str, Any]) -> Plan:
     if given.get("resume") and "run" not in given:
         newest = max(Path("runs").glob(f"{_plain(given['env'], name)}-*"), default=Path("runs/FOLDER"))
         raise ConfigError(f"--resume needs the folder of the run, for example --run {newest}.")
-    run = RunFolder(given["run"]) if "run" in given else None
-    if run and run.exists and not given.get("resume"):
-        raise ConfigError(f"{run.path} holds a run; add --resume to go on with it, or choose another folder by --run.")
     env = make_env(given["env"], seed=seed, **env_given)
     try:
         advice = recipe(name, env, {**model_given, **training_given})

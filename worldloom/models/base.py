@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from worldloom.devices import compute_dtype, resolve_device
-from worldloom.errors import ConfigError, WeightsError
+from worldloom.errors import ConfigError, DataError, WeightsError
 from worldloom.nn.linear import OneDraw
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -126,6 +126,15 @@ class WorldModel(nnx.Module):
         if not isinstance(model, cls):
             raise ConfigError(f"{path_or_repo} holds a {type(model).__name__}; load it with that class.")
         return model
+
+
+def check_time_first(batch: tuple[int, ...], states: tuple[int, ...]) -> None:
+    """Raise ``DataError`` unless actions [H, *batch, ...] belong to states [*states, ...]."""
+    if batch != states:
+        raise DataError(
+            f"Actions for a batch of shape {batch} do not fit states of batch shape {states}. Actions are time first, "
+            "[H, B, ...]; swapaxes(0, 1) makes them so."
+        )
 
 
 def compiled(method: F) -> F:

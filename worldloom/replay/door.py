@@ -301,6 +301,8 @@ def convert_actions(array: np.ndarray, action: Action, idle: np.ndarray, what: s
             raise DataError(
                 f"{what}[{step}] is {index[step]}; to have that many actions, say action_dim when creating."
             )
+        if not action.fixed:
+            raise DataError(f"{what}[{step}] is {index[step]}; discrete actions count from 0.")
         raise DataError(
             f"{what}[{step}] is {index[step]}; with {action.dim} discrete actions it must lie in 0 … {action.dim - 1}."
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+_log = logging.getLogger("worldloom")
 
 
 class Interrupts:
@@ -41,6 +44,7 @@ class Interrupts:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
+        _log.warning("Stopping once this update is done and callbacks have saved; the same signal again ends at once.")
 
     def _restore(self) -> None:
         while self._before:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from worldloom.models.base import WorldModel, compiled
+from worldloom.models.base import WorldModel, check_time_first, compiled
 from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.networks import Actor, Decoder, Encoder, Head, ReturnRange
 from worldloom.models.dreamer.rssm import RSSM, Latent
@@ -126,8 +126,12 @@ class DreamerV3WorldModel(WorldModel):
 
     @compiled
     def imagine(self, state: Latent, actions: Any, key: jax.Array | None = None) -> Trajectory:
-        """What following ``actions`` [H, B, ...] from ``state`` [B, ...] leads to, one ``lax.scan``."""
+        """What following ``actions`` [H, B, ...] from ``state`` [B, ...] leads to, one ``lax.scan``.
+
+        Raises ``DataError`` for actions of another shape.
+        """
         embedded = embed_actions(self.config, actions, 2, self.dtype)
+        check_time_first(embedded.shape[1:-1], state.deter.shape[:-1])
         mixing = self.rssm.core.mixing(self.dtype)
 
         def step(state: Latent, inputs: tuple) -> tuple[Latent, Latent]:

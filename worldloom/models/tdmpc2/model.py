@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from worldloom.errors import DataError
-from worldloom.models.base import WorldModel, compiled
+from worldloom.models.base import WorldModel, check_time_first, compiled
 from worldloom.models.tdmpc2 import loss, planner
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.networks import (
@@ -154,9 +154,13 @@ class TDMPC2WorldModel(WorldModel):
     def imagine(
         self, state: LatentState, actions: jax.Array, key: jax.Array | None = None, *, task: jax.Array | None = None
     ) -> Trajectory:
-        """Roll ``actions`` [H, B, A] (or integers [H, B]) out from ``state``; one scan."""
+        """Roll ``actions`` [H, B, A] (or integers [H, B]) out from ``state``; one scan.
+
+        Raises ``DataError`` for actions of another shape.
+        """
         del key
         actions = self.as_vectors(actions, state.z.ndim + 1)
+        check_time_first(actions.shape[1:-1], state.z.shape[:-1])
 
         def step(z: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
             z = self.next_latent(z, action, task)
