@@ -68,5 +68,7 @@ def test_every_environment_of_many_collects_a_window_before_the_first_update():
         assert recipe("dreamerv3:tiny", env).training["prefill"] == 64 * 34
         assert recipe("dreamerv3:tiny", env, {"prefill": 5}).training["prefill"] == 5
         assert recipe("dreamerv3:tiny", env, {"sequence_length": 4}).training["prefill"] == 1_000
+        many = recipe("tdmpc2:tiny", env, {"sequence_length": 20}).training
+        assert many["prefill"] == many["prefill_updates"] == 64 * 22
     with make_env("CartPole-v1", 4) as env:
         assert recipe("dreamerv3:tiny", env).training["prefill"] == 1_000

@@ -108,13 +108,14 @@ def recipe(name: str, env: Any, given: Mapping[str, Any] | None = None) -> Recip
             reasons["episode_length"] = "of the environment, in decision steps"
         # Random actions end an episode early where it can be ended.
         training["prefill"] = max(_LEAST_PREFILL, _PREFILL_EPISODES * (length or 0) if endless else 0)
-        training["prefill_updates"] = given.get("prefill", training["prefill"])
         reasons |= {"prefill": "random actions first", "prefill_updates": "as many as prefill"}
     # A window lies in the rows of one environment, so each of them must have taken that many steps.
     windows = env.num_envs * (given.get("sequence_length", training.get("sequence_length", 0)) + 2)
     if training.get("prefill", windows) < windows:
         training["prefill"] = windows
         reasons["prefill"] = f"a window in each of {env.num_envs} environments"
+    if family == "tdmpc2":
+        training["prefill_updates"] = given.get("prefill", training["prefill"])
     return Recipe(
         {field: given.get(field, value) for field, value in model.items()},
         {field: given.get(field, value) for field, value in training.items()},
