@@ -1,4 +1,4 @@
-"""The distributions of DreamerV3 as small pytrees. Everything is float32; Without randomness, draws are modes."""
+"""The distributions of DreamerV3 as small pytrees. Everything is float32; without randomness, draws are modes."""
 
 from __future__ import annotations
 
