@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import worldloom
+from worldloom import UnknownModelError, create_world_model
 from worldloom.cli import COMMANDS, main
 from worldloom.cli.about import EXTRAS
 
@@ -60,6 +61,15 @@ def test_a_run_is_evaluated(run_folder, tell):
     assert "0 of 10 episodes terminated; weights after 30 updates" in out
     assert tell("eval", run_folder)[1] == out
     assert "after 10 updates" in tell("eval", run_folder, "--checkpoint", "10")[1]
+
+
+def test_a_video_is_a_gif_and_weights_lie_in_a_folder_of_their_own(run_folder, tell):
+    code, _, err = tell("play", run_folder, "--video", "out.mp4")
+    assert code != 0
+    assert "writes a GIF: out.gif, not out.mp4" in err
+    with pytest.raises(UnknownModelError, match=r"folder of a run; the weights at its end are in .*pendulum/model"):
+        create_world_model(run_folder)
+    assert create_world_model(run_folder / "model").config.model_type == "tdmpc2"
 
 
 def test_a_run_is_played(run_folder, tell, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -312,3 +313,14 @@ def test_a_plain_function_may_stop_training(model, buffer, config):
     trainer.train(buffer)
     assert trainer.step == 6
     assert trainer.stop_reason.endswith(": enough")
+
+
+def test_progress_counts_speed_from_the_first_update_on(buffer, config, model, capsys):
+    """What comes before, collecting and compiling, is named, and does not stretch the time to go."""
+    waiting = every(1, lambda info: time.sleep(1.0 if info.step == 1 else 0.0))
+    Trainer(model, config, [waiting, ProgressCallback("fitting")]).train(buffer)
+    shown = capsys.readouterr().err
+    assert "compiling" in shown
+    first = next(line for line in shown.split("\r") if "| 1/20" in line)
+    assert "loss=" in first
+    assert "?step/s" in first

@@ -234,6 +234,19 @@ def test_keep_last_and_the_best(buffer, config, tmp_path):
         load_weights(model, tmp_path, 12)
 
 
+def test_values_of_another_monitor_are_not_compared(buffer, config, tmp_path):
+    """A run goes on and is judged by something else from there: what was best before is so no more."""
+    low = lambda info: {"eval/low": float(info.step)}  # noqa: E731
+    high = lambda info: {"eval/high": 1000.0 - info.step}  # noqa: E731
+    first = CheckpointCallback(str(tmp_path), save_every=4, keep_last=1, monitor="eval/low")
+    Trainer(ToyWorldModel(ToyConfig()), config, [(4, low), first]).train(buffer, total_steps=8)
+    assert first.best == tmp_path / "4"
+    second = CheckpointCallback(str(tmp_path), save_every=4, keep_last=1, monitor="eval/high")
+    Trainer(ToyWorldModel(ToyConfig()), config, [(4, high), second]).train(buffer, resume=True)
+    assert second.best == tmp_path / "20"
+    assert load_weights(ToyWorldModel(ToyConfig()), tmp_path, "best") == 20
+
+
 def test_the_best_is_judged_by_means_not_by_single_batches(buffer, config, tmp_path):
     means = {}
     callback = CheckpointCallback(str(tmp_path), save_every=5, keep_last=1, monitor="first_row")

@@ -1,5 +1,7 @@
 """Both families learn in worlds whose optimum is known: by termination, by truncation, from a picture and a vector."""
 
+import functools
+
 import numpy as np
 import pytest
 from tiny_envs import Corridor, Lamp, Steady
@@ -30,46 +32,46 @@ def tdmpc2(env, **fields):
     return TDMPC2WorldModel(TDMPC2Config(**shapes(env), **{**sizes, **plans, **bins, **fields}))
 
 
-def learned(model, env, steps, **settings):
-    """Mean return of 20 episodes after ``steps`` updates."""
-    config = TrainingConfig(device="cpu", seed=0, prefill=200, batch_size=16, grad_clip=0.0, **settings)
-    with env:
-        Trainer(model, config, []).train(env, total_steps=steps)
-        with env.another(10, seed=1) as other:
-            return float(np.mean([end.episode_return for end in play(model, other, episodes=20, seed=1)]))
+def learned(make_model, world, steps, image_size=None, **settings):
+    """Mean return of 20 episodes after ``steps`` updates, the median of three seeds: returns come and go."""
+    returns = []
+    for seed in range(3):
+        config = TrainingConfig(device="cpu", seed=seed, prefill=200, batch_size=16, grad_clip=0.0, **settings)
+        with make_env(world, 4, seed=seed, image_size=image_size) as env:
+            model = make_model(env)
+            Trainer(model, config, []).train(env, total_steps=steps)
+            with env.another(10, seed=100 + seed) as other:
+                returns.append(np.mean([end.episode_return for end in play(model, other, episodes=20, seed=seed)]))
+    return float(np.median(returns))
 
 
 pytestmark = pytest.mark.slow
 DREAMS = {"sequence_length": 8, "learning_rate": 2e-3, "warmup_steps": 50}
-PLANS = {"sequence_length": 4, "learning_rate": 1e-3}
+PLANS = {"sequence_length": 4, "learning_rate": 3e-4}
 
 
 def test_dreamer_learns_where_episodes_terminate():
     """Best 0.5."""
-    env = make_env(Corridor, 4, seed=0)
-    assert learned(dreamer(env), env, 500, train_ratio=64.0, **DREAMS) >= 0.475
+    assert learned(dreamer, Corridor, 500, train_ratio=64.0, **DREAMS) >= 0.475
 
 
 def test_dreamer_learns_where_episodes_are_truncated():
     """Best 10, of which a policy that never draws less widely than σ = 0.1 can have 9.6."""
-    env = make_env(Steady, 4, seed=0)
-    assert learned(dreamer(env), env, 1500, train_ratio=64.0, **DREAMS) >= 9.0
+    assert learned(dreamer, Steady, 3000, train_ratio=64.0, **DREAMS) >= 9.0
 
 
 def test_dreamer_learns_from_a_picture_and_a_vector():
     """Best 1, or ¾ with either of them alone."""
-    env = make_env(Lamp, 4, seed=0, image_size=48)
-    model, slower = dreamer(env, cnn_depth=4, entropy_scale=3e-3), {"sequence_length": 4, "learning_rate": 1e-3}
-    assert learned(model, env, 500, train_ratio=32.0, **{**DREAMS, **slower}) >= 0.9
+    model = functools.partial(dreamer, cnn_depth=4, entropy_scale=3e-3)
+    slower = {**DREAMS, "sequence_length": 4, "learning_rate": 1e-3}
+    assert learned(model, Lamp, 500, image_size=48, train_ratio=32.0, **slower) >= 0.9
 
 
 def test_tdmpc2_learns_where_episodes_are_truncated():
     """Best 10."""
-    env = make_env(Steady, 4, seed=0)
-    assert learned(tdmpc2(env), env, 500, **PLANS) >= 9.5
+    assert learned(tdmpc2, Steady, 1000, **PLANS) >= 9.5
 
 
 def test_tdmpc2_learns_where_episodes_terminate():
     """Best 0.5."""
-    env = make_env(Corridor, 4, seed=0)
-    assert learned(tdmpc2(env, episodic=True), env, 500, **PLANS) >= 0.475
+    assert learned(functools.partial(tdmpc2, episodic=True), Corridor, 1000, **PLANS) >= 0.475

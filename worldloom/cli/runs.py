@@ -57,6 +57,8 @@ def film(words: Sequence[str]) -> int:
     flags.group("options", [*video, Flag("episodes", int, "How many to play, one after another.", 1), *kept])
     given = flags.parse(words)
     path = Path(given.get("video") or Path(given["folder"]) / "play.gif")
+    if path.suffix.lower() != ".gif":
+        raise ConfigError(f"--video writes a GIF: {path.with_suffix('.gif')}, not {path}.")
     frames: list[np.ndarray] = []
     with _loaded(given, 1, render=True) as (model, env, step):
         for episode in range(given.get("episodes", 1)):

@@ -185,7 +185,7 @@ def hub() -> Any:
 def _load_folder(folder: Path, device: str, overrides: Mapping[str, Any]) -> WorldModel:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise UnknownModelError(f"{folder} holds no saved model: {name} is missing.")
+            raise UnknownModelError(f"{folder} holds no saved model: {name} is missing.{_of_run(folder)}")
     config = config_from_dict(read_json_object(folder / "config.json")).replace(**overrides)
     arrays = read_safetensors(folder / "model.safetensors")
     cls = FAMILIES[config.model_type].model_class()
@@ -195,6 +195,18 @@ def _load_folder(folder: Path, device: str, overrides: Mapping[str, Any]) -> Wor
     model = cls(config, device=device)
     model.load_params(unflatten(arrays))
     return model
+
+
+def _of_run(folder: Path) -> str:
+    """Where the weights are if ``folder`` is that of a run."""
+    if _is_model_folder(folder / "model"):
+        return f" It is the folder of a run; the weights at its end are in {folder / 'model'}."
+    if (folder / "checkpoints").is_dir():
+        return (
+            " It is the folder of a run that has not ended; worldloom.training.checkpoint.load_weights(model, "
+            f"'{folder / 'checkpoints'}') reads its newest checkpoint."
+        )
+    return ""
 
 
 def _check_parts(config: Any, arrays: int) -> None:

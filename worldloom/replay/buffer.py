@@ -202,9 +202,9 @@ class ReplayBuffer:
         * equal lengths: rows by the arrival rule, stored as given.
 
         The last row is always an episode's end. It is *terminal* (nothing to bootstrap from) if ``terminated`` says so,
-        or, when only ``dones`` is given, if ``dones`` does; time limits belong in ``truncated``. Each of the three is
-        one boolean for the last step, or one per action (``n`` of them), True at most at the last. ``dones`` beside the
-        others must be their "or".
+        or, when only ``dones`` is given, if ``dones`` does; time limits belong in ``truncated``, and an episode given
+        without any of the three counts as cut off by one. Each of them is one boolean for the last step, or one per
+        action (``n`` of them), True at most at the last. ``dones`` beside the others must be their "or".
 
         Args:
           obs: [n + 1, ...] or [n, ...], or a dict of such arrays.

@@ -36,11 +36,12 @@ class Checkpointer:
       folder: where they are; created by :meth:`open`.
       keep_last: newest ones to keep.
       mode: ``"min"`` or ``"max"`` keeps the one with the lowest or highest value too; None keeps the newest only.
+      monitor: what the values are of; those of another quantity, saved before a resume, are not compared with them.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int = 3, mode: str | None = None):
+    def __init__(self, folder: str | Path, *, keep_last: int = 3, mode: str | None = None, monitor: str | None = None):
         self.folder = Path(folder)
-        self._keep_last, self._mode = keep_last, mode
+        self._keep_last, self._mode, self._monitor = keep_last, mode, monitor
         self._store = ReplayStore(self.folder / REPLAY_FOLDER)
         self._values: dict[int, float | None] = {}
         self._writer: ThreadPoolExecutor | None = None
@@ -66,7 +67,7 @@ class Checkpointer:
                     f"{self.folder} holds checkpoints of another run, up to step {self.steps()[-1]}. Go on with that "
                     "run by train(…, resume='auto'), or choose another folder."
                 )
-            self._values[step] = record.get("value")
+            self._values[step] = _value(record, self._monitor)
         for leftover in self.folder.glob("*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="worldloom-checkpoint")
@@ -133,8 +134,9 @@ class Checkpointer:
 
     def _write(self, snapshot: Snapshot, value: float | None, replay: Pending | None) -> None:
         try:
-            further = {"value": value, "mode": self._mode, "replay": replay.write() if replay else None}
-            write_checkpoint(self.folder / str(snapshot.step), snapshot, **further)
+            judged = {"value": value, "mode": self._mode, "monitor": self._monitor}
+            further = {"replay": replay.write() if replay else None}
+            write_checkpoint(self.folder / str(snapshot.step), snapshot, **judged, **further)
         except Exception as error:
             raise CheckpointError(
                 f"The checkpoint of step {snapshot.step} could not be written to {self.folder}: {error}. "
@@ -177,13 +179,19 @@ def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> 
         raise CheckpointError(f"There is no checkpoint in {folder}.")
     if step == "best":
         records = {s: read_summary(folder / str(s)) for s in steps}
-        mode = records[steps[-1]].get("mode") or "min"
-        step = _best({s: record.get("value") for s, record in records.items()}, mode) or steps[-1]
+        newest = records[steps[-1]]
+        values = {s: _value(record, newest.get("monitor")) for s, record in records.items()}
+        step = _best(values, newest.get("mode") or "min") or steps[-1]
     number = steps[-1] if step == "latest" else step
     if number not in steps:
         raise CheckpointError(f"There is no checkpoint of step {number} in {folder}; there are {steps}.")
     model.load_params(read_params(folder / str(number), model))
     return int(number)
+
+
+def _value(record: Mapping[str, Any], monitor: str | None) -> float | None:
+    """The value that a checkpoint was judged by, if it is one of ``monitor``."""
+    return record.get("value") if record.get("monitor") == monitor else None
 
 
 def _best(values: Mapping[int, float | None], mode: str) -> int | None:

@@ -11,6 +11,7 @@ TD(λ), in the spirit of the value expansions of Buckman et al. 2018), the short
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -142,8 +143,10 @@ def refit(
     best, elites = jax.lax.top_k(jnp.nan_to_num(values, nan=0.0), num_elites)
     weights = jax.nn.softmax(temperature * (best - best[0]))
     chosen = actions[:, elites]
-    mean = jnp.einsum("e,hea->ha", weights, chosen)
-    variance = jnp.einsum("e,hea->ha", weights, jnp.square(chosen - mean[:, None]))
+    # Actions would lose digits where a GPU or TPU multiplies matrices, which it does by TF32 or bfloat16 unasked.
+    weighted = functools.partial(jnp.einsum, "e,hea->ha", weights, precision=jax.lax.Precision.HIGHEST)
+    mean = weighted(chosen)
+    variance = weighted(jnp.square(chosen - mean[:, None]))
     return mean, jnp.clip(jnp.sqrt(variance), min_std, max_std), elites, weights
 
 

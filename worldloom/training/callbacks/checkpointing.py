@@ -54,9 +54,8 @@ class CheckpointCallback(Callback):
         check(isinstance(keep_last, int) and keep_last >= 1, f"keep_last must be an integer ≥ 1, not {keep_last!r}.")
         self.save_dir, self.save_every = Path(save_dir), save_every
         self.monitor = Monitor(monitor, mode) if save_best else None
-        self.checkpointer = Checkpointer(
-            save_dir, keep_last=keep_last, mode=self.monitor.mode if self.monitor else None
-        )
+        judged = {"mode": self.monitor.mode, "monitor": self.monitor.name} if self.monitor else {}
+        self.checkpointer = Checkpointer(save_dir, keep_last=keep_last, **judged)
         self._measured: float | None = None
         self._saved_step: int | None = None
 
