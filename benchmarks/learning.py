@@ -144,7 +144,6 @@ def value(text):
 
 
 def main():
-    keep_freed_memory(overlap=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tdmpc2:tiny")
     parser.add_argument("--env", default="Pendulum-v1")
@@ -158,6 +157,8 @@ def main():
     parser.add_argument("--out", type=Path, help="file for the JSON beside the standard output")
     parser.add_argument("--plot", nargs="+", metavar="FILE", help="picture, then files to draw; trains nothing")
     args = parser.parse_args()
+    if args.model != "tdmpc2:tiny":
+        keep_freed_memory()
     if args.plot:
         plot(args.plot[0], args.plot[1:])
         return

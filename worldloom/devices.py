@@ -86,7 +86,7 @@ def compiled_programs() -> Path | None:
     return Path(folder) if folder else None
 
 
-def keep_freed_memory(*, overlap: bool = False) -> bool:
+def keep_freed_memory() -> bool:
     """Keep freed memory in the process, for programs that train on a CPU; returns whether it could (glibc only).
 
     XLA asks for an update's temporary memory anew each time. glibc takes blocks of that size from the kernel and gives
@@ -95,24 +95,17 @@ def keep_freed_memory(*, overlap: bool = False) -> bool:
     process, and must come before JAX computes; the command line calls it, imports never do. Starting Python with
     ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` has nearly the same effect.
 
-    Args:
-      overlap: only the main thread's heap can grow that far, so that either JAX computes in the thread that calls it
-        and makes it wait (False: set ``jax_cpu_enable_async_dispatch`` to False), or all threads share the main
-        thread's heap (True). True lets environments step while the device trains. It costs 3 to 4 s when ``size1m``
-        is compiled, because the compiler's threads share the heap too, and up to a quarter of the speed in a process
-        that compiled its programs itself. Computation on a GPU or TPU overlaps either way.
+    Only the main thread's heap can grow that far, so ``jax_cpu_enable_async_dispatch`` is set to False too: on a CPU,
+    JAX then computes in the thread that calls it and makes it wait. Models whose update takes no longer than what the
+    host does meanwhile (``tdmpc2:tiny`` in environments) are better off without; they need little memory anyway.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # Windows, macOS, musl.
         return False
-    arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
-    settings = [(mmap_max, 0), (trim_threshold, -1)]
-    if overlap:
-        settings.append((arena_max, 1))
-    else:
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-    return all(mallopt(name, value) for name, value in settings)
+    mmap_max, trim_threshold = -4, -1  # malloc.h
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return all(mallopt(name, value) for name, value in ((mmap_max, 0), (trim_threshold, -1)))
 
 
 @functools.cache

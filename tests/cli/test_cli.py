@@ -72,6 +72,24 @@ def test_a_video_is_a_gif_and_weights_lie_in_a_folder_of_their_own(run_folder, t
     assert create_world_model(run_folder / "model").config.model_type == "tdmpc2"
 
 
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--model", "tdmpc2:tiny"], False),
+        (["--model", "tdmpc2:tiny", "--latent-dim", "128"], True),
+        (["--model", "tdmpc2:1m"], True),
+        (["--model", "dreamerv3:tiny"], True),
+        (["--resume"], False),
+    ],
+)
+def test_memory_is_kept_where_updates_are_long(run_folder, tell, monkeypatch, words, kept):
+    calls = []
+    monkeypatch.setattr("worldloom.cli.train.keep_freed_memory", lambda: calls.append(1))
+    folder = ["--run", run_folder] if "--resume" in words else []
+    assert tell("train", *words, *folder, "--env", "NoSuchWorld-v0")[0] == 2
+    assert bool(calls) == kept
+
+
 def test_a_run_is_played(run_folder, tell, tmp_path):
     image_module = pytest.importorskip("PIL.Image")
     code, out, _ = tell("play", run_folder, "--video", tmp_path / "out.gif", "--episodes", 2)

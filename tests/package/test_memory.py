@@ -12,7 +12,7 @@ import jax, jax.numpy as jnp
 from worldloom.devices import keep_freed_memory
 
 how = sys.argv[1]
-print(None if how == "returned" else keep_freed_memory(overlap=how == "overlap"))
+print(None if how == "returned" else keep_freed_memory())
 call = jax.jit(lambda x: jnp.tanh(x @ x.T) @ x)  # 100 MB between the products.
 faults, shares = [], []
 for _ in range(5):
@@ -29,9 +29,9 @@ print(min(faults[1:]), min(shares[1:]))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-@pytest.mark.parametrize("how", ["returned", "kept", "overlap"])
+@pytest.mark.parametrize("how", ["returned", "kept"])
 def test_kept_memory_is_not_faulted_in_again(how):
-    """100 MB are 24,000 pages, or 50 huge ones. A call waits for its result where memory is kept without overlap."""
+    """100 MB are 24,000 pages, or 50 huge ones. A call waits for its result where memory is kept."""
     command = [sys.executable, "-c", PROGRAM, how]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kept, faults, waiting = output.split()

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     _prepare()
     if words[0] in ("train", "eval", "play"):
-        _prepare_to_compute()
+        _keep_compiled_programs()
     try:
         module, function = COMMANDS[words[0]][0].split(":")
         return getattr(importlib.import_module(module), function)(words[1:])
@@ -80,11 +80,10 @@ def _prepare() -> None:
     logger.propagate = False
 
 
-def _prepare_to_compute() -> None:
-    from worldloom.devices import keep_compiled_programs, keep_freed_memory
+def _keep_compiled_programs() -> None:
+    from worldloom.devices import keep_compiled_programs
     from worldloom.models.registry import cache_dir
 
-    keep_freed_memory(overlap=True)  # Environments step while the device trains.
     keep_compiled_programs(cache_dir() / "compiled")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.cli.flags import Flag, Flags
+from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError
 from worldloom.models.registry import FAMILIES, config_from_dict
 from worldloom.report.video import save_gif
@@ -76,6 +77,7 @@ def _loaded(given: Mapping[str, Any], num_envs: int, *, render: bool = False) ->
     """The model of a run, environments like its own, and after how many updates it is."""
     run, device = RunFolder(given["folder"]), given.get("device", "auto")
     config = config_from_dict(run.settings()["model"])
+    keep_freed_memory()
     changes = {"spec": given["env"]} if "env" in given else {}
     parallel = {"parallel": "sync"} if num_envs == 1 else {}
     with run.make_env(num_envs=num_envs, seed=given.get("seed", 0), render=render, **parallel, **changes) as env:

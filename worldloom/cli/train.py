@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from worldloom.cli.flags import Flag, Flags, fields, peek
 from worldloom.config import nearest
+from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError, UnknownModelError
-from worldloom.models.registry import ALIASES, FAMILIES, config_from_dict, create_world_model, list_models
+from worldloom.models.registry import ALIASES, FAMILIES, config_from_dict, create_world_model, get_config, list_models
 from worldloom.training.config import TrainingConfig
 from worldloom.training.run_folder import RunFolder
 
@@ -32,6 +33,8 @@ ENV_FLAGS = [
     Flag("frame_stack", int, "Last images stacked; TD-MPC2 from pixels takes 3."),
     Flag("worker_timeout", float, "Seconds after which a silent environment process is replaced.", 60.0),
 ]
+_SHORT = 64
+"""Up to this latent_dim, an update of TD-MPC2 takes no longer than what the host does meanwhile."""
 SHAPES = ("obs_shape", "action_dim", "action_type", "model_type")
 """Fields that the environment or the preset settles."""
 
@@ -64,6 +67,9 @@ def train(words: Sequence[str]) -> int:
     name = peek(words, "--model")
     family = _family(name) if name else known.settings()["model"].get("model_type") if known else None
     given = _flags(family).parse(words)
+    width = given.get("latent_dim") or _latent_dim(name, known)
+    if family != "tdmpc2" or width > _SHORT:
+        keep_freed_memory()
     plan = _go_on(known, given) if known and not name else _begin(given)
     print(_headline(plan), *(f"  {line}" for line in plan.settled), f"run folder {plan.run.path}", sep="\n", flush=True)
     with plan.env:
@@ -209,6 +215,13 @@ def _new_folder(env: str, model: str) -> Path:
 
 def _plain(env: str, model: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", f"{env}-{model}").strip("-").lower()
+
+
+def _latent_dim(name: str | None, known: RunFolder | None) -> int:
+    """That of a preset or a run; 0 where the family has none."""
+    if name:
+        return getattr(get_config(name, obs_shape=(1,), action_dim=1), "latent_dim", 0)
+    return known.settings()["model"].get("latent_dim", 0) if known else 0
 
 
 def _flag_given(words: Sequence[str], option: str) -> bool:
