@@ -12,6 +12,8 @@ import resource
 import subprocess
 import sys
 
+from worldloom.devices import keep_freed_memory
+
 SETTINGS = {
     "plain": {},
     "remat": {"remat": True},
@@ -53,7 +55,10 @@ def main():
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--setting", choices=SETTINGS, help="only this one, in this process")
+    parser.add_argument("--kept", action="store_true", help="let the process keep freed memory (CPU)")
     args = parser.parse_args()
+    if args.kept:
+        keep_freed_memory()
     work = (args.model, args.obs, args.batch_size, args.length, args.repeats)
     if args.setting:
         print(json.dumps(one(args.setting, *work)))
@@ -62,7 +67,7 @@ def main():
     for setting in SETTINGS:
         command = [sys.executable, *sys.argv, "--setting", setting]
         found[setting] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    print(json.dumps({"benchmark": "memory", "work": work, "settings": found}, indent=2))
+    print(json.dumps({"benchmark": "memory", "work": work, "kept": args.kept, "settings": found}, indent=2))
 
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ def losses(folder):
         (["eval", "/nowhere/at/all"], "not the folder of a run"),
         (["info", "tdmpc2:tony"], "There is no model 'tdmpc2:tony'"),
         (["info", "nothing"], "There is no model 'nothing'"),
+        (["info", "tdmpc2:tiny", "--image-size", "64"], "image_size belongs to an environment: give --env too"),
         (["list", "all"], "'all' is not expected"),
         (["doctor", "--help-me"], "no flag '--help-me'. Did you mean '--help'"),
     ],

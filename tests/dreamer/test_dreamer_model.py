@@ -349,6 +349,18 @@ def test_act_follows_encode_and_observe(vector_model):
     assert np.any(np.abs(again.latent.deter[1] - fresh.deter[1]) > 1e-4)
 
 
+def test_act_takes_as_many_of_everything(vector_model):
+    model = vector_model
+    one = random_obs(model.config, ())
+    with pytest.raises(DataError, match=r"For a single (one|environment): obs\[None\], and action\[0\]"):
+        model.act(None, one)
+    obs = np.stack([one] * 3)
+    with pytest.raises(DataError, match="carry is of 2 environments, obs of 3; give carry=None"):
+        model.act(model.initial_carry(2), obs)
+    with pytest.raises(DataError, match=r"is_first has shape \(2,\); obs of 3 environments need \(3,\)"):
+        model.act(None, obs, is_first=np.ones(2, bool))
+
+
 def test_act_samples_from_the_policy():
     model = make_model(**SPACES["vector-discrete"])
     n = 20_000

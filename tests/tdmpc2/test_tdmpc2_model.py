@@ -52,6 +52,18 @@ def test_actions_that_are_not_time_first_are_refused():
         model.imagine(state, jnp.zeros((4, 5), jnp.int32))
 
 
+def test_act_takes_as_many_of_everything():
+    model = make("discrete")
+    one = np.asarray(observations(model.config, 1))[0]
+    with pytest.raises(DataError, match=r"For a single (one|environment): obs\[None\], and action\[0\]"):
+        model.act(None, one)
+    obs = np.stack([one] * 3)
+    with pytest.raises(DataError, match="carry is of 2 environments, obs of 3; give carry=None"):
+        model.act(initial_carry(model.config, 2), obs)
+    with pytest.raises(DataError, match=r"is_first has shape \(2,\); obs of 3 environments need \(3,\)"):
+        model.act(None, obs, is_first=np.ones(2, bool))
+
+
 def test_discrete_actions_as_integers_or_one_hots():
     model = make("discrete")
     state = model.encode(observations(model.config, 4))

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from worldloom.cli.flags import Flag, Flags, fields
+from worldloom.cli.train import ENV_FLAGS
+from worldloom.config import check
 from worldloom.devices import compiled_programs
 from worldloom.errors import UnknownModelError
 from worldloom.models.base import count_parameters, merge
@@ -32,6 +34,8 @@ EXTRAS = {
     "minari": ("minari", "h5py"),
 }
 """Extras and the packages they bring."""
+_SHAPING = ("image_size", "frame_stack")
+"""Settings of environments that change the shape of observations."""
 
 
 def names(words: Sequence[str]) -> int:
@@ -58,6 +62,7 @@ def info(words: Sequence[str]) -> int:
         "options",
         [
             Flag("env", str, "Take the shapes of this environment."),
+            *[flag for flag in ENV_FLAGS if flag.name in _SHAPING],
             Flag("exact", bool, "Compile the update and ask XLA, which takes up to some minutes."),
             *[flag for flag in fields(TrainingConfig) if flag.name in ("batch_size", "sequence_length")],
         ],
@@ -71,18 +76,20 @@ def info(words: Sequence[str]) -> int:
     changes: dict[str, Any] = {field: given.pop(field) for field in ("batch_size", "sequence_length") if field in given}
     training = TrainingConfig(**{**usual_training(given["name"]), **changes})
     exact, env_id = given.pop("exact", False), given.pop("env", None)
+    shaping = {flag: given.pop(flag) for flag in _SHAPING if flag in given}
+    check(not shaping or env_id is not None, f"{' and '.join(shaping)} belongs to an environment: give --env too.")
     usual = {"obs_shape": (64, 64, 3) if family == "dreamerv3" else (24,), "action_dim": 6}
-    shapes = _shapes_of(env_id) if env_id else usual
+    shapes = _shapes_of(env_id, shaping) if env_id else usual
     config = get_config(given.pop("name"), **{**shapes, **given})
     print(f"{name} for observations {config.obs_shape} and {config.action_dim} {config.action_type} actions")
     print(*_memory_report(config, training, exact), sep="\n")
     return 0
 
 
-def _shapes_of(env_id: str) -> dict[str, Any]:
+def _shapes_of(env_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     from worldloom.envs import make_env
 
-    with make_env(env_id) as env:
+    with make_env(env_id, **settings) as env:
         return {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
 
 

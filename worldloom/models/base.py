@@ -137,6 +137,14 @@ def check_time_first(batch: tuple[int, ...], states: tuple[int, ...]) -> None:
         )
 
 
+def check_environments(count: int, carry: int | None, is_first: Any) -> None:
+    """Raise ``DataError`` unless a carry and flags belong to as many environments as there are observations."""
+    if carry not in (None, count):
+        raise DataError(f"carry is of {carry} environments, obs of {count}; give carry=None to start anew.")
+    if is_first is not None and jnp.shape(is_first) != (count,):
+        raise DataError(f"is_first has shape {jnp.shape(is_first)}; obs of {count} environments need ({count},).")
+
+
 def compiled(method: F) -> F:
     """Run a :class:`WorldModel` method under ``jax.jit``, closing over the graph and passing weights as a pure dict.
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from worldloom.models.base import WorldModel, check_time_first, compiled
+from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
 from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.networks import Actor, Decoder, Encoder, Head, ReturnRange
 from worldloom.models.dreamer.rssm import RSSM, Latent
@@ -182,7 +182,9 @@ class DreamerV3WorldModel(WorldModel):
           The new carry and the actions: int32 [B] where discrete, float32 [B, A] where continuous (not clipped).
         """
         obs = prepare_observations(self.config, obs, 1)
-        carry = carry or self.initial_carry(next(iter(obs.values())).shape[0])
+        count = next(iter(obs.values())).shape[0]
+        check_environments(count, None if carry is None else len(carry.is_first), is_first)
+        carry = carry or self.initial_carry(count)
         if is_first is not None:
             carry = dataclasses.replace(carry, is_first=carry.is_first | jnp.asarray(is_first, bool))
         latent_key, action_key = split_key(key)

@@ -30,9 +30,9 @@ def prepare_observations(config: DreamerV3Config, obs: Any, batch_axes: int) -> 
     for name, shape in config.observations.items():
         array = jnp.asarray(given[name])
         if array.ndim != batch_axes + len(shape) or array.shape[batch_axes:] != shape:
-            raise DataError(
-                f"obs '{name}' has shape {array.shape}; {batch_axes} batch axes followed by {shape} are expected."
-            )
+            axes = "one batch axis" if batch_axes == 1 else f"{batch_axes} batch axes"
+            single = " For a single environment: obs[None], and action[0]." if array.shape == shape else ""
+            raise DataError(f"obs '{name}' has shape {array.shape}; {axes} followed by {shape} are expected.{single}")
         batch = array.shape[:batch_axes]
         if len(shape) < 3:
             prepared[name] = array.reshape(*batch, math.prod(shape))

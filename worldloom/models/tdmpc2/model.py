@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from worldloom.errors import DataError
-from worldloom.models.base import WorldModel, check_time_first, compiled
+from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
 from worldloom.models.tdmpc2 import loss, planner
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.networks import (
@@ -227,6 +227,12 @@ class TDMPC2WorldModel(WorldModel):
         """
         encode_key, plan_key = split_key(key, 2)
         z = self.latent(obs, task, encode_key)
+        if z.ndim != 2:
+            raise DataError(
+                f"Observations have shape {jnp.shape(obs)}; act takes those of B environments, "
+                f"[B, {', '.join(map(str, self.config.obs_shape))}]. For a single one: obs[None], and action[0]."
+            )
+        check_environments(z.shape[0], None if carry is None else carry.shape[0], is_first)
         if carry is None:
             carry = jnp.zeros((z.shape[0], self.config.horizon, self.config.action_dim), jnp.float32)
         if is_first is not None:
