@@ -31,7 +31,8 @@ def prepare_observations(config: DreamerV3Config, obs: Any, batch_axes: int) -> 
         array = jnp.asarray(given[name])
         if array.ndim != batch_axes + len(shape) or array.shape[batch_axes:] != shape:
             axes = "one batch axis" if batch_axes == 1 else f"{batch_axes} batch axes"
-            single = " For a single environment: obs[None], and action[0]." if array.shape == shape else ""
+            alone = batch_axes == 1 and array.shape == shape
+            single = " For a single environment: obs[None], and action[0]." if alone else ""
             raise DataError(f"obs '{name}' has shape {array.shape}; {axes} followed by {shape} are expected.{single}")
         batch = array.shape[:batch_axes]
         if len(shape) < 3:
