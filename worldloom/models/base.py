@@ -1,10 +1,8 @@
-"""What both families share at the rim: building, compiled methods, saving, loading, counting."""
+"""What every world model has: building, compiled methods, saving, loading, counting."""
 
 from __future__ import annotations
 
 import functools
-import math
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -14,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from worldloom.algorithm import Algorithm, Params
 from worldloom.devices import compute_dtype, resolve_device
-from worldloom.errors import ConfigError, DataError, WeightsError
+from worldloom.errors import ConfigError, DataError
+from worldloom.families import get_family
+from worldloom.models import pretrained
+from worldloom.models.params import check_shapes, count_parameters, flatten, unflatten
 from worldloom.nn.linear import OneDraw
+from worldloom.xla_workarounds import quick_to_compile
 
 F = TypeVar("F", bound=Callable[..., Any])
-Params = dict[str, Any]
 
 
 class Statistic(nnx.Variable):
@@ -29,9 +31,12 @@ class Statistic(nnx.Variable):
 class WorldModel(nnx.Module):
     """A world model with all its weights: dynamics, heads, policy, critics and their slow copies.
 
-    Subclasses name their config class, list in ``untrained`` the parts that no gradient reaches, and implement
+    A family's class names its config class, lists in ``untrained`` the parts that no gradient reaches, and implements
     ``build``. Methods marked :func:`compiled` run under ``jax.jit`` when called from Python and inline when called
     from traced code, so the same methods serve users and the loss.
+
+    A subclass that changes ``build`` (other encoder, extra head) or one of the ``loss_hooks`` (extra loss term) is what
+    ``Trainer`` trains, saves and loads; a change that training would not see is refused by :func:`check_trainable`.
 
     Args:
       config: the family's config.
@@ -41,7 +46,16 @@ class WorldModel(nnx.Module):
     """
 
     config_class: ClassVar[type[Any]]
+    algorithm: ClassVar[Algorithm]
+    """The family's algorithm; set by :func:`worldloom.register_family`."""
     untrained: ClassVar[tuple[str, ...]] = ()
+    """Parts that no optimizer moves. They are not counted as parameters."""
+    loss_terms: ClassVar[tuple[str, ...]] = ()
+    """Names of the terms in ``compute_loss``, total first; a subclass with more terms appends theirs."""
+    loss_hooks: ClassVar[tuple[str, ...]] = ()
+    """Methods that an update takes its loss from; override these for another loss."""
+    views: ClassVar[tuple[str, ...]] = ()
+    """Methods that no update calls: they show users what the parts compute. Overriding one changes no training."""
 
     def __init__(self, config: Any, *, seed: int = 0, device: str = "auto", dtype: Any = None):
         if not isinstance(config, self.config_class):
@@ -60,11 +74,6 @@ class WorldModel(nnx.Module):
         raise NotImplementedError
 
     @property
-    def algorithm(self) -> types.ModuleType:
-        """The family's package: pure ``init_state``, ``update``, ``act`` and ``window``."""
-        raise NotImplementedError
-
-    @property
     def params(self) -> Params:
         """All weights as a nested pure dict of arrays (no copies)."""
         return nnx.to_pure_dict(nnx.state(self))
@@ -72,7 +81,7 @@ class WorldModel(nnx.Module):
     def load_params(self, params: Mapping[str, Any]) -> None:
         """Replace all weights. Raises ``WeightsError`` naming the arrays that are missing, unexpected or misshapen."""
         own, given = flatten(self.params), flatten(params)
-        check_fit(type(self), own, given)
+        check_shapes(type(self).__name__, own, given)
         placed = {name: jax.device_put(jnp.asarray(given[name], own[name].dtype), own[name].sharding) for name in own}
         nnx.update(self, unflatten(placed))
 
@@ -88,26 +97,18 @@ class WorldModel(nnx.Module):
           name: instead of ``path``: a plain name under which ``create_world_model`` finds the model again; it is
             kept in ``WORLDLOOM_CACHE_DIR``.
         """
-        from safetensors.numpy import save
-
-        from worldloom.models.registry import named_folder
-
         if (path is None) == (name is None):
             raise TypeError("save_pretrained takes either a path or name=…")
-        folder = Path(path) if path is not None else named_folder(str(name))
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(path) if path is not None else pretrained.named_folder(str(name))
         arrays = {key: np.asarray(value, order="C") for key, value in flatten(jax.device_get(self.params)).items()}
-        _write_atomically(folder / "model.safetensors", save(arrays, metadata={"format": "worldloom"}))
-        _write_atomically(folder / "config.json", self.config.to_json().encode())
+        pretrained.write_model(folder, self.config.to_json(), arrays, type(self))
         return folder
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
         """Upload the saved model to a Hugging Face repository and return its address (extra ``hub``)."""
         import tempfile
 
-        from worldloom.models.registry import hub
-
-        client = hub()
+        client = pretrained.hub()
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             address = client.create_repo(repo_id, token=token, private=private, exist_ok=True)
@@ -115,17 +116,150 @@ class WorldModel(nnx.Module):
         return str(address)
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path, *, device: str = "auto", **options: Any) -> Self:
-        """Load what :meth:`save_pretrained` wrote; arguments and errors as in :func:`worldloom.from_pretrained`.
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        device: str = "auto",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Load what :meth:`save_pretrained` wrote, as this class or the subclass of it that was saved.
 
-        Raises ``ConfigError`` when the folder holds a model of the other family.
+        Arguments and errors are those of :func:`worldloom.from_pretrained`. A class loads what its base class saved if
+        it has the same weights: only the loss differs then.
+
+        Raises ``ConfigError`` when the folder holds a model of another class.
         """
-        from worldloom.models.registry import from_pretrained
+        folder = pretrained.find_model_folder(
+            path_or_repo,
+            known=pretrained.saved_names(),
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        saved = pretrained.read_model(folder)
+        if cls is WorldModel:
+            cls = get_family(saved.config.get("model_type")).model_class
+        return build_saved(find_class(cls, saved.class_name, str(path_or_repo)), saved, device, overrides)
 
-        model = from_pretrained(path_or_repo, device=device, **options)
-        if not isinstance(model, cls):
-            raise ConfigError(f"{path_or_repo} holds a {type(model).__name__}; load it with that class.")
-        return model
+
+# ---- which class was saved -----------------------------------------------------------------------------------------
+
+
+def find_class(cls: type[Any], saved: str | None, place: str) -> type[Any]:
+    """The class to build for weights that were saved by the class ``saved`` (``module:QualifiedName``) under ``cls``.
+
+    Nothing is imported: the saved class must be ``cls``, one of its bases, or a subclass that this process has defined.
+
+    Raises:
+      ConfigError: it is none of these; the message says what to import or call.
+    """
+    if saved is None:
+        return cls
+    name = saved.rpartition(":")[2]
+    if name in {base.__qualname__ for base in cls.__mro__}:
+        return cls
+    found = [sub for sub in _subclasses(cls) if sub.__qualname__ == name]
+    # A class of a script is __main__'s there and its module's elsewhere; the module only settles who is meant.
+    found = [sub for sub in found if pretrained.class_name(sub) == saved] or found
+    if found:
+        return found[-1]
+    raise ConfigError(
+        f"{place} was saved by {saved.replace(':', '.')}, which is not a class that {cls.__name__} loads here. Import the "
+        f"module that defines it and call {name}.from_pretrained(…), on the command line: --family-module MODULE."
+    )
+
+
+def build_saved(
+    cls: type[Any], saved: pretrained.SavedModel, device: str, overrides: Mapping[str, Any]
+) -> Any:
+    """The model ``cls`` of a saved config and weights; sizes are compared before memory is taken.
+
+    Raises ``ConfigError`` for the config of another family, ``WeightsError`` for arrays that do not fit.
+    """
+    kind, own = saved.config.get("model_type"), cls.config_class.__dataclass_fields__["model_type"].default
+    try:
+        config = cls.config_class.from_dict(saved.config).replace(**overrides)
+    except ConfigError as error:
+        if kind in (None, own):
+            raise
+        raise ConfigError(f"{saved.folder} holds a model of type {kind!r}, not a {cls.__name__}.") from error
+    pretrained.check_part_counts(config, len(saved.arrays))
+    check_shapes(cls.__name__, flatten(abstract_params(cls, config)), saved.arrays)
+    model = cls(config, device=device)
+    model.load_params(unflatten(saved.arrays))
+    return model
+
+
+def _subclasses(cls: type[Any]) -> list[type[Any]]:
+    direct = cls.__subclasses__()
+    return direct + [further for sub in direct for further in _subclasses(sub)]
+
+
+# ---- whether training sees a user's changes ------------------------------------------------------------------------
+
+
+def check_trainable(model: Any, device: jax.Device) -> None:
+    """Raise ``ConfigError`` unless an update, which rebuilds the model from class and config, trains exactly ``model``.
+
+    Refused are parts, attributes or methods changed on the object after it was built, methods overridden that no
+    update calls, and an activation dtype that the config does not say.
+    """
+    cls = type(model)
+    family = next(base for base in reversed(cls.__mro__) if "algorithm" in base.__dict__)
+    overridden = {
+        name for base in cls.__mro__[: cls.__mro__.index(family)] for name in base.__dict__ if name in family.__dict__
+    }
+    hooks = " or ".join(family.loss_hooks)
+    unseen = [name for name in family.views if name in overridden]
+    if unseen and not overridden & {*family.loss_hooks}:
+        raise ConfigError(
+            f"{cls.__name__} overrides {', '.join(unseen)}, which training never calls: it would train as "
+            f"{family.__name__} does. Training takes its loss from {hooks} and its networks from build; override those."
+        )
+    dtype = compute_dtype(model.config.precision, device)
+    if model.dtype != dtype:
+        raise ConfigError(
+            f"The model was built with dtype={model.dtype.name}, but training follows config.precision="
+            f"{model.config.precision!r}, which is {dtype.name} on {device.platform}. Set precision={model.dtype.name!r} "
+            "in the config instead."
+        )
+    try:
+        rebuilt = graphdef(cls, model.config, dtype)
+    except TypeError as error:
+        raise ConfigError(
+            f"{cls.__name__} cannot be built from its config alone, as training does: {error}. Give further arguments of "
+            "__init__ defaults, or make them fields of a config class of its own."
+        ) from error
+    if nnx.split(model)[0] != rebuilt:
+        raise ConfigError(
+            f"This {cls.__name__} was changed after it was built; training rebuilds it from class and config and would "
+            f"not see {_difference(model, cls, dtype)}. Define a subclass: override build for its parts and {hooks or 'its loss'} "
+            "for its loss."
+        )
+
+
+def _difference(model: Any, cls: type[Any], dtype: jnp.dtype) -> str:
+    """The attributes in which ``model`` differs from what its class builds."""
+    fresh = _abstract(cls, model.config, dtype)
+    names = sorted({*vars(model), *vars(fresh)})
+    graphs = [
+        {name: _graph_of(getattr(each, name)) for name in names if hasattr(each, name)} for each in (model, fresh)
+    ]
+    changed = [name for name in names if graphs[0].get(name) != graphs[1].get(name)]
+    return ", ".join(changed) or "the change"
+
+
+def _graph_of(value: Any) -> Any:
+    return nnx.split(value)[0] if isinstance(value, nnx.Module) else value
+
+
+# ---- checks that both kinds of families share ----------------------------------------------------------------------
 
 
 def check_time_first(batch: tuple[int, ...], states: tuple[int, ...]) -> None:
@@ -140,9 +274,12 @@ def check_time_first(batch: tuple[int, ...], states: tuple[int, ...]) -> None:
 def check_environments(count: int, carry: int | None, is_first: Any) -> None:
     """Raise ``DataError`` unless a carry and flags belong to as many environments as there are observations."""
     if carry not in (None, count):
-        raise DataError(f"carry is of {carry} environments, obs of {count}; give carry=None to start anew.")
+        raise DataError(f"carry is of {carry} environments, obs of {count}; give carry=None to start again.")
     if is_first is not None and jnp.shape(is_first) != (count,):
         raise DataError(f"is_first has shape {jnp.shape(is_first)}; obs of {count} environments need ({count},).")
+
+
+# ---- compiled methods ----------------------------------------------------------------------------------------------
 
 
 def compiled(method: F) -> F:
@@ -178,52 +315,6 @@ def abstract_params(cls: type[WorldModel], config: Any) -> Params:
     return nnx.to_pure_dict(nnx.state(_abstract(cls, config, compute_dtype(config.precision))))
 
 
-def check_fit(cls: type[WorldModel], own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ``WeightsError`` naming the arrays ``given`` to ``cls`` that are missing, unexpected or misshapen.
-
-    Both are flat; of ``own``, what the config needs, only shapes are looked at.
-    """
-    problems = [f"{name} is missing" for name in own if name not in given]
-    problems += [f"{name[:100]} is unexpected" for name in given if name not in own]
-    problems += [
-        f"{name} has shape {tuple(given[name].shape)}, the config needs {tuple(own[name].shape)}"
-        for name in own
-        if name in given and tuple(given[name].shape) != tuple(own[name].shape)
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise WeightsError(f"These weights do not fit {cls.__name__}: {'; '.join(problems[:5])}{more}.")
-
-
-def count_parameters(params: Mapping[str, Any]) -> int:
-    """Number of scalars in a nested dict of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict → ``{"encoder.mlp.0.kernel": array}``, sorted by name. List indices (ints) become digits."""
-    flat: dict[str, Any] = {}
-    for key in sorted(params, key=str):
-        value = params[key]
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Inverse of :func:`flatten`; parts that are digits become ints again."""
-    nested: dict[Any, Any] = {}
-    for name, value in flat.items():
-        *path, last = (int(part) if part.isdigit() else part for part in name.split("."))
-        node: Any = nested
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return nested
-
-
 def _abstract(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> WorldModel:
     return nnx.eval_shape(lambda: cls(config, dtype=dtype))
 
@@ -240,9 +331,7 @@ def _initializer(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> tuple[
     def params(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(parts(OneDraw(key, size))))
 
-    # It runs once, so it should be quick to compile rather than quick.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    quick = jax.jit(params, compiler_options=options)
+    quick = jax.jit(params, compiler_options=quick_to_compile())
     # Abstract evaluation builds models too, and takes no compiler options.
     return graph, lambda key: params(key) if isinstance(key, jax.core.Tracer) else quick(key)
 
@@ -255,10 +344,3 @@ def _jitted(method: Callable[..., Any], cls: type[WorldModel], config: Any, dtyp
         return method(nnx.merge(graph, params), *args, **kwargs)
 
     return jax.jit(run)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    # A reader never sees half a file: rename is atomic within a folder.
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

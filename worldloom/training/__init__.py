@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worldloom.replay import ReplayBuffer
-    from worldloom.state import TrainState
+    from worldloom.algorithm import TrainState
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
     from worldloom.training.recipes import recipe
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "ReplayBuffer": "worldloom.replay",
     "RunFolder": "worldloom.training.run_folder",
-    "TrainState": "worldloom.state",
+    "TrainState": "worldloom.algorithm",
     "Trainer": "worldloom.training.trainer",
     "TrainingConfig": "worldloom.training.config",
     "evaluate": "worldloom.training.evaluation",

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, writing them in the background, keeping the right ones, going back."""
+"""The checkpoints of a run: written in the background, pruned, and found again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.errors import CheckpointError, FileFormatError
-from worldloom.replay.store import Pending, ReplayStore
-from worldloom.state import TrainState
+from worldloom.algorithm import TrainState
+from worldloom.errors import CheckpointError, ConfigError, FileFormatError
+from worldloom.replay.store import PendingWrite, ReplayStore
 from worldloom.training.checkpoint_files import (
     Snapshot,
     delete_checkpoint,
@@ -106,14 +106,19 @@ class Checkpointer:
             self._writer.shutdown()
             self._writer = None
 
-    def restore(self, template: TrainState, step: int | None = None) -> Snapshot:
+    def restore(self, template: TrainState, identity: Mapping[str, Any], step: int | None = None) -> Snapshot:
         """The newest undamaged checkpoint, or that of ``step``, in the structure of ``template``.
 
         A damaged one is named in a warning, and the one before it is taken.
 
+        Args:
+          template: a state of the run that resumes; only shapes are read.
+          identity: its ``Run.identity()``, which the checkpoint's must equal.
+          step: updates done; None is the newest.
+
         Raises:
           CheckpointError: there is none, or none that can be read.
-          ConfigError: it belongs to a run with another config.
+          ConfigError: it belongs to a run with another config or model class.
         """
         self.wait()
         steps = self.steps() if step is None else [s for s in self.steps() if s == step]
@@ -123,7 +128,7 @@ class Checkpointer:
         problems = []
         for number in reversed(steps):
             try:
-                found = read_checkpoint(self.folder / str(number), template)
+                found = read_checkpoint(self.folder / str(number), template, identity)
                 reference = found.record.get("replay")
                 return found if reference is None else found._replace(replay=self._store.load(reference))
             except FileFormatError as error:
@@ -132,7 +137,7 @@ class Checkpointer:
                     warnings.warn(f"{error} Going back to the checkpoint before it.", stacklevel=2)
         raise CheckpointError(f"No checkpoint in {self.folder} can be read. {' '.join(problems)}")
 
-    def _write(self, snapshot: Snapshot, value: float | None, replay: Pending | None) -> None:
+    def _write(self, snapshot: Snapshot, value: float | None, replay: PendingWrite | None) -> None:
         try:
             judged = {"value": value, "mode": self._mode, "monitor": self._monitor}
             further = {"replay": replay.write() if replay else None}
@@ -155,6 +160,24 @@ class Checkpointer:
                 self._values.pop(step, None)
         references = [read_summary(self.folder / str(step)).get("replay") for step in self.steps()]
         self._store.collect(reference for reference in references if reference)
+
+
+def locate_checkpoint(resume: bool | str | Path, save_dir: Path | None) -> tuple[Path, int | None]:
+    """Folder of checkpoints and, if a single one was named, its step.
+
+    Args:
+      resume: True or ``"auto"`` for ``save_dir``, or a path to a folder of checkpoints or to one of them.
+      save_dir: where the run saves; None for a run that does not.
+
+    Raises ``ConfigError`` where there is no folder to look in.
+    """
+    if resume is not True and resume != "auto":
+        path = Path(str(resume))
+        single = (path / "run.json").exists() or (path / "manifest.json").exists()
+        return (path.parent, int(path.name)) if single and path.name.isdecimal() else (path, None)
+    if save_dir is None:
+        raise ConfigError(f"resume={resume!r} needs a CheckpointCallback, or give the folder: resume='./checkpoints'.")
+    return save_dir, None
 
 
 def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> int:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from worldloom.algorithm import TrainState
 from worldloom.config import read_json_object
 from worldloom.errors import ConfigError, FileFormatError
-from worldloom.state import TrainState
 
 FORMAT = 1
 _MAX_JSON = 64 << 20
@@ -89,18 +89,21 @@ def delete_checkpoint(target: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def read_checkpoint(path: Path, template: TrainState) -> Snapshot:
+def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any]) -> Snapshot:
     """Read one checkpoint folder in the structure of ``template``, checksums first.
+
+    ``identity`` holds the ``config``, ``training`` config and ``model_class`` of the run that resumes.
 
     Raises:
       FileFormatError: a file is missing or damaged, or the arrays do not fit ``template``.
-      ConfigError: it belongs to a run with another config.
+      ConfigError: it belongs to a run with another config or model class.
     """
     record = read_record(path)
     if record.get("format") != FORMAT:
         raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
-    check_config(path, "model", record.get("config"), template.config.to_dict())
-    check_config(path, "training", record.get("training"), template.training.to_dict(), _FREE)
+    check_config(path, "model", record.get("config"), identity["config"])
+    check_config(path, "training", record.get("training"), identity["training"], _FREE)
+    _check_class(path, record.get("model_class"), identity["model_class"])
     arrays = _load_arrays(path, _tree(template), around=True)
     around = {name.removeprefix(_AROUND): value for name, value in arrays.items() if name.startswith(_AROUND)}
     around |= _empty_arrays(record, path)
@@ -241,6 +244,18 @@ def check_config(
                 f"{path} was saved with {kind} config {name}={saved.get(name)!r}; this run has {value!r}. Resume with "
                 "the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
             )
+
+
+def _check_class(path: Path, saved: Any, given: str) -> None:
+    """Raise ``ConfigError`` for a model of another class, whose loss may be another one; early checkpoints name none.
+
+    Compared without its module: the class of a script is in ``__main__`` there, in a module when imported.
+    """
+    if saved is not None and str(saved).rpartition(":")[2] != given.rpartition(":")[2]:
+        raise ConfigError(
+            f"{path} was saved by a run that trained {saved}; this run trains {given}. Resume with a model of that class, "
+            "or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from worldloom.config import check
 from worldloom.envs import EpisodeEnd, VectorEnv
-from worldloom.state import TrainState
-from worldloom.training.collect import acting, check_match
+from worldloom.training.collector import check_env_fits, compiled_policy
 from worldloom.training.config import TrainingConfig
-from worldloom.training.feed import Windows
-from worldloom.training.host import root_key
+from worldloom.training.run_info import root_key
+from worldloom.training.sampler import SequenceSampler
 
 
 def evaluate(
@@ -40,9 +38,9 @@ def evaluate(
     """
     config = (config or TrainingConfig()).replace(**overrides)
     check(isinstance(batches, int) and batches >= 1, f"batches must be an integer ≥ 1, not {batches!r}.")
-    windows = Windows(buffer, model, config)
-    # Started one after another and fetched together: the device need not wait for the host in between.
-    terms = [model.compute_loss(windows.draw(seed, number)[0], key=None) for number in range(batches)]
+    sampler = SequenceSampler(buffer, model, config)
+    # All are started before any is fetched: the device does not wait for the host in between.
+    terms = [model.compute_loss(sampler.draw(seed, number)[0], key=None) for number in range(batches)]
     fetched = jax.device_get(terms)
     return {name: float(np.mean([batch[name] for batch in fetched], dtype=np.float64)) for name in fetched[0]}
 
@@ -75,22 +73,23 @@ def play(
       EnvError: an environment crashed; its episode counts for nothing.
     """
     check(isinstance(episodes, int) and episodes >= 1, f"episodes must be an integer ≥ 1, not {episodes!r}.")
-    check_match(env, model)
+    check_env_fits(env, model)
     algorithm = model.algorithm
-    act = acting(algorithm.act if explore else algorithm.act_in_evaluation)
-    state = TrainState(jnp.int32(0), model.params, None, root_key(seed), model.config, None)
+    policy = algorithm.policy if explore else algorithm.evaluation_policy
+    act = compiled_policy(policy, type(model), model.config)
+    params, key = model.params, root_key(seed)
     carry = algorithm.initial_carry(model.config, env.num_envs)
     missing = np.full(env.num_envs, episodes // env.num_envs)
     missing[: episodes % env.num_envs] += 1
     ends: list[EpisodeEnd] = []
-    rows, number, filming = env.reset(seed=seed), 0, frames is not None
+    now, number, filming = env.reset(seed=seed), 0, frames is not None
     while missing.any():
         if filming and frames is not None:
             frames.append(env.render())
-            filming = not rows.is_last[0]
-        carry, actions, _ = act(state, carry, rows.obs, rows.is_first, number)
-        rows, number = env.step(jax.device_get(actions)), number + 1
-        for event in rows.events:
+            filming = not now.is_last[0]
+        carry, actions, _ = act(params, key, carry, now.obs, now.is_first, number)
+        now, number = env.step(jax.device_get(actions)), number + 1
+        for event in now.events:
             if isinstance(event, EpisodeEnd) and not event.crashed and missing[event.env]:
                 missing[event.env] -= 1
                 ends.append(event)

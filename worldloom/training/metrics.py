@@ -1,4 +1,4 @@
-"""Metrics on their way from the device: gathered per interval, fetched late, named for the logs."""
+"""Metrics on their way from the device: accumulated per callback, fetched late, named for the logs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IN_FLIGHT = 2
 """Compiled calls that may be under way: one runs, one waits, so the device never does."""
 
 
-class Interval:
+class MetricsAccumulator:
     """Metrics of the updates after ``start`` up to and including ``end`` (None: still open).
 
     Rows are added one by one in float64, so a mean does not depend on how many updates a call had or where a run was
@@ -35,11 +35,11 @@ class Interval:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing more can come."""
+        """Whether all updates up to ``end`` have been added."""
         return self.end is not None and self.seen >= self.end
 
     def add(self, step: int, row: np.ndarray) -> None:
-        """Take in the metrics ``row`` [M] of update number ``step`` if it belongs here and is new."""
+        """Add the metrics ``row`` [M] of update number ``step`` if it is in range and new."""
         if step <= self.seen or (self.end is not None and step > self.end):
             return
         if not len(self.total):
@@ -52,14 +52,14 @@ class Interval:
             self._ended = time.perf_counter()
 
     def close(self, end: int) -> None:
-        """Say that update ``end`` is the last one."""
+        """Make update ``end`` the last one."""
         self.end = end
         if self.complete:
             self._ended = time.perf_counter()
 
-    def peek(self, end: int) -> Interval:
-        """A closed copy up to ``end``; this one stays open."""
-        twin = Interval(self.start)
+    def closed_copy(self, end: int) -> MetricsAccumulator:
+        """A copy closed at ``end``; this one stays open."""
+        twin = MetricsAccumulator(self.start)
         twin.total, twin.count, twin.last, twin.seen = self.total.copy(), self.count.copy(), self.last, self.seen
         twin._began, twin._rows = self._began, self._rows
         twin.close(end)
@@ -88,34 +88,40 @@ class Interval:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Interval:
+    def from_state_dict(cls, state: Mapping[str, Any]) -> MetricsAccumulator:
         """Inverse of :meth:`state_dict`."""
-        interval = cls(state["start"])
-        interval.seen = state["seen"]
-        interval.total, interval.count = np.array(state["total"], float), np.array(state["count"], np.int64)
-        return interval
+        accumulator = cls(state["start"])
+        accumulator.seen = state["seen"]
+        accumulator.total, accumulator.count = np.array(state["total"], float), np.array(state["count"], np.int64)
+        return accumulator
 
 
-class History:
-    """Rows of metrics in flight, handed to the intervals that wait for them in order.
+class MetricsStream:
+    """Rows of metrics in flight from the device, added in order to the accumulators that follow.
 
-    Args:
-      names: metric names in the order of the rows.
-      guarded: positions of those that must be finite; empty to let everything pass.
+    Attributes:
+      names: metric names in the order of the rows; empty before :meth:`open`.
+      last: the newest row that has arrived, with its step.
     """
 
-    def __init__(self, names: tuple[str, ...], guarded: tuple[int, ...]):
-        self.names = names
-        self._guarded = list(guarded)
-        self._pending: deque[tuple[int, int, jax.Array]] = deque()
-        self._intervals: list[Interval] = []
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
         self.last: tuple[int, np.ndarray] | None = None
+        self._guarded: list[int] = []
+        self._pending: deque[tuple[int, int, jax.Array]] = deque()
+        self._accumulators: list[MetricsAccumulator] = []
 
-    def follow(self, interval: Interval) -> Interval:
-        """Feed ``interval`` from now on, until it is complete."""
-        if not interval.complete:
-            self._intervals.append(interval)
-        return interval
+    def open(self, names: tuple[str, ...], guarded: tuple[int, ...]) -> None:
+        """Rows with these names are about to come; those at the positions ``guarded`` must be finite."""
+        self.names, self._guarded = names, list(guarded)
+        for accumulator in self._accumulators:
+            accumulator.restart_clock()
+
+    def follow(self, accumulator: MetricsAccumulator) -> MetricsAccumulator:
+        """Add rows to ``accumulator`` from now on, until it is complete."""
+        if not accumulator.complete:
+            self._accumulators.append(accumulator)
+        return accumulator
 
     def add(self, step: int, count: int, rows: jax.Array) -> None:
         """Note that ``count`` updates after ``step`` were started; waits until at most ``IN_FLIGHT`` calls are.
@@ -135,10 +141,10 @@ class History:
             rows = np.asarray(device_rows)[:count].astype(np.float64)
             self._check(step, rows)
             for number, row in enumerate(rows, step + 1):
-                for interval in self._intervals:
-                    interval.add(number, row)
+                for accumulator in self._accumulators:
+                    accumulator.add(number, row)
             self.last = step + count, rows[-1]
-            self._intervals = [interval for interval in self._intervals if not interval.complete]
+            self._accumulators = [accumulator for accumulator in self._accumulators if not accumulator.complete]
 
     def _check(self, step: int, rows: np.ndarray) -> None:
         if np.isfinite(rows[:, self._guarded]).all():
@@ -152,33 +158,35 @@ class History:
         raise NonFiniteError(f"Step {step + index + 1}: {listed}; the update was not applied.")
 
 
-class Reading(Mapping[str, float]):
+class LazyMetrics(Mapping[str, float]):
     """Metrics by name, fetched from the device when the first one is read.
 
     Args:
-      history: where the rows arrive; None for no metrics.
-      interval: the updates meant.
+      stream: where the rows arrive.
+      accumulator: the updates meant.
       mean: their mean, or else the values of the last of them.
     """
 
-    def __init__(self, history: History | None, interval: Interval, *, mean: bool):
-        self._history, self._interval, self._mean = history, interval, mean
+    def __init__(self, stream: MetricsStream, accumulator: MetricsAccumulator, *, mean: bool):
+        self._stream, self._accumulator, self._mean = stream, accumulator, mean
         self._values: dict[str, float] | None = None
 
     def _fetch(self) -> dict[str, float]:
         if self._values is None:
-            self._values = self._read() if self._history else {}
+            self._values = self._read()
         return self._values
 
     def _read(self) -> dict[str, float]:
-        assert self._history is not None
-        self._history.sync()
-        row: np.ndarray | None = self._interval.means() if self._mean else self._interval.last
-        if not self._mean and row is None and self._history.last and self._history.last[0] == self._interval.end:
-            row = self._history.last[1]
+        if not self._stream.names:
+            return {}
+        self._stream.sync()
+        row: np.ndarray | None = self._accumulator.means() if self._mean else self._accumulator.last
+        newest = self._stream.last
+        if not self._mean and row is None and newest and newest[0] == self._accumulator.end:
+            row = newest[1]
         if row is None or not len(row):
             return {}
-        return dict(zip(self._history.names, row.tolist(), strict=True))
+        return dict(zip(self._stream.names, row.tolist(), strict=True))
 
     def __getitem__(self, name: str) -> float:
         return self._fetch()[name]

@@ -19,7 +19,7 @@ from worldloom.config import read_json_object
 from worldloom.envs import VectorEnv, make_env
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.training.callbacks import (
-    Answer,
+    CallbackResult,
     Callback,
     CheckpointCallback,
     EvalCallback,
@@ -27,9 +27,9 @@ from worldloom.training.callbacks import (
     ProgressCallback,
     StepInfo,
 )
+from worldloom.training.callbacks.reports import CurveCallback, EvalPrinter, EvalReportCallback, FinalEvaluation
 from worldloom.training.config import TrainingConfig
-from worldloom.training.host import versions
-from worldloom.training.showing import CurveCallback, EpisodesOnShow, LastEvaluation, LinesCallback
+from worldloom.training.run_info import versions
 
 _log = logging.getLogger("worldloom")
 _FORMAT = 1
@@ -124,12 +124,12 @@ class RunFolder:
         An environment that draws nothing gives no video, one that cannot be made again no evaluation; a warning says
         so.
         """
-        showing: list[Callback] = [ProgressCallback("training"), LinesCallback()] if progress else []
+        showing: list[Callback] = [ProgressCallback("training"), EvalPrinter()] if progress else []
         online = isinstance(source, VectorEnv)
         evaluation = self._evaluation(source, episodes) if online else None
         measuring: list[Callback] = [evaluation] if evaluation else []
         if evaluation:
-            showing.append(LastEvaluation(evaluation))
+            showing.append(FinalEvaluation(evaluation))
         elif source is not None and not online:
             measuring = [EvalCallback(source)]
         monitor = "eval/return" if evaluation else "eval/loss" if measuring else "loss"
@@ -142,7 +142,7 @@ class RunFolder:
             CurveCallback(self.path, self.title, None if online else source),
         ]
 
-    def _evaluation(self, env: VectorEnv, episodes: int) -> EpisodesOnShow | None:
+    def _evaluation(self, env: VectorEnv, episodes: int) -> EvalReportCallback | None:
         count, seed = min(episodes, _MOST_ENVS), env.seed + 1
         try:
             try:
@@ -155,7 +155,7 @@ class RunFolder:
         except ConfigError as error:
             _log.warning("There will be no evaluation: %s", error)
             return None
-        return EpisodesOnShow(other, self.path, self.title, episodes=episodes, seed=seed)
+        return EvalReportCallback(other, self.path, self.title, episodes=episodes, seed=seed)
 
 
 class _Record(Callback):
@@ -167,21 +167,28 @@ class _Record(Callback):
     def __init__(self, run: RunFolder, env: Mapping[str, Any] | None):
         self.run, self.env = run, None if env is None else _plain(env)
 
-    def on_train_begin(self, info: StepInfo) -> Answer:
+    def on_train_begin(self, info: StepInfo) -> CallbackResult:
         path = self.run.path
         if self.run.exists and self.run.settings()["run_id"] != info.run_id and any(self.run.checkpoints.glob("*")):
             raise CheckpointError(
                 f"{path} holds another run. Go on with that one by train(…, resume='auto'), or choose another folder."
             )
         path.mkdir(parents=True, exist_ok=True)
-        model, training = info.read_state().config.to_dict(), info.config.to_dict()
-        settings = {"format": _FORMAT, "run_id": info.run_id, "model": model, "training": training, "env": self.env}
+        cls = info.model_class
+        settings = {
+            "format": _FORMAT,
+            "run_id": info.run_id,
+            "model_class": f"{cls.__module__}:{cls.__qualname__}",
+            "model": info.model_config.to_dict(),
+            "training": info.config.to_dict(),
+            "env": self.env,
+        }
         _write_json(path / "config.json", settings)
         starts = _starts(path / "versions.json") if info.step else []
         _write_json(path / "versions.json", [*starts, _this_start(info)])
         return None
 
-    def on_train_end(self, info: StepInfo) -> Answer:
+    def on_train_end(self, info: StepInfo) -> CallbackResult:
         info.model().save_pretrained(self.run.path / "model")
         return None
 

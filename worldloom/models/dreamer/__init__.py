@@ -1,16 +1,39 @@
-"""DreamerV3 (Hafner et al. 2025): config, world model, loss, update and acting."""
+"""DreamerV3 (Hafner et al. 2025): config, world model, losses, update and acting."""
 
-from worldloom.models.dreamer.config import DreamerV3Config as DreamerV3Config
-from worldloom.models.dreamer.loss import LOSS_TERMS as LOSS_TERMS
-from worldloom.models.dreamer.model import ActorCarry as ActorCarry
-from worldloom.models.dreamer.model import DreamerV3WorldModel as DreamerV3WorldModel
-from worldloom.models.dreamer.model import Trajectory as Trajectory
-from worldloom.models.dreamer.rssm import Latent as Latent
-from worldloom.models.dreamer.update import RANDOM_PREFILL as RANDOM_PREFILL
-from worldloom.models.dreamer.update import act as act
-from worldloom.models.dreamer.update import act_in_evaluation as act_in_evaluation
-from worldloom.models.dreamer.update import init_state as init_state
-from worldloom.models.dreamer.update import initial_carry as initial_carry
-from worldloom.models.dreamer.update import stored_latents as stored_latents
-from worldloom.models.dreamer.update import update as update
-from worldloom.models.dreamer.update import window as window
+from worldloom.algorithm import Algorithm
+from worldloom.families import register_family
+from worldloom.models.dreamer.config import DreamerV3Config
+from worldloom.models.dreamer.recipes import recipe
+from worldloom.models.dreamer.rssm import Latent
+from worldloom.models.dreamer.update import init_state, initial_carry, make_update, replay_spec, stored_latents
+from worldloom.models.dreamer.world_model import ActorCarry, DreamerV3WorldModel, Trajectory
+
+ALGORITHM = Algorithm(
+    init_state=init_state,
+    make_update=make_update,
+    replay_spec=replay_spec,
+    loss_terms=DreamerV3WorldModel.loss_terms,
+    # The reference's evaluation mode changes nothing: latents and actions are drawn, and published scores are of that.
+    eval_policy=None,
+    initial_carry=initial_carry,
+    stored_latents=stored_latents,
+    recipe=recipe,
+    # The untrained policy acts first, so that latents are stored from the first row on.
+    random_prefill=False,
+)
+register_family("dreamerv3", DreamerV3Config, DreamerV3WorldModel, ALGORITHM)
+
+__all__ = [
+    "ALGORITHM",
+    "ActorCarry",
+    "DreamerV3Config",
+    "DreamerV3WorldModel",
+    "Latent",
+    "Trajectory",
+    "init_state",
+    "initial_carry",
+    "make_update",
+    "recipe",
+    "replay_spec",
+    "stored_latents",
+]

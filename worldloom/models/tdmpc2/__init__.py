@@ -1,31 +1,42 @@
 """TD-MPC2: a decoder-free world model that acts by planning in its latent space."""
 
+from worldloom.algorithm import Algorithm
+from worldloom.families import register_family
 from worldloom.models.tdmpc2.config import TDMPC2Config
-from worldloom.models.tdmpc2.model import LatentState, TDMPC2WorldModel, Trajectory
+from worldloom.models.tdmpc2.recipes import recipe
 from worldloom.models.tdmpc2.update import (
-    LOSS_TERMS,
-    RANDOM_PREFILL,
-    act,
-    act_in_evaluation,
-    check_data,
+    eval_policy,
     init_state,
     initial_carry,
-    update,
-    window,
+    make_update,
+    replay_spec,
+    validate_data,
 )
+from worldloom.models.tdmpc2.world_model import LatentState, TDMPC2WorldModel, Trajectory
+
+ALGORITHM = Algorithm(
+    init_state=init_state,
+    make_update=make_update,
+    replay_spec=replay_spec,
+    loss_terms=TDMPC2WorldModel.loss_terms,
+    eval_policy=eval_policy,
+    initial_carry=initial_carry,
+    validate_data=validate_data,
+    recipe=recipe,
+)
+register_family("tdmpc2", TDMPC2Config, TDMPC2WorldModel, ALGORITHM)
 
 __all__ = [
-    "LOSS_TERMS",
-    "RANDOM_PREFILL",
+    "ALGORITHM",
     "LatentState",
     "TDMPC2Config",
     "TDMPC2WorldModel",
     "Trajectory",
-    "act",
-    "act_in_evaluation",
-    "check_data",
+    "eval_policy",
     "init_state",
     "initial_carry",
-    "update",
-    "window",
+    "make_update",
+    "recipe",
+    "replay_spec",
+    "validate_data",
 ]

@@ -3,182 +3,176 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from worldloom.errors import DataError
-from worldloom.models.base import Params, merge
-from worldloom.models.parts import over_parts, part_keys, split_rows
+from worldloom.algorithm import Batch, Params, ReplaySpec, TrainState, Update
+from worldloom.errors import ConfigError, DataError
+from worldloom.models.base import merge
+from worldloom.models.microbatch import accumulate, part_keys, split_rows
+from worldloom.models.tdmpc2.batch import TrainBatch, prepare_batch
 from worldloom.models.tdmpc2.config import TDMPC2Config
-from worldloom.models.tdmpc2.loss import (
-    Rollouts,
-    Rows,
-    first_values,
-    model_loss,
-    move_scale,
-    policy_loss,
-    read_rows,
-    with_f1,
-)
-from worldloom.models.tdmpc2.model import TDMPC2WorldModel
+from worldloom.models.tdmpc2.losses import Rollouts, first_values, move_scale, with_f1
 from worldloom.models.tdmpc2.networks import project_rows
+from worldloom.models.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.ops.keys import split_key
 from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
-from worldloom.state import TrainState, WindowSpec
-
-LOSS_TERMS = ("loss", "consistency", "reward", "value", "termination", "policy")
-"""Names of the losses in metrics; ``loss`` is the model's total and leaves ``policy`` out."""
-
-RANDOM_PREFILL = True
-"""Online training begins with uniformly random actions."""
-
-_NOT_OF_THE_MODEL = ("policy", "target_q", "scale")
 
 
-def init_state(model: TDMPC2WorldModel, training: Any, key: jax.Array) -> TrainState:
+def init_state(model: TDMPC2WorldModel, training_config: Any, key: jax.Array) -> TrainState:
     """The state before the first update under a ``TrainingConfig``; ``key`` is the root of the run.
 
     Weights and key are copies, so that updates may donate the state.
     """
-    return _first_state(model.config, training, model.params, key)
+    return _first_state(type(model), model.config, training_config, model.params, key)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _first_state(config: TDMPC2Config, training: Any, params: dict[str, Any], key: jax.Array) -> TrainState:
-    """One program in place of some for every weight."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _first_state(cls: type, config: TDMPC2Config, training: Any, params: Params, key: jax.Array) -> TrainState:
+    # Compiled as one program: eager copies would dispatch several for every weight.
     params, key = jax.tree.map(jnp.copy, (params, key))
     opt_state = {
-        "model": _model_optimizer(config, training).init(_model_part(params)),
+        "model": _model_optimizer(config, training).init(_model_part(cls, params)),
         "policy": _policy_optimizer(config, training).init(params["policy"]),
         "policy_grad_of_tasks": jax.tree.map(jnp.zeros_like, _tasks(params)),
     }
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, config, training)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
 
 
-def update(
-    state: TrainState, batch: Mapping[str, Any], key: jax.Array | None
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update, pure and jittable.
+def make_update(
+    config: TDMPC2Config, training: Any, *, model_class: type[TDMPC2WorldModel] = TDMPC2WorldModel
+) -> Update:
+    """The update of a model under a ``TrainingConfig``; both are closed over.
 
-    The order is the reference's: targets and model losses with the old weights; the model's step; the policy's step
-    on the *old* latents against the *new* Q networks; the target networks last.
+    The order is the reference's (``TDMPC2._update``): targets and model losses with the old weights; the model's step;
+    the policy's step on the *old* latents against the *new* Q networks; the target networks last.
 
     Args:
-      state: from :func:`init_state` or the last update.
-      batch: rows [B, T, …], T > ``horizon``; ``is_first`` marks where another episode begins. See ``loss.read_rows``.
-      key: of this update's draws; None takes their modes.
+      config: of the model.
+      training: learning rate, clipping, weight decay, ``microbatches`` and ``remat`` are read.
+      model_class: :class:`TDMPC2WorldModel` or a subclass, whose ``model_loss`` and ``policy_loss`` are minimised.
 
     Returns:
-      state: the next one.
-      metrics: float32 scalars: ``LOSS_TERMS``, gradient norms before clipping, policy statistics, learning rate.
+      ``update(state, batch, key)``, pure and jittable. The batch has rows [B, T, …], T > ``horizon``; ``is_first`` marks
+      where another episode begins, see :func:`worldloom.models.tdmpc2.batch.prepare_batch`. Metrics are float32
+      scalars: the loss terms, gradient norms before clipping, policy statistics, learning rate.
     """
-    config, training = state.config, state.training
     parts = training.microbatches
-    model_keys, policy_keys = (part_keys(each, parts) for each in split_key(key, 2))
-    rows = read_rows(config, batch)
-    task = rows.task
-    params = _project_tasks(state.params, task)
-    rows, tasks = split_rows((rows, task), parts)
-    rebuild = lambda trained: merge(TDMPC2WorldModel, config, {**params, **trained})  # noqa: E731
 
-    # 1. Encoder, dynamics, reward, Q networks, termination, task embedding.
-    def model_gradients(inputs: tuple[Rows, jax.Array | None]) -> Any:
-        def objective(trained: Params) -> Any:
-            return model_loss(rebuild(trained), *inputs, remat=training.remat)
+    def update(state: TrainState, batch: Batch, key: jax.Array | None) -> tuple[TrainState, dict[str, jax.Array]]:
+        model_keys, policy_keys = (part_keys(each, parts) for each in split_key(key, 2))
+        rows = prepare_batch(config, batch)
+        task = rows.task
+        params = _project_tasks(state.params, task)
+        rows, tasks = split_rows((rows, task), parts)
+        rebuild = lambda trained: merge(model_class, config, {**params, **trained})  # noqa: E731
 
-        (loss, (terms, rollouts)), grads = jax.value_and_grad(objective, has_aux=True)(_model_part(params))
-        return (grads, {"loss": loss, **terms}), rollouts
+        # 1. Encoder, dynamics, reward, Q networks, termination, task embedding.
+        def model_gradients(inputs: tuple[TrainBatch, jax.Array | None]) -> Any:
+            def objective(trained: Params) -> Any:
+                out = rebuild(trained).model_loss(*inputs, remat=training.remat)
+                return out.total, (out.terms, out.rollouts)
 
-    (grads, terms), rollouts = over_parts(model_gradients, (rows, model_keys))
-    # The policy's last backward pass is still in the embedding's gradient, as in the reference: there the policy's
-    # optimizer clears only the policy's own gradients, and the model's are cleared before that pass, not after.
-    leftover = state.opt_state["policy_grad_of_tasks"]
-    grads |= jax.tree.map(jnp.add, _tasks(grads), leftover)
-    optimizer = _model_optimizer(config, training)
-    steps, model_opt = optimizer.update(grads, state.opt_state["model"], _model_part(params))
-    params |= optax.apply_updates(_model_part(params), steps)
-    params = _project_tasks(params, task)
+            (loss, (terms, rollouts)), grads = jax.value_and_grad(objective, has_aux=True)(
+                _model_part(model_class, params)
+            )
+            return (grads, {"loss": loss, **terms}), rollouts
 
-    # 2. Policy prior. Values are divided by a width of those of the whole batch: parts need to know it beforehand.
-    scale = None
-    if parts > 1:
-        values = over_parts(lambda inputs: ((), first_values(rebuild({}), *inputs)), (rollouts, tasks, policy_keys))[1]
-        scale = move_scale(params["scale"]["value"], values, config.tau)
+        (grads, terms), rollouts = accumulate(model_gradients, (rows, model_keys))
+        # The policy's last backward pass is still in the embedding's gradient, as in the reference: there the policy's
+        # optimizer clears only the policy's own gradients, and the model's are cleared before that pass, not after.
+        leftover = state.opt_state["policy_grad_of_tasks"]
+        grads |= jax.tree.map(jnp.add, _tasks(grads), leftover)
+        optimizer, before = _model_optimizer(config, training), _model_part(model_class, params)
+        steps, model_opt = optimizer.update(grads, state.opt_state["model"], before)
+        params |= optax.apply_updates(before, steps)
+        params = _project_tasks(params, task)
 
-    def policy_gradients(inputs: tuple[Rollouts, jax.Array | None, jax.Array | None]) -> Any:
-        def objective(trained: Params) -> Any:
-            return policy_loss(rebuild(trained), *inputs, scale=scale, remat=training.remat)
+        # 2. Policy prior. Values are divided by their width over the whole batch: microbatches need it beforehand.
+        scale = None
+        if parts > 1:
+            values = accumulate(
+                lambda inputs: ((), first_values(rebuild({}), *inputs)), (rollouts, tasks, policy_keys)
+            )[1]
+            scale = move_scale(params["scale"]["value"], values, config.tau)
 
-        of_policy = {"policy": params["policy"], **_tasks(params)}
-        (policy, metrics), grads = jax.value_and_grad(objective, has_aux=True)(of_policy)
-        return (grads, {"policy": policy, **metrics}), ()
+        def policy_gradients(inputs: tuple[Rollouts, jax.Array | None, jax.Array | None]) -> Any:
+            def objective(trained: Params) -> Any:
+                return rebuild(trained).policy_loss(*inputs, scale=scale, remat=training.remat)
 
-    (pi_grads, pi_metrics), _ = over_parts(policy_gradients, (rollouts, tasks, policy_keys))
-    optimizer = _policy_optimizer(config, training)
-    steps, policy_opt = optimizer.update(pi_grads["policy"], state.opt_state["policy"], params["policy"])
-    params["policy"] = optax.apply_updates(params["policy"], steps)
-    params["scale"] = {"value": pi_metrics["pi_scale"]}
+            of_policy = {"policy": params["policy"], **_tasks(params)}
+            (policy, metrics), grads = jax.value_and_grad(objective, has_aux=True)(of_policy)
+            return (grads, {"policy": policy, **metrics}), ()
 
-    # 3. Target networks.
-    params["target_q"] = optax.incremental_update(params["q"], params["target_q"], config.tau)
+        (pi_grads, pi_metrics), _ = accumulate(policy_gradients, (rollouts, tasks, policy_keys))
+        optimizer = _policy_optimizer(config, training)
+        steps, policy_opt = optimizer.update(pi_grads["policy"], state.opt_state["policy"], params["policy"])
+        params["policy"] = optax.apply_updates(params["policy"], steps)
+        params["scale"] = {"value": pi_metrics["pi_scale"]}
 
-    metrics = {
-        **with_f1(terms),
-        "grad_norm": optax.tree.norm(grads),
-        "pi_grad_norm": optax.tree.norm(pi_grads["policy"]),
-        **pi_metrics,
-        "lr": warmup_schedule(training.learning_rate, training.warmup_steps)(state.step),
-    }
-    opt_state = {"model": model_opt, "policy": policy_opt, "policy_grad_of_tasks": _tasks(pi_grads)}
-    metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        # 3. Target networks.
+        params["target_q"] = optax.incremental_update(params["q"], params["target_q"], config.tau)
+
+        metrics = {
+            **with_f1(terms),
+            "grad_norm": optax.tree.norm(grads),
+            "pi_grad_norm": optax.tree.norm(pi_grads["policy"]),
+            **pi_metrics,
+            "lr": warmup_schedule(training.learning_rate, training.warmup_steps)(state.step),
+        }
+        opt_state = {"model": model_opt, "policy": policy_opt, "policy_grad_of_tasks": _tasks(pi_grads)}
+        metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return update
 
 
-def act(
-    state: TrainState, carry: jax.Array | None, obs: jax.Array, key: jax.Array | None, **options: Any
+def eval_policy(
+    model: TDMPC2WorldModel, carry: jax.Array | None, obs: Any, key: jax.Array | None, *, is_first: Any = None
 ) -> tuple[jax.Array, jax.Array]:
-    """:meth:`TDMPC2WorldModel.act` with the weights of ``state``: pure. With a key it explores unless told not to."""
-    return merge(TDMPC2WorldModel, state.config, state.params).act(carry, obs, key, **options)
+    """The policy as scores are measured: it still draws among the elites, but adds no exploration noise."""
+    return model.act(carry, obs, key, is_first=is_first, explore=False)
 
 
-def act_in_evaluation(
-    state: TrainState, carry: jax.Array | None, obs: jax.Array, key: jax.Array | None, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """:func:`act` as scores are measured: it still draws among the elites, but adds no exploration noise."""
-    return act(state, carry, obs, key, explore=False, **options)
+def initial_carry(config: TDMPC2Config, num_envs: int) -> jax.Array:
+    """The policy's carry before the first step: previous means of zero, [num_envs, H, A]."""
+    return jnp.zeros((num_envs, config.horizon, config.action_dim), jnp.float32)
 
 
-def initial_carry(config: TDMPC2Config, batch_size: int) -> jax.Array:
-    """What :func:`act` carries before the first step: previous means of zero, [batch_size, H, A]."""
-    return jnp.zeros((batch_size, config.horizon, config.action_dim), jnp.float32)
-
-
-def window(config: TDMPC2Config, training: Any) -> WindowSpec:
+def replay_spec(config: TDMPC2Config, training: Any) -> ReplaySpec:
     """Rows per window: ``sequence_length``, at least ``horizon`` + 1, which is the published update.
 
     Windows lie within one episode, as in the reference, unless episodes terminate: then they run over the end, so that
     rollouts start in an episode's last rows too.
     """
     rows = max(training.sequence_length, config.horizon + 1)
-    return WindowSpec(rows=rows, cross_episodes=config.episodic, latents={})
+    return ReplaySpec(rows=rows, cross_episodes=config.episodic, latents={})
 
 
-def check_data(config: TDMPC2Config, *, has_terminals: bool) -> None:
-    """The door for training data: terminal rows need a model that learns terminations, as in the reference.
+def validate_data(config: TDMPC2Config, *, has_terminals: bool, online: bool) -> None:
+    """Terminal rows need a model that learns terminations, as in the reference; many tasks need recorded episodes.
 
     Raises:
-      DataError: there are terminal rows, and the config is not ``episodic``.
+      DataError: recorded rows are terminal, and the config is not ``episodic``.
+      ConfigError: the same of environments, or a multitask model is to be trained in an environment.
     """
-    if has_terminals and not config.episodic:
-        raise DataError(
-            "The data holds terminal rows (is_terminal), and this TD-MPC2 model has episodic=False: it would plan on "
-            "behind them. Build it with episodic=True; where an episode only ran into a time limit, its last row is "
-            "is_last and not is_terminal."
+    if online and config.multitask:
+        raise ConfigError("A multitask model is trained from recorded episodes of its tasks, not in one environment.")
+    if not has_terminals or config.episodic:
+        return
+    if online:
+        raise ConfigError(
+            "An episode ended in a terminal state, but the model has episodic=False: it would value that state as "
+            "if the episode went on. Create the model with episodic=True."
         )
+    raise DataError(
+        "The data holds terminal rows (is_terminal), and this TD-MPC2 model has episodic=False: it would plan on "
+        "behind them. Build it with episodic=True; where an episode only ran into a time limit, its last row is "
+        "is_last and not is_terminal."
+    )
 
 
 def _model_optimizer(config: TDMPC2Config, training: Any) -> optax.GradientTransformation:
@@ -203,8 +197,9 @@ def _scale_part(name: str, factor: float) -> optax.GradientTransformation:
     return optax.stateless(lambda steps, _: {**steps, name: jax.tree.map(lambda step: factor * step, steps[name])})
 
 
-def _model_part(params: Params) -> Params:
-    return {name: part for name, part in params.items() if name not in _NOT_OF_THE_MODEL}
+def _model_part(cls: type[Any], params: Params) -> Params:
+    """What the model's optimizer moves: everything but the policy and the parts that no gradient reaches."""
+    return {name: part for name, part in params.items() if name != "policy" and name not in cls.untrained}
 
 
 def _tasks(params: Params) -> Params:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from worldloom.config import check
 from worldloom.errors import CheckpointError
-from worldloom.training.callbacks.base import Answer, Callback, StepInfo
+from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
 from worldloom.training.callbacks.monitor import Monitor
 from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.config import TrainingConfig
 
-_DEFAULT_EVERY = 10_000
+
+
+class _Default(int):
+    """A default that is shown and compared as the number it is, and still told from the same number given."""
+
+
+_FOLLOW_CONFIG = _Default(10_000)
 
 
 class CheckpointCallback(Callback):
@@ -25,7 +31,8 @@ class CheckpointCallback(Callback):
 
     Args:
       save_dir: folder of the checkpoints; one run each. ``load_weights`` and ``Trainer.train(…, resume=…)`` read it.
-      save_every: steps between two saves; at its default, ``TrainingConfig.save_interval`` decides.
+      save_every: steps between two saves. Not given, it is ``TrainingConfig.save_interval`` (10,000 by default); given,
+        it is what was given, also 10,000.
       keep_last: how many of the newest to keep.
       save_best: keep the best one too.
       monitor: metric that decides which is best.
@@ -41,7 +48,7 @@ class CheckpointCallback(Callback):
     def __init__(
         self,
         save_dir: str,
-        save_every: int = 10000,
+        save_every: int = _FOLLOW_CONFIG,
         keep_last: int = 3,
         save_best: bool = True,
         monitor: str = "loss",
@@ -60,8 +67,8 @@ class CheckpointCallback(Callback):
         self._saved_step: int | None = None
 
     def interval(self, config: TrainingConfig) -> int:
-        """``save_every``, or ``config.save_interval`` if that was left at its default."""
-        return config.save_interval if self.save_every == _DEFAULT_EVERY else self.save_every
+        """``save_every`` if it was given, else ``config.save_interval``."""
+        return config.save_interval if self.save_every is _FOLLOW_CONFIG else self.save_every
 
     @property
     def latest(self) -> Path | None:
@@ -75,19 +82,19 @@ class CheckpointCallback(Callback):
         step = self.checkpointer.best_step
         return None if step is None else self.save_dir / str(step)
 
-    def on_train_begin(self, info: StepInfo) -> Answer:
+    def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Refuse a folder that will not do, before any work."""
         self.checkpointer.open(info.run_id)
         self._saved_step = info.step if info.step in self.checkpointer.steps() else None
         return None
 
-    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> Answer:
+    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
         """Remember the monitored measurement for the next save."""
         if self.monitor:
             self._measured = measurements.get(self.monitor.name, self._measured)
         return None
 
-    def on_step(self, info: StepInfo) -> Answer:
+    def on_step(self, info: StepInfo) -> CallbackResult:
         """Save in the background. A write that failed is warned of; the next save tries again."""
         try:
             self.checkpointer.wait()
@@ -96,7 +103,7 @@ class CheckpointCallback(Callback):
         self._save(info)
         return None
 
-    def on_train_end(self, info: StepInfo) -> Answer:
+    def on_train_end(self, info: StepInfo) -> CallbackResult:
         """Save where training ended, unless that is saved, and wait until it is written."""
         if info.step != self._saved_step:
             self.on_step(info)
@@ -122,3 +129,13 @@ class CheckpointCallback(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         self._measured = state["measured"]
+
+
+def recovery_hint(callbacks: Iterable[Callback]) -> str:
+    """What a user can do about a loss that is not finite, and which checkpoint is good."""
+    saved = [callback.latest for callback in callbacks if isinstance(callback, CheckpointCallback)]
+    kept = next((f"The last good checkpoint is {path}." for path in saved if path), "No checkpoint was saved.")
+    return (
+        f"{kept} The model holds the weights before it. Look at the data of that step, lower learning_rate or "
+        "grad_clip, or set skip_nonfinite=True to leave such updates out."
+    )

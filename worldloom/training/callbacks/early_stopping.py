@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from worldloom.config import check
-from worldloom.training.callbacks.base import Answer, Callback, StepInfo, StopTraining
+from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo, StopTraining
 from worldloom.training.callbacks.monitor import Monitor
 from worldloom.training.config import TrainingConfig
 
@@ -38,21 +38,21 @@ class EarlyStoppingCallback(Callback):
         """As often as the log, but not more rarely than patience runs out."""
         return min(config.log_interval, self.patience)
 
-    def on_train_begin(self, info: StepInfo) -> Answer:
+    def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Patience starts with training."""
         if self.best is None:
             self.best_step = info.step
         return None
 
-    def on_step(self, info: StepInfo) -> Answer:
+    def on_step(self, info: StepInfo) -> CallbackResult:
         """Judge the mean of a training metric."""
         return self._judge(info.step, self.monitor.trained(info))
 
-    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> Answer:
+    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
         """Judge a measurement."""
         return self._judge(info.step, measurements.get(self.monitor.name))
 
-    def _judge(self, step: int, value: float | None) -> Answer:
+    def _judge(self, step: int, value: float | None) -> CallbackResult:
         if value is None:
             return None
         if self.best is None or self.monitor.better(value, self.best, self.min_delta):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.training.callbacks.base import Answer, Callback, StepInfo
+from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
 
 
 class EpisodesCallback(Callback):
@@ -25,17 +25,17 @@ class EpisodesCallback(Callback):
     def __init__(self, collector: Any):
         self.collector = collector
 
-    def on_step(self, info: StepInfo) -> Answer:
+    def on_step(self, info: StepInfo) -> CallbackResult:
         """Publish, if an episode ended."""
         counts = self._counts()
         self.collector.ends = []
         return counts
 
-    def on_train_end(self, info: StepInfo) -> Answer:
+    def on_train_end(self, info: StepInfo) -> CallbackResult:
         """Publish the last ones. They stay, so that a run that goes on has the records of one that never stopped."""
         return self._counts()
 
-    def _counts(self) -> Answer:
+    def _counts(self) -> CallbackResult:
         ends = [end for end in self.collector.ends if not end.crashed]
         counts = {"collect/episodes": float(len(ends)), "collect/restarts": float(self.collector.restarts)}
         if not ends:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 
 from worldloom.config import check
 from worldloom.envs import VectorEnv
-from worldloom.training.callbacks.base import Answer, Callback, StepInfo
-from worldloom.training.collect import check_match
+from worldloom.errors import ConfigError
+from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
+from worldloom.training.collector import check_env_fits
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate, play
-from worldloom.training.feed import Windows
+from worldloom.training.sampler import SequenceSampler
+
+_log = logging.getLogger("worldloom")
+
+_EPISODES = 10
+"""Episodes of the evaluation that is added by default."""
 
 
 class EvalCallback(Callback):
@@ -44,17 +51,17 @@ class EvalCallback(Callback):
         """``every``, or ``config.eval_interval``."""
         return config.eval_interval if self.every is None else self.every
 
-    def on_train_begin(self, info: StepInfo) -> Answer:
+    def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Refuse data or environments that do not fit before training, not at the first evaluation."""
         if not self.interval(info.config):
             return None
         if isinstance(self.source, VectorEnv):
-            check_match(self.source, info.model())
+            check_env_fits(self.source, info.model())
         else:
-            Windows(self.source, info.model(), info.config).draw(self.seed, 0)
+            SequenceSampler(self.source, info.model(), info.config).draw(self.seed, 0)
         return None
 
-    def on_step(self, info: StepInfo) -> Answer:
+    def on_step(self, info: StepInfo) -> CallbackResult:
         """Evaluate the weights of this step."""
         model = info.model()
         if isinstance(self.source, VectorEnv):
@@ -67,3 +74,16 @@ class EvalCallback(Callback):
             }
         terms = evaluate(model, self.source, info.config, batches=self.batches, seed=self.seed)
         return {f"eval/loss/{name}" if name != "loss" else "eval/loss": value for name, value in terms.items()}
+
+
+def default_evaluation(env: VectorEnv) -> list[EvalCallback]:
+    """The evaluation of an online run without callbacks of its own: ten episodes in other environments of the kind.
+
+    Empty, with a warning, if no others can be made.
+    """
+    try:
+        other = env.another(_EPISODES, env.seed + 1)
+    except ConfigError as error:
+        _log.warning("There will be no evaluation: %s", error)
+        return []
+    return [EvalCallback(other, episodes=_EPISODES, seed=env.seed + 1)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from worldloom.config import check
-from worldloom.training.callbacks.base import Answer, Callback, StepInfo
+from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
 from worldloom.training.metrics import tag
 
 FILE_NAME = "metrics.jsonl"
@@ -45,7 +45,7 @@ class LoggingCallback(Callback):
         self._file: TextIO | None = None
         self._writer: Any = None
 
-    def on_train_begin(self, info: StepInfo) -> Answer:
+    def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Open the files; records after the step that a run goes on from are cut off."""
         if self.log_dir is None:
             return None
@@ -60,7 +60,7 @@ class LoggingCallback(Callback):
             self._writer = SummaryWriter(str(self.log_dir), purge_step=_x(info) + 1 if info.step else None)
         return None
 
-    def on_step(self, info: StepInfo) -> Answer:
+    def on_step(self, info: StepInfo) -> CallbackResult:
         """Write the means since the last record."""
         values = {name: info.metrics[name] if name in _LATEST else mean for name, mean in info.means.items()}
         record = {tag(name, info.loss_terms): value for name, value in values.items()}
@@ -68,12 +68,12 @@ class LoggingCallback(Callback):
         self._write(info, record)
         return None
 
-    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> Answer:
+    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
         """Write the measurements under their own names."""
         self._write(info, measurements)
         return None
 
-    def on_train_end(self, info: StepInfo) -> Answer:
+    def on_train_end(self, info: StepInfo) -> CallbackResult:
         """Write the last record, of the steps that no record has covered."""
         if info.means:
             self.on_step(info)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from worldloom.training.callbacks.base import Answer, Callback, StepInfo
+from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
 from worldloom.training.config import TrainingConfig
 
 _SECONDS_BETWEEN_LOSSES = 1.0
@@ -30,7 +30,7 @@ class ProgressCallback(Callback):
         """As often as the host has a moment anyway: once a call."""
         return max(1, config.updates_per_call)
 
-    def on_train_begin(self, info: StepInfo) -> Answer:
+    def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Draw the bar."""
         from tqdm.auto import tqdm
 
@@ -39,7 +39,7 @@ class ProgressCallback(Callback):
         self._read_at, self._waiting = time.perf_counter(), True
         return None
 
-    def on_step(self, info: StepInfo) -> Answer:
+    def on_step(self, info: StepInfo) -> CallbackResult:
         """Move the bar. The loss is read once a second: reading waits for the device."""
         if (self._waiting or time.perf_counter() - self._read_at > _SECONDS_BETWEEN_LOSSES) and "loss" in info.metrics:
             self._bar.set_postfix(loss=f"{info.metrics['loss']:.4g}", refresh=False)
@@ -49,7 +49,7 @@ class ProgressCallback(Callback):
         self._bar.update(info.step - self._bar.n)
         return None
 
-    def on_train_end(self, info: StepInfo) -> Answer:
+    def on_train_end(self, info: StepInfo) -> CallbackResult:
         """Leave the bar where training ended."""
         if "loss" in info.metrics:
             self._bar.set_postfix(loss=f"{info.metrics['loss']:.4g}", refresh=False)

@@ -16,7 +16,7 @@ from worldloom.report.curves import learning_curve, read_records
 from worldloom.report.imagination import draw_imagination
 from worldloom.report.recording import Recording
 from worldloom.report.video import save_gif
-from worldloom.training.callbacks import Answer, Callback, StepInfo
+from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.callbacks.logs import FILE_NAME
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import play
@@ -25,7 +25,7 @@ _log = logging.getLogger("worldloom")
 _ROWS, _FRAMES = 20_000, 1_500
 
 
-class Film(list[np.ndarray]):
+class FrameRecorder(list[np.ndarray]):
     """Pictures of an episode, as ``play`` appends them: the first minute of it (at 25 a second)."""
 
     def append(self, frame: np.ndarray) -> None:
@@ -34,7 +34,7 @@ class Film(list[np.ndarray]):
             super().append(frame)
 
 
-class EpisodesOnShow(Callback):
+class EvalReportCallback(Callback):
     """Plays whole episodes with the evaluation policy, as ``EvalCallback`` does, and shows them.
 
     Publishes ``eval/return``, ``eval/return_std`` and ``eval/length``, and writes to the folder ``eval.gif`` of the
@@ -63,9 +63,9 @@ class EpisodesOnShow(Callback):
         """``config.eval_interval``."""
         return config.eval_interval
 
-    def on_step(self, info: StepInfo) -> Answer:
+    def on_step(self, info: StepInfo) -> CallbackResult:
         """Evaluate the weights of this step."""
-        model, replay, film = info.model(), ReplayBuffer(_ROWS), Film()
+        model, replay, film = info.model(), ReplayBuffer(_ROWS), FrameRecorder()
         env: Any = Recording(self.env, replay)
         self._films = self._films and draws(self.env, self.seed)
         frames = film if self._films else None
@@ -83,7 +83,7 @@ class EpisodesOnShow(Callback):
         }
 
 
-class LastEvaluation(Callback):
+class FinalEvaluation(Callback):
     """Evaluates once more where training is done, unless that was just evaluated.
 
     It comes after the last checkpoint, and not at all when training was stopped or interrupted: that should be quick.
@@ -93,10 +93,10 @@ class LastEvaluation(Callback):
     order = 2
     measures = True
 
-    def __init__(self, evaluation: EpisodesOnShow):
+    def __init__(self, evaluation: EvalReportCallback):
         self.evaluation = evaluation
 
-    def on_train_end(self, info: StepInfo) -> Answer:
+    def on_train_end(self, info: StepInfo) -> CallbackResult:
         """Evaluate."""
         done = info.step >= info.total_steps and info.step != self.evaluation.step
         return self.evaluation.on_step(info) if done else None
@@ -117,20 +117,20 @@ class CurveCallback(Callback):
     def __init__(self, folder: str | Path, title: Callable[[], str], held_out: ReplayBuffer | None = None):
         self.folder, self.title, self.held_out = Path(folder), title, held_out
 
-    def on_train_begin(self, info: StepInfo) -> Answer:
+    def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Say once what will be missing."""
         missing = [name for name in ("matplotlib", "PIL") if not _installed(name)]
         if missing:
             _log.warning("No curves or no video without %s: pip install 'worldloom[video]'.", " and ".join(missing))
         return None
 
-    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> Answer:
+    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
         """Draw, if this was an evaluation."""
         if any(name.startswith("eval/") for name in measurements):
             self._draw(info)
         return None
 
-    def on_train_end(self, info: StepInfo) -> Answer:
+    def on_train_end(self, info: StepInfo) -> CallbackResult:
         """Draw."""
         self._draw(info)
         return None
@@ -145,12 +145,12 @@ class CurveCallback(Callback):
             attempt("imagination", lambda: draw_imagination(info.model(), held_out, self.folder, title=title))
 
 
-class LinesCallback(Callback):
+class EvalPrinter(Callback):
     """Prints a line for every evaluation."""
 
     every = 0
 
-    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> Answer:
+    def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
         """Print it, above a progress bar."""
         from tqdm.auto import tqdm
 

@@ -1,4 +1,4 @@
-"""Working through a batch in parts, one after the other, for batches whose activations do not fit."""
+"""Gradient accumulation: a batch worked through in microbatches, where activations of the whole do not fit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from worldloom.devices import resolve_device
 from worldloom.ops.keys import step_keys
+from worldloom.xla_workarounds import needs_unrolled_scan
 
 Averaged = TypeVar("Averaged")
 Kept = TypeVar("Kept")
@@ -26,34 +27,32 @@ def join_rows(rows: Any) -> Any:
 
 
 def part_keys(key: jax.Array | None, parts: int) -> jax.Array | None:
-    """A key for each part: the one given, where there is only one."""
+    """A key for each microbatch [parts]; a single one takes ``key`` itself, so that it equals the whole batch."""
     return key[None] if key is not None and parts == 1 else step_keys(key, parts)
 
 
-def over_parts(function: Callable[[Any], tuple[Averaged, Kept]], parts: Any) -> tuple[Averaged, Kept]:
-    """``function`` of each part, at most one at a time.
+def accumulate(function: Callable[[Any], tuple[Averaged, Kept]], parts: Any) -> tuple[Averaged, Kept]:
+    """Apply ``function`` to each microbatch in turn, so that memory holds the activations of one at a time.
 
     Args:
-      function: part → (what is averaged over parts, what is kept of each).
+      function: microbatch → (what is averaged over microbatches, what is kept of each).
       parts: arrays [parts, ...].
 
     Returns:
-      The averages, and what was kept stacked along a new first axis.
+      The averages, and what was kept, stacked along a new first axis.
     """
     leaves = jax.tree.leaves(parts)
     first = jax.tree.map(lambda x: x[0], parts)
     if len(leaves[0]) == 1:
         averaged, kept = function(first)
         return averaged, jax.tree.map(lambda x: x[None], kept)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)[0])
 
     def step(total: Averaged, part: Any) -> tuple[Averaged, Kept]:
-        # Where there is no loop the barrier keeps parts from being worked on together.
+        # Where the scan is unrolled, the barrier keeps XLA from working on microbatches side by side.
         total, part = jax.lax.optimization_barrier((total, part))
         averaged, kept = function(part)
         return jax.tree.map(jnp.add, total, averaged), kept
 
-    # Images are [parts, B, T, H, W, C]. On CPUs XLA's gradients of convolutions take a hundred times as long in a loop.
-    unroll = resolve_device().platform == "cpu" and any(x.ndim == 6 for x in leaves)
-    total, kept = jax.lax.scan(step, nothing, parts, unroll=unroll)
+    total, kept = jax.lax.scan(step, zeros, parts, unroll=needs_unrolled_scan(resolve_device(), parts))
     return jax.tree.map(lambda x: x / len(leaves[0]), total), kept

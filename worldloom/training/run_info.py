@@ -1,4 +1,4 @@
-"""What crosses between a run and its host: the root key, copies of state and model, versions."""
+"""What identifies a run on its host: the root key, versions; copies of its state and model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from worldloom._version import __version__
-from worldloom.state import TrainState
-from worldloom.training.step import copy
+from worldloom.algorithm import TrainState
+from worldloom.training.update_loop import copy
 
 
 def root_key(seed: int) -> jax.Array:
@@ -29,7 +29,7 @@ def on_host(state: TrainState) -> TrainState:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result may depend on."""
+    """Versions of the packages that results may depend on."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "worldloom": __version__,
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def with_params(model: Any, params: dict[str, Any]) -> Any:
-    """A model of its own with the weights ``params``; ``model`` stays as it is."""
+    """A copy of ``model`` that holds the weights ``params``."""
     twin = nnx.clone(model)
     twin.load_params(params)
     return twin

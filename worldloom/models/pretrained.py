@@ -1,0 +1,189 @@
+"""Saved models on disk and on the hub: where they are found, and how their two files are written and read.
+
+A saved model is a folder with ``config.json`` (the config's fields) and ``model.safetensors`` (the weights by flat name,
+and in the header's metadata the class that they belong to).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from worldloom.config import nearest, read_json_object
+from worldloom.errors import ConfigError, FileFormatError, MissingDependencyError, UnknownModelError, WeightsError
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_CLASS = "model_class"
+"""Metadata key of the model's class, ``module:QualifiedName``."""
+
+
+class SavedModel(NamedTuple):
+    """What a folder holds, read but not built.
+
+    Attributes:
+      folder: where it was read.
+      config: the fields of ``config.json``.
+      arrays: weights by flat name.
+      class_name: ``module:QualifiedName`` of the class that was saved; None in files of earlier versions.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    arrays: dict[str, Any]
+    class_name: str | None
+
+
+def class_name(cls: type[Any]) -> str:
+    """``module:QualifiedName``, as saved beside the weights."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def write_model(folder: Path, config_json: str, arrays: Mapping[str, Any], cls: type[Any]) -> None:
+    """Write both files of a saved model, each whole or not at all."""
+    from safetensors.numpy import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "worldloom", _CLASS: class_name(cls)}
+    _write_atomically(folder / WEIGHTS_FILE, save(dict(arrays), metadata=metadata))
+    _write_atomically(folder / CONFIG_FILE, config_json.encode())
+
+
+def read_model(folder: Path) -> SavedModel:
+    """Read both files. Raises ``UnknownModelError`` for a folder without them, ``FileFormatError`` for damaged ones."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise UnknownModelError(f"{folder} holds no saved model: {name} is missing.{_run_folder_hint(folder)}")
+    config = read_json_object(folder / CONFIG_FILE)
+    arrays, metadata = read_safetensors(folder / WEIGHTS_FILE)
+    return SavedModel(folder, config, arrays, metadata.get(_CLASS))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Arrays of a ``.safetensors`` file by name, and its metadata. Raises ``FileFormatError`` on a damaged file."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.flax import load_file
+
+    try:
+        with jax.default_device(jax.devices("cpu")[0]):
+            arrays = load_file(str(path))
+        with safe_open(str(path), "numpy") as file:
+            return arrays, dict(file.metadata() or {})
+    except (SafetensorError, ValueError, OSError) as error:
+        raise FileFormatError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def check_part_counts(config: Any, arrays: int) -> None:
+    """Raise ``WeightsError`` if the config has more layers or inputs than there are arrays; each has one or more.
+
+    A config file may ask for any number; this is checked before anything is built for it.
+    """
+    for name, value in config.to_dict().items():
+        parts = len(value) if isinstance(value, dict) else value if name.endswith("layers") else 0
+        if parts > arrays:
+            raise WeightsError(f"The config has {name} of {parts}, the weights beside it only {arrays} arrays in all.")
+
+
+# ---- where models are -------------------------------------------------------------------------------------------
+
+
+def find_model_folder(
+    path_or_repo: str | Path,
+    *,
+    known: list[str],
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder meant by a path, a name in the cache, or a Hugging Face repository, which is downloaded.
+
+    ``known`` are the names for the message of the ``UnknownModelError`` that is raised when nothing is found.
+    """
+    text = str(path_or_repo)
+    if Path(text).is_dir():
+        return Path(text)
+    if is_plain_name(text):
+        if is_model_folder(named_folder(text)):
+            return named_folder(text)
+        raise UnknownModelError(unknown_model(text, known))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise UnknownModelError(f"{text} is not a folder with a saved model, nor the name of one.")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UnknownModelError(
+            f"There is no folder {text}. To load it as a Hugging Face repository: pip install 'worldloom[hub]'."
+        )
+    downloaded = hub().snapshot_download(
+        text,
+        revision=revision,
+        cache_dir=str(cache_dir or default_cache_dir() / "hub"),
+        token=token,
+        local_files_only=local_files_only,
+        allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+    )
+    return Path(downloaded)
+
+
+def default_cache_dir() -> Path:
+    """Folder of models found by name: ``WORLDLOOM_CACHE_DIR``, or ``~/.cache/worldloom``."""
+    return Path(os.environ.get("WORLDLOOM_CACHE_DIR") or Path.home() / ".cache" / "worldloom")
+
+
+def named_folder(name: str) -> Path:
+    """Folder of the model saved as ``name`` in the cache. Raises ``ConfigError`` unless it is a plain name."""
+    if not is_plain_name(name):
+        raise ConfigError(f"name={name!r} must be a plain name of letters, digits, '.', '_' and '-'.")
+    return default_cache_dir() / "models" / name
+
+
+def saved_names() -> list[str]:
+    """Names of the models saved in the cache."""
+    return sorted(path.parent.name for path in (default_cache_dir() / "models").glob(f"*/{CONFIG_FILE}"))
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether ``text`` can name a model in the cache."""
+    return re.fullmatch(r"\w[\w.-]*", text) is not None
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder looks like a saved model."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def unknown_model(name: str, known: list[str]) -> str:
+    """The message for a name that is neither a preset nor a saved model."""
+    return f"There is no model '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give a folder."
+
+
+def hub() -> Any:
+    """The ``huggingface_hub`` package. Raises ``MissingDependencyError`` naming the extra."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingDependencyError("Hugging Face repositories need: pip install 'worldloom[hub]'.") from error
+    return huggingface_hub
+
+
+def _run_folder_hint(folder: Path) -> str:
+    """Where the weights are if ``folder`` is that of a run."""
+    if is_model_folder(folder / "model"):
+        return f" It is the folder of a run; the weights at its end are in {folder / 'model'}."
+    if (folder / "checkpoints").is_dir():
+        return (
+            " It is the folder of a run that has not ended; worldloom.training.checkpoint.load_weights(model, "
+            f"'{folder / 'checkpoints'}') reads its newest checkpoint."
+        )
+    return ""
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    # A reader never sees half a file: rename is atomic within a folder.
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)

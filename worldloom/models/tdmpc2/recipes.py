@@ -1,0 +1,74 @@
+"""Settings to start from, by size and environment: the reference's, and what ``tiny`` learns well with on two cores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from worldloom.algorithm import Recipe, env_shapes, window_prefill
+
+_REFERENCE: dict[str, Any] = {"batch_size": 256, "sequence_length": 4, "learning_rate": 3e-4, "grad_clip": 20.0}
+_TINY: dict[str, Any] = {
+    "batch_size": 64,
+    "sequence_length": 4,
+    "learning_rate": 1e-3,
+    "grad_clip": 20.0,
+    "eval_interval": 1_000,
+    "save_interval": 2_000,
+    "log_interval": 250,
+}
+
+# The reference has no discrete actions; these learn CartPole-v1 with the tiny size.
+_DISCRETE_MODEL = {
+    "entropy_coef": 1e-3,
+    "tau": 0.03,
+    "value_coef": 1.0,
+    "consistency_coef": 4.0,
+    "encoder_lr_scale": 1.0,
+}
+_DISCRETE_TRAINING = {"batch_size": 32, "sequence_length": 8, "learning_rate": 5e-4, "train_ratio": 128.0}
+
+_PREFILL_EPISODES, _LEAST_PREFILL = 5, 1_000
+"""The reference begins with five whole episodes of random actions and as many updates; here at least 1,000 steps."""
+
+_ONLY_TIME_LIMITS = ("dmc:", "dmc_vision:")
+_ONLY_TIME_LIMIT_IDS = ("Pendulum", "HalfCheetah", "Swimmer", "Reacher", "Pusher")
+"""Environments whose episodes never terminate. Spaces do not say so; everywhere else terminations are learned."""
+
+
+def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
+    """See :class:`worldloom.algorithm.Algorithm`."""
+    training = {"device": "auto", **(_TINY if size == "tiny" else _REFERENCE)}
+    if env is None:
+        return Recipe({}, training, {}).override(given)
+    model: dict[str, Any] = env_shapes(env)
+    reasons = dict.fromkeys(model, "of the environment")
+    if env.action_type == "discrete":
+        model |= _DISCRETE_MODEL
+        training |= _DISCRETE_TRAINING
+        reasons |= dict.fromkeys((*_DISCRETE_MODEL, *_DISCRETE_TRAINING), "discrete actions")
+    endless = never_terminates(env)
+    model["episodic"] = not endless
+    reasons["episodic"] = "only time limits end its episodes" if endless else "its episodes may terminate"
+    if isinstance(env.obs_shape, tuple) and len(env.obs_shape) == 3:
+        model["latent_dim"] = 512
+        reasons["latent_dim"] = "where the image encoder ends"
+    if env.episode_length:
+        model["episode_length"] = env.episode_length
+        reasons["episode_length"] = "of the environment, in decision steps"
+    # Where episodes can terminate, random actions end them early: five of them may be a handful of steps.
+    length = given.get("episode_length", env.episode_length) or 0
+    training["prefill"] = max(_LEAST_PREFILL, _PREFILL_EPISODES * length if endless else 0)
+    reasons |= {"prefill": "random actions first", "prefill_updates": "as many as prefill"}
+    reasons |= window_prefill(training, env, given)
+    training["prefill_updates"] = given.get("prefill", training["prefill"])
+    return Recipe(model, training, reasons).override(given)
+
+
+def never_terminates(env: Any) -> bool:
+    """Whether only time limits end the episodes of ``env``, as far as its name says; an unknown one may terminate."""
+    spec = env.settings.get("spec")
+    if not isinstance(spec, str):
+        return False
+    plain = spec.rpartition(":")[2]
+    return spec.startswith(_ONLY_TIME_LIMITS) or plain.startswith(_ONLY_TIME_LIMIT_IDS)

@@ -1,0 +1,165 @@
+"""Runs the callbacks of one trainer: when each is due, what it is given, what becomes of its result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from worldloom.errors import NonFiniteError
+from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo, StopTraining, name_of
+from worldloom.training.config import TrainingConfig
+from worldloom.training.metrics import LazyMetrics, MetricsAccumulator, MetricsStream
+
+if TYPE_CHECKING:
+    from worldloom.training.run_state import Run
+
+_log = logging.getLogger("worldloom")
+
+
+class CallbackRunner:
+    """Callbacks in execution order, each with the metrics accumulated since it last ran.
+
+    Args:
+      callbacks: in the order given; :attr:`Callback.order` goes first.
+
+    Attributes:
+      callbacks: sorted.
+      measurements: the newest values that callbacks published, by name.
+      stop_reason: why a callback asked to stop, in this call of ``train``; or None.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]):
+        self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
+        self.names = _unique([name_of(callback) for callback in self.callbacks])
+        self.measurements: dict[str, float] = {}
+        self.stop_reason: str | None = None
+        self._every = [0] * len(self.callbacks)
+        self._accumulators = [MetricsAccumulator(0) for _ in self.callbacks]
+        self._stream = MetricsStream()
+
+    @property
+    def any_measures(self) -> bool:
+        """Whether any callback may publish measurements."""
+        return any(callback.measures for callback in self.callbacks)
+
+    def start(self, config: TrainingConfig, stream: MetricsStream) -> None:
+        """Prepare for one call of ``train``: intervals follow ``config``, metrics come from ``stream``."""
+        self._every = [callback.interval(config) for callback in self.callbacks]
+        self._stream, self.stop_reason = stream, None
+        for accumulator in self._accumulators:
+            stream.follow(accumulator)
+
+    def next_step(self, step: int) -> int | None:
+        """First step after ``step`` at which some callback is due; None if none ever is."""
+        return min(((step // every + 1) * every for every in self._every if every), default=None)
+
+    def on_train_begin(self, run: Run) -> None:
+        """Call ``on_train_begin`` of all."""
+        for index, callback in enumerate(self.callbacks):
+            self._call(index, run, callback.on_train_begin, self._so_far(index, run.step))
+
+    def on_step(self, run: Run) -> None:
+        """Call ``on_step`` of those that are due."""
+        due = [index for index, every in enumerate(self._every) if every and run.step % every == 0]
+        finished = {}
+        # All accumulators change before any callback runs: a checkpoint saves them as they are after this step.
+        for index in due:
+            finished[index] = self._accumulators[index]
+            finished[index].close(run.step)
+            self._accumulators[index] = self._stream.follow(MetricsAccumulator(run.step))
+        for index in due:
+            self._call(index, run, self.callbacks[index].on_step, finished[index])
+
+    def on_train_end(self, run: Run) -> None:
+        """Call ``on_train_end`` of all; accumulators stay open for the next call of ``train``."""
+        if self.stop_reason:
+            _log.info("Training stopped at step %d. %s.", run.step, self.stop_reason)
+        for index, callback in enumerate(self.callbacks):
+            self._call(index, run, callback.on_train_end, self._so_far(index, run.step))
+
+    def close(self) -> None:
+        """Call ``close`` of all."""
+        for callback in self.callbacks:
+            callback.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the callbacks, by name."""
+        return {
+            "states": {n: callback.state_dict() for n, callback in zip(self.names, self.callbacks, strict=True)},
+            "intervals": {n: each.state_dict() for n, each in zip(self.names, self._accumulators, strict=True)},
+            "measurements": dict(self.measurements),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Inverse of :meth:`state_dict`. A callback that was not there before starts at ``step``."""
+        self.measurements = dict(state["measurements"])
+        for index, (name, callback) in enumerate(zip(self.names, self.callbacks, strict=True)):
+            saved = state["intervals"].get(name)
+            self._accumulators[index] = (
+                MetricsAccumulator.from_state_dict(saved) if saved else MetricsAccumulator(step)
+            )
+            if name in state["states"]:
+                callback.load_state_dict(state["states"][name])
+
+    def _call(
+        self, index: int, run: Run, method: Callable[..., CallbackResult], accumulator: MetricsAccumulator
+    ) -> None:
+        result = self._checked(index, run.step, method, self._info(run, accumulator))
+        if isinstance(result, Mapping):
+            self.measurements.update(result)
+            for other, callback in enumerate(self.callbacks):
+                info = self._info(run, self._so_far(other, run.step))
+                if isinstance(self._checked(other, run.step, callback.on_eval, info, result), Mapping):
+                    raise TypeError(f"{self.names[other]}.on_eval may return None or StopTraining, not measurements.")
+
+    def _checked(self, index: int, step: int, method: Callable[..., CallbackResult], *args: Any) -> CallbackResult:
+        """Measurements as floats, or None; notes a request to stop, and names the callback in any error."""
+        name = f"{self.names[index]}.{method.__name__}"
+        try:
+            result = method(*args)
+        except StopTraining as request:
+            result = request
+        except NonFiniteError:
+            raise  # From reading metrics; not the callback's fault.
+        except Exception as error:
+            error.add_note(f"Raised by the callback {name} at step {step}.")
+            raise
+        if isinstance(result, StopTraining):
+            self.stop_reason = self.stop_reason or f"{self.names[index]}: {result}"
+            return None
+        if result is not None and not isinstance(result, Mapping):
+            raise TypeError(
+                f"The callback {name} returned {result!r}; it may return None, StopTraining('why') or measurements "
+                "such as {'eval/return': 1.0}."
+            )
+        if result is None:
+            return None
+        try:
+            return {str(name): float(value) for name, value in result.items()}
+        except (TypeError, ValueError):
+            raise TypeError(f"The callback {name} returned {result!r}; measurements are numbers.") from None
+
+    def _info(self, run: Run, accumulator: MetricsAccumulator) -> StepInfo:
+        stream = self._stream
+
+        def rate() -> float:
+            stream.sync()
+            return accumulator.rate()
+
+        return run.step_info(
+            metrics=LazyMetrics(stream, accumulator, mean=False),
+            means=LazyMetrics(stream, accumulator, mean=True),
+            updates_per_second=rate,
+            measurements=dict(self.measurements),
+            measured=self.any_measures,
+            callback_state=self.state_dict,
+        )
+
+    def _so_far(self, index: int, step: int) -> MetricsAccumulator:
+        return self._stream.follow(self._accumulators[index].closed_copy(step))
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Names with a number from the second of a kind on; the same callbacks get the same names after a resume."""
+    return [f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]

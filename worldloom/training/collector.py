@@ -1,0 +1,249 @@
+"""Experience from environments: acting with the newest weights while the device trains."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from worldloom.algorithm import Params, Policy, TrainState
+from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
+from worldloom.errors import ConfigError
+from worldloom.spaces import ACTION
+from worldloom.training.config import TrainingConfig
+from worldloom.training.train_ratio import TrainRatio
+from worldloom.training.writeback import strip_prefix
+
+_log = logging.getLogger("worldloom")
+
+_ACTING = 0xFFFFFFFF
+"""Folded into the root key for the keys of acting: no update has this number."""
+
+
+class Collector:
+    """Steps environments and stores what they return. One call of :meth:`step` is one step of all environments.
+
+    The action at an observation is computed on the device while the host goes on; it is fetched at the next call only.
+    An update that is started in between therefore runs while the environments step, and the weights that acted are
+    those from before it: one step older than in a program that does one thing after the other.
+
+    Row t is stored once its action is known, so the newest observation of all is held here, not in replay.
+
+    Args:
+      env: the environments.
+      replay: where rows go.
+      model: the world model; its family's policy acts with the weights of the state given to :meth:`step`.
+      config: the run's config.
+      store_latents: whether replay stores the model's latents beside the rows.
+      updates_before: updates done before the first step; updates due are counted from there.
+
+    Attributes:
+      updates_before: see above.
+      decisions: decision steps taken so far.
+      ends: episodes that ended since a callback took them from here.
+      restarts: environment processes that had to be replaced so far.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        replay: Any,
+        model: Any,
+        config: TrainingConfig,
+        *,
+        store_latents: bool,
+        updates_before: int = 0,
+    ):
+        algorithm = model.algorithm
+        self.updates_before = updates_before
+        self.env, self.replay, self._seed, self._model_config = env, replay, config.seed, model.config
+        self._policy = compiled_policy(
+            algorithm.policy, type(model), model.config, algorithm.stored_latents if store_latents else None
+        )
+        self._validate_data = algorithm.validate_data
+        self._carry = algorithm.initial_carry(model.config, env.num_envs)
+        self._random_prefill, self._random_steps = algorithm.random_prefill, config.prefill
+        self._time_step: TimeStep | None = None
+        self._choice: tuple[Any, Mapping[str, Any]] | None = None
+        self._calls = self._moves = 0
+        self.decisions = self.restarts = 0
+        self.ends: list[EpisodeEnd] = []
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps taken so far: decision steps times action repeat."""
+        return self.decisions * self.env.action_repeat
+
+    def updates_due(self, ratio: TrainRatio) -> int:
+        """Updates that should be done by now, those before the first step included."""
+        return self.updates_before + ratio.updates(self.decisions)
+
+    def count_from(self, updates: int, ratio: TrainRatio) -> None:
+        """Count updates by a new ``ratio``, with ``updates`` done at this moment."""
+        self._random_steps = ratio.prefill
+        self.updates_before = updates - ratio.updates(self.decisions)
+
+    def step(self, state: TrainState) -> None:
+        """Take the actions chosen before, store the rows they were chosen at, and choose the next with ``state``."""
+        if self._time_step is not None and self.env.moves != self._moves:
+            _log.warning("The environments were reset or stepped outside of training: all of them begin new episodes.")
+            self._time_step = self._choice = None
+        if self._choice is not None:
+            self._take(*jax.device_get(self._choice))
+        elif self._time_step is None:
+            self._receive(self.env.reset())
+        self._choose(state)
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What a resumed run needs: JSON-serialisable values, and arrays by name."""
+        counts = {
+            "trained": self.updates_before,
+            "decisions": self.decisions,
+            "calls": self._calls,
+            "restarts": self.restarts,
+            "ends": [list(end) for end in self.ends],
+            "env": env_identity(self.env),
+        }
+        if self._choice is None:
+            return counts, {}
+        actions, latents = jax.device_get(self._choice)
+        arrays = {f"env/{name}": value for name, value in self.env.state().items()}
+        arrays |= {f"carry/{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self._carry))}
+        named = actions if isinstance(actions, Mapping) else {ACTION: actions}
+        arrays |= {f"actions/{name}": np.asarray(value) for name, value in named.items()}
+        arrays |= {f"latents/{name}": np.asarray(value) for name, value in latents.items()}
+        return counts, arrays
+
+    def load_state_dict(self, counts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Inverse of :meth:`state_dict`: the environments are brought back by replaying their current episodes.
+
+        Environments that cannot be, or that end up elsewhere, begin their next episodes instead, with a warning.
+        """
+        self.updates_before = int(counts["trained"])
+        self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
+        self.restarts, self.ends = int(counts["restarts"]), [EpisodeEnd(*end) for end in counts["ends"]]
+        if not arrays:
+            return
+        saved = strip_prefix(arrays, "env/")
+        self._time_step = self.env.restore(saved)
+        self._moves = self.env.moves
+        leaves = strip_prefix(arrays, "carry/")
+        structure = jax.tree.structure(self._carry)
+        self._carry = jax.tree.unflatten(structure, [leaves[str(i)] for i in range(len(leaves))])
+        if not np.array_equal(self.env.state()["episodes"], saved["episodes"]):
+            return  # In other episodes, the action that was chosen has no meaning.
+        actions = strip_prefix(arrays, "actions/")
+        # Checkpoints of earlier versions name a single action "".
+        single = actions.get(ACTION, actions.get(""))
+        self._choice = actions if isinstance(self.env.action_dim, dict) else single, strip_prefix(arrays, "latents/")
+
+    def _take(self, actions: Any, latents: Mapping[str, np.ndarray]) -> None:
+        now = self._time_step
+        assert now is not None
+        stored = jax.tree.map(lambda action: _executed(now.is_last, action), actions)
+        self.replay.add_rows(now.obs, stored, now.reward, now.is_first, now.is_last, now.is_terminal, latents=latents)
+        self.decisions += int((~now.is_last).sum())
+        self._receive(self.env.step(actions))
+
+    def _receive(self, time_step: TimeStep) -> None:
+        self._time_step, self._moves = time_step, self.env.moves
+        if time_step.is_terminal.any():
+            self._validate_data(self._model_config, has_terminals=True, online=True)
+        for event in time_step.events:
+            if isinstance(event, EpisodeEnd):
+                self.ends.append(event)
+            else:
+                self.restarts += 1
+                _log.warning("%s It was replaced, its episode closed as truncated.", event.reason)
+
+    def _choose(self, state: TrainState) -> None:
+        now = self._time_step
+        assert now is not None
+        self._calls += 1
+        if self._random_prefill and self.decisions < self._random_steps:
+            seed = np.random.SeedSequence(self._seed, spawn_key=(_ACTING, self._calls))
+            self._choice = self.env.sample_actions(np.random.Generator(np.random.Philox(seed))), {}
+        else:
+            self._carry, actions, latents = self._policy(
+                state.params, state.key, self._carry, now.obs, now.is_first, self._calls
+            )
+            self._choice = actions, latents
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_policy(
+    policy: Policy,
+    model_class: type[Any],
+    model_config: Any,
+    stored_latents: Callable[[Any], dict[str, jax.Array]] | None = None,
+) -> Callable[..., tuple[Any, Any, dict[str, jax.Array]]]:
+    """A family's policy, compiled: (params, root key, carry, obs, is_first, call number) → carry, actions, latents.
+
+    Draws of call n use ``fold_in`` of the root key and n. Latents are those to store beside the rows; {} without
+    ``stored_latents``.
+    """
+
+    def act(
+        params: Params, key: jax.Array, carry: Any, obs: Any, is_first: jax.Array, number: jax.Array
+    ) -> tuple[Any, Any, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.fold_in(key, _ACTING), number)
+        model = model_class.rebuild(model_config, params)
+        carry, actions = policy(model, carry, obs, key, is_first=is_first)
+        return carry, actions, stored_latents(carry) if stored_latents else {}
+
+    return jax.jit(act)
+
+
+def check_env_fits(env: VectorEnv, model: Any) -> None:
+    """Raise ``ConfigError`` unless the model takes the observations of ``env`` and gives the actions it needs."""
+    config = model.config
+    model.algorithm.validate_data(config, has_terminals=False, online=True)
+    pairs = {
+        "obs_shape": (_as_dicts(env.obs_shape), _as_dicts(config.obs_shape)),
+        "action_dim": (_as_dicts(env.action_dim), _as_dicts(config.action_dim)),
+        "action_type": (_as_dicts(env.action_type), _as_dicts(config.action_type)),
+    }
+    for name, (wanted, given) in pairs.items():
+        if isinstance(wanted, dict) and isinstance(given, str):
+            given = dict.fromkeys(wanted, given)
+        if wanted != given:
+            raise ConfigError(
+                f"The environment has {name}={wanted!r}, the model {given!r}. Create the model with obs_shape="
+                "env.obs_shape, action_dim=env.action_dim, action_type=env.action_type."
+            )
+
+
+def env_identity(env: VectorEnv) -> dict[str, Any]:
+    """The settings of ``env`` that determine its episodes, as JSON values; where and how fast it runs is left out."""
+    plain = {name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)}
+    free = ("seed", "num_envs", "parallel", "worker_timeout", "action_repeat", "time_limit")
+    effective = {"action_repeat": env.action_repeat, "episode_length": env.episode_length}
+    return {name: value for name, value in plain.items() if name not in free} | effective
+
+
+def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
+    """Raise ``ConfigError`` if a run was collected from other environments than ``env``; ``saved`` is their identity."""
+    for name, value in env_identity(env).items():
+        # Environments made from a function or an object have no spec that could be compared.
+        if name in saved and saved[name] != value:
+            raise ConfigError(
+                f"The run was collected from environments with {name}={saved[name]!r}, these have {value!r}. Resume "
+                "with the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
+            )
+
+
+def _as_dicts(value: Any) -> Any:
+    """Frozen mappings as plain dicts, which compare without regard to order."""
+    return {name: _as_dicts(inner) for name, inner in value.items()} if isinstance(value, Mapping) else value
+
+
+def _executed(over: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """``actions`` as the environments execute them, within ±1; zero vectors or class −1 where an episode is over."""
+    if np.issubdtype(actions.dtype, np.integer):
+        return np.where(over, -1, actions)
+    # A policy may draw from an unbounded distribution; replay holds what the environments were given.
+    return np.where(over[:, None], np.float32(0), np.clip(actions, -1, 1))

@@ -1,0 +1,382 @@
+"""One training run as an object: what it learns, what it reads, where it stands, and how it is saved and restored."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from worldloom.algorithm import TrainState
+from worldloom.config import check
+from worldloom.devices import resolve_device
+from worldloom.envs import VectorEnv
+from worldloom.errors import ConfigError, NonFiniteError
+from worldloom.replay import ReplayBuffer
+from worldloom.training.batches import BatchSource, UpdateChunk
+from worldloom.training.callbacks.base import StepInfo
+from worldloom.training.checkpoint_files import FORMAT, Snapshot, flatten_state
+from worldloom.training.collector import Collector, check_env_fits, check_same_env
+from worldloom.training.config import TrainingConfig
+from worldloom.training.metrics import MetricsStream
+from worldloom.training.run_info import on_host, root_key, versions, with_params
+from worldloom.training.sampler import SequenceSampler
+from worldloom.training.train_ratio import TrainRatio
+from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard, UpdateOutput, compiled_update, copy
+from worldloom.training.writeback import LatentWriteback, copy_latents, strip_prefix
+from worldloom.xla_workarounds import needs_unrolled_updates
+
+_log = logging.getLogger("worldloom")
+
+_FIXED = ("seed", "device", "updates_per_call", "replay_capacity")
+"""Fields of ``TrainingConfig`` that cannot change once a run has begun: its state was made with them."""
+
+
+class Run:
+    """Everything that changes while a model is trained. :func:`worldloom.training.fit.fit` is the loop over it.
+
+    Args:
+      model: the world model; it keeps its own arrays until :meth:`sync_model`.
+      config: how to train.
+
+    Attributes:
+      step: updates done.
+      learner: weights, optimizer state and non-finite guard, on the device; None before the first use.
+      sampler: draws batches from replay or from recorded data.
+      collector: steps the environments; None for recorded data.
+      writeback: fresh latents on their way to replay.
+      metrics: rows of metrics on their way from the device.
+      total_steps: updates at which the present call of ``train`` ends.
+      capacity: K, the most updates in one compiled call.
+
+    Raises:
+      DeviceError: ``config.device`` is a numbered device that is not there.
+      ConfigError: training would not train the model as it is, see ``WorldModel.check_trainable``.
+    """
+
+    def __init__(self, model: Any, config: TrainingConfig):
+        self.model, self.config = model, config
+        self.device = resolve_device(config.device)
+        model.check_trainable(self.device)
+        # On a CPU, a call costs little beside an update, and a short one answers Ctrl-C sooner.
+        self.capacity = config.updates_per_call or (1 if self.device.platform == "cpu" else 8)
+        self._unrolled = needs_unrolled_updates(model, self.device)
+        if self._unrolled and self.capacity > 1:
+            _log.warning(
+                "updates_per_call=%d is taken as 1: on a CPU, XLA computes gradients of convolutions a hundred times "
+                "slower inside the loop that several updates in one call are.",
+                self.capacity,
+            )
+            self.capacity = 1
+        self.run_id = uuid.uuid4().hex
+        self.step = self.total_steps = self._skipped = 0
+        self.learner: Learner | None = None
+        self.sampler: SequenceSampler | None = None
+        self.collector: Collector | None = None
+        self.writeback = LatentWriteback(self.capacity)
+        self.metrics = MetricsStream()
+        self._update: CompiledUpdate | None = None
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        """Names of the loss terms: the algorithm's, then those that the model's class adds."""
+        return tuple(dict.fromkeys((*self.model.algorithm.loss_terms, *type(self.model).loss_terms)))
+
+    @property
+    def state(self) -> TrainState:
+        """The newest state, perhaps still being computed."""
+        if self.learner is None:
+            with jax.default_device(self.device):
+                training = self.config.of_update()
+                state = self.model.algorithm.init_state(self.model, training, root_key(self.config.seed))
+            self._set_state(state)
+        assert self.learner is not None
+        return self.learner.state
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps taken; 0 when training from recorded episodes."""
+        return self.collector.env_steps if self.collector else 0
+
+    @property
+    def ratio(self) -> TrainRatio:
+        """When updates are due while environments are stepped."""
+        assert self.sampler is not None
+        return TrainRatio.of(self.config, self.sampler.rows_under_gradient)
+
+    # ---- where data come from ---------------------------------------------------------------------------------------
+
+    def use_data(self, buffer: Any) -> None:
+        """Train on recorded episodes."""
+        self.sampler, self.collector = SequenceSampler(buffer, self.model, self.config), None
+        self.writeback.switch_buffer(buffer)
+
+    def use_env(self, env: VectorEnv, replay: Any = None) -> bool:
+        """Train on rows collected in ``env``; returns whether collecting starts (False: it continues there).
+
+        ``replay`` is the buffer to collect into; None is that of the present collector, or a new one.
+        """
+        continues = self.collector is not None and self.collector.env is env
+        if self.collector is None or not continues or replay not in (None, self.collector.replay):
+            check_env_fits(env, self.model)
+            config = self.model.config
+            if replay is None:
+                shapes = {"obs_shape": config.obs_shape, "action_dim": config.action_dim}
+                replay = ReplayBuffer(self.config.replay_capacity, **shapes, action_type=env.action_type)
+            replay.ensure_latents(self.model.algorithm.replay_spec(config, self.config).latents)
+            continues = False
+        else:
+            replay = self.collector.replay
+        self.sampler = SequenceSampler(replay, self.model, self.config, allow_empty=True)
+        if not continues:
+            store = self.sampler.uses_latents
+            self.collector = Collector(
+                env, replay, self.model, self.config, store_latents=store, updates_before=self.step
+            )
+        self.writeback.switch_buffer(replay)
+        return not continues
+
+    def updates_for(self, env_steps: int) -> int:
+        """Updates in all when ``env_steps`` environment steps have been taken. Raises ``ConfigError`` if none are."""
+        assert self.collector is not None
+        decisions = env_steps // self.collector.env.action_repeat
+        due = self.ratio.updates(decisions)
+        check(
+            due >= 1,
+            f"env_steps={env_steps} are {decisions} decision steps, which end before the first update: "
+            f"prefill={self.config.prefill}.",
+        )
+        return self.collector.updates_before + due
+
+    # ---- the parts of the loop --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def batches(
+        self,
+        total_steps: int,
+        next_callback_step: Callable[[int], int | None],
+        stop_requested: Callable[[], bool],
+    ) -> Iterator[Iterator[UpdateChunk]]:
+        """The chunks up to ``total_steps`` updates, while entered; see :class:`BatchSource`."""
+        assert self.sampler is not None
+        self.total_steps = total_steps
+        # An update consumes its state; the arrays that the model and callers hold must outlive it.
+        self._set_state(copy(self.state))
+        self._place_replay(self.sampler)
+        self._update = compiled_update(
+            self.model.algorithm.make_update,
+            self.model.config,
+            self.config.of_update(),
+            type(self.model),
+            self.loss_terms,
+            self.config.skip_nonfinite,
+            self.sampler.uses_latents,
+            self._unrolled,
+        )
+        source = BatchSource(
+            self.sampler,
+            self.writeback,
+            seed=self.config.seed,
+            device=self.device,
+            capacity=self.capacity,
+            collector=self.collector,
+            ratio=self.ratio if self.collector else None,
+            read_state=lambda: self.state,
+        )
+        with source:
+            yield source.chunks(self.step, total_steps, next_callback_step, stop_requested)
+        self.sampler.write_back()
+        self._skipped = int(self._guard.skipped)
+
+    def update(self, chunk: UpdateChunk) -> UpdateOutput:
+        """Start the updates of a chunk on the device; :attr:`learner` becomes their result."""
+        assert self._update is not None and self.learner is not None and self.sampler is not None
+        if not self.metrics.names:
+            names = self._update.metric_names(self.learner.state, chunk.batches, self.sampler.ring)
+            guarded = () if self.config.skip_nonfinite else self._update.guarded(names)
+            self.metrics.open(names, guarded)
+        self.learner, output = self._update(self.learner, chunk.batches, chunk.updates, self.sampler.ring)
+        return output
+
+    def sync(self) -> None:
+        """Wait until everything started is done. Raises ``NonFiniteError`` naming step and term."""
+        self.metrics.sync()
+        self.writeback.flush()
+
+    def sync_model(self) -> None:
+        """Give the model the newest weights. A call that failed amid an update has used the state up."""
+        if self.learner is None or self.learner.state.step.is_deleted():
+            self.learner = None
+            return
+        self.step = int(self.learner.state.step)
+        self.model.load_params(self.learner.state.params)
+
+    # ---- reading, saving, restoring ---------------------------------------------------------------------------------
+
+    def read_state(self) -> TrainState:
+        """A copy of the state on the host, when everything started is done."""
+        self.sync()
+        self._skipped = int(self._guard.skipped)
+        return on_host(self.state)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be resumed: both configs and the model's class."""
+        cls = type(self.model)
+        return {
+            "config": self.model.config.to_dict(),
+            "training": self.config.to_dict(),
+            "model_class": f"{cls.__module__}:{cls.__qualname__}",
+        }
+
+    def step_info(self, *, callback_state: Callable[[], dict[str, Any]], **of_callbacks: Any) -> StepInfo:
+        """The record of this step that callbacks are given.
+
+        Args:
+          callback_state: function () → the callbacks' part of a snapshot.
+          **of_callbacks: the fields of :class:`StepInfo` that only their runner knows.
+        """
+        assert self.sampler is not None
+        step = self.step
+
+        def read_state() -> TrainState:
+            if self.step != step:
+                raise RuntimeError(f"The state of step {step} is gone; read it before the callback returns.")
+            return self.read_state()
+
+        return StepInfo(
+            step=step,
+            env_steps=self.env_steps,
+            total_steps=self.total_steps,
+            config=self.config,
+            model_config=self.model.config,
+            model_class=type(self.model),
+            loss_terms=self.loss_terms,
+            replay_size=len(self.sampler.buffer),
+            run_id=self.run_id,
+            read_state=read_state,
+            model=lambda: with_params(self.model, read_state().params),
+            snapshot=lambda: self.snapshot(read_state(), callback_state()),
+            **of_callbacks,
+        )
+
+    def snapshot(self, state: TrainState, callbacks: Mapping[str, Any]) -> Snapshot:
+        """Everything that a resumed run needs, at this step.
+
+        Args:
+          state: from :meth:`read_state`.
+          callbacks: ``CallbackRunner.state_dict()``.
+
+        Raises ``NonFiniteError`` for weights that are not finite: such a checkpoint would be of no use.
+        """
+        assert self.sampler is not None
+        for name, array in flatten_state(state).items():
+            if name.startswith("params/") and not np.isfinite(array).all():
+                raise NonFiniteError(f"Step {self.step}: the weights {name} are not finite and are not saved.")
+        self.sampler.write_back()
+        record = {
+            "format": FORMAT,
+            "run_id": self.run_id,
+            "step": self.step,
+            "skipped": self._skipped,
+            "replay_size": len(self.sampler.buffer),
+            **self.identity(),
+            "callbacks": dict(callbacks),
+            "versions": versions(),
+        }
+        arrays = {f"fresh/{name}": value for name, value in self.writeback.state_arrays().items()}
+        if self.collector is not None:
+            record["collector"], collected = self.collector.state_dict()
+            arrays |= {f"collector/{name}": value for name, value in collected.items()}
+        changes = self.collector is not None or self.sampler.uses_latents
+        return Snapshot(state, record, arrays, self.sampler.buffer if changes else None)
+
+    def restore(self, snapshot: Snapshot, folder: Path) -> None:
+        """Go back to a snapshot, with all in replay that online training had collected; ``folder`` is for messages.
+
+        Raises ``ConfigError`` if it is of a run with another kind of source.
+        """
+        state, record, arrays, replay = snapshot
+        assert self.sampler is not None
+        if (self.collector is None) != ("collector" not in record):
+            kinds = ("recorded episodes", "environments")
+            saved, given = kinds if self.collector else kinds[::-1]
+            raise ConfigError(f"The run in {folder} was trained from {saved}; it cannot go on from {given}.")
+        if self.collector is not None:
+            check_same_env(record["collector"].get("env", {}), self.collector.env)
+            self.collector.replay.adopt(replay)
+            self.collector.load_state_dict(record["collector"], strip_prefix(arrays, "collector/"))
+            self.sampler = SequenceSampler(self.collector.replay, self.model, self.config, allow_empty=True)
+        elif record["replay_size"] != len(self.sampler.buffer):
+            _log.warning(
+                "The run was saved with %d rows in replay, now there are %d: its batches will not be the same.",
+                record["replay_size"],
+                len(self.sampler.buffer),
+            )
+        elif replay is not None:
+            copy_latents(replay, self.sampler.buffer)
+        self.writeback.load_state_arrays(strip_prefix(arrays, "fresh/"))
+        self.step, self._skipped, self.run_id = record["step"], record["skipped"], record["run_id"]
+        self._set_state(state)
+        self.sync_model()
+
+    def reconfigure(self, config: TrainingConfig) -> None:
+        """Train by ``config`` from now on.
+
+        Raises ``ConfigError`` for what cannot change within a run: seed, device, grouping of updates, the size of a
+        replay buffer that exists, and anything that gives the optimizer a state of another shape.
+        """
+        check(isinstance(config, TrainingConfig), f"config must be a TrainingConfig, not a {type(config).__name__}.")
+        begun = self.learner is not None or self.step > 0
+        for name in _FIXED:
+            before, now = getattr(self.config, name), getattr(config, name)
+            if before != now and (self.collector is not None if name == "replay_capacity" else begun):
+                raise ConfigError(
+                    f"{name}={before!r} cannot change to {now!r} within a run; begin a new Trainer with this model."
+                )
+        if not begun:
+            fresh = Run(self.model, config)
+            self.device, self.capacity, self._unrolled = fresh.device, fresh.capacity, fresh._unrolled
+            self.writeback = fresh.writeback
+        elif self.learner is not None:
+            make = lambda key: self.model.algorithm.init_state(self.model, config.of_update(), key)  # noqa: E731
+            wanted = jax.eval_shape(make, self.state.key).opt_state
+            if jax.tree.structure(wanted) != jax.tree.structure(self.state.opt_state):
+                raise ConfigError(
+                    "The state of the optimizer does not fit the new config, which switches one of its parts (such as "
+                    "weight_decay) on or off; begin a new Trainer with this model."
+                )
+        ratio = self.ratio if self.collector is not None else None
+        self.config = config
+        if self.collector is not None:
+            self.sampler = SequenceSampler(self.collector.replay, self.model, config, allow_empty=True)
+            if self.ratio != ratio:
+                self.collector.count_from(self.step, self.ratio)
+
+    def new_metrics(self) -> MetricsStream:
+        """An empty stream for one call of ``train``."""
+        self.metrics = MetricsStream()
+        return self.metrics
+
+    @property
+    def _guard(self) -> NonFiniteGuard:
+        assert self.learner is not None
+        return self.learner.guard
+
+    def _set_state(self, state: TrainState) -> None:
+        guard = NonFiniteGuard.create(self._skipped)
+        self.learner = Learner(*jax.device_put((state, guard), self.device))
+
+    def _place_replay(self, sampler: SequenceSampler) -> None:
+        """Hold rows on the device, if the config says so or they fit well."""
+        storage, growing = self.config.replay_storage, self.collector is not None
+        if storage == "auto":
+            memory = self.device.memory_stats() if self.device.platform != "cpu" else None
+            free = memory["bytes_limit"] - memory["bytes_in_use"] if memory and "bytes_limit" in memory else 0
+            storage = "device" if sampler.bytes_on_device(growing=growing) <= free / 2 else "host"
+        if storage == "device":
+            sampler.to_device(self.device, growing=growing)

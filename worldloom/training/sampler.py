@@ -1,0 +1,118 @@
+"""Drawing the windows of rows that an algorithm trains on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from worldloom.errors import DataError
+from worldloom.replay.device import SLOTS, DeviceReplay, Ring, supports_device_storage
+from worldloom.training.config import TrainingConfig
+
+
+class SequenceSampler:
+    """Draws the batches that an algorithm asks for; batch n is a function of (seed, n, content).
+
+    Latents stored in replay are used if the buffer keeps those of the algorithm's ``ReplaySpec``; an ordinary dataset
+    does not, and every window then starts from the initial latent.
+
+    Args:
+      buffer: a :class:`~worldloom.replay.ReplayBuffer`, or an object that samples like one.
+      model: the world model the batches are for.
+      config: batch size and sequence length.
+      allow_empty: whether the buffer may be empty, because it is yet to be filled.
+
+    Attributes:
+      buffer: see above.
+      rows: rows per window.
+      uses_latents: whether windows start from stored latents, and fresh ones are written back.
+      on_device: the copy of the rows on the device, or None.
+
+    Raises:
+      DataError: the buffer is empty or holds data that the model does not train on.
+      TypeError: ``buffer`` cannot be sampled.
+    """
+
+    def __init__(self, buffer: Any, model: Any, config: TrainingConfig, *, allow_empty: bool = False):
+        if not callable(getattr(buffer, "sample", None)):
+            raise TypeError(f"A ReplayBuffer is expected as the source of data, not a {type(buffer).__name__}.")
+        if not len(buffer) and not allow_empty:
+            raise DataError("The buffer is empty; add episodes first.")
+        if hasattr(buffer, "match") and len(buffer):
+            shapes = {"obs_shape": model.config.obs_shape, "action_dim": model.config.action_dim}
+            buffer.match(**shapes, action_type=getattr(model.config, "action_type", None))
+        has_terminals = bool(getattr(buffer, "has_terminals", False))
+        model.algorithm.validate_data(model.config, has_terminals=has_terminals, online=False)
+        spec = model.algorithm.replay_spec(model.config, config)
+        stored = getattr(buffer, "latents", {})
+        self.uses_latents = bool(spec.latents) and all(stored.get(k) == tuple(s) for k, s in spec.latents.items())
+        # Context rows come before the ones that gradients run through; without stored latents there is no context.
+        self.rows = spec.rows if self.uses_latents or not spec.latents else config.sequence_length
+        self.buffer, self._batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
+        self.on_device: DeviceReplay | None = None
+        shapes = model.config.obs_shape
+        self._shapes = list(shapes.values()) if isinstance(shapes, Mapping) else [shapes]
+
+    @property
+    def rows_under_gradient(self) -> int:
+        """Rows per window without the context row."""
+        return self.rows - self.uses_latents
+
+    @property
+    def ring(self) -> Ring | None:
+        """The arrays of :attr:`on_device`."""
+        return None if self.on_device is None else self.on_device.ring
+
+    def draw(self, seed: int, update: int) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Batch number ``update`` [B, T, ...] and its row numbers, if the buffer has such.
+
+        What :attr:`on_device` holds is left out of the batch; :meth:`attach_slots` says where it is.
+        """
+        if self.on_device is not None:
+            sizes, drawn = (self._batch_size, self.rows), {"seed": seed, "update": update}
+            ids = self.buffer.draw(*sizes, **drawn, cross_episodes=self._cross_episodes)
+            batch = self.buffer.take(ids, observations=False)
+            return batch, batch.pop("row_ids")
+        batch = self.buffer.sample(
+            self._batch_size,
+            self.rows,
+            seed=seed,
+            update=update,
+            cross_episodes=self._cross_episodes,
+            latents=self.uses_latents,
+        )
+        return batch, batch.pop("row_ids", None)
+
+    def attach_slots(self, batches: dict[str, Any], row_ids: list[Any], capacity: int) -> dict[str, Any]:
+        """``batches`` [capacity, B, T, ...] with the slots of their rows on the device, if they are held there."""
+        if self.on_device is None:
+            return batches
+        return batches | {SLOTS: self.on_device.slots(row_ids, capacity)}
+
+    def write_back(self) -> None:
+        """Copy the latents on the device to the buffer, so that it can be saved or read."""
+        if self.on_device is not None and self.uses_latents:
+            self.on_device.write_back()
+
+    def bytes_on_device(self, *, growing: bool) -> float:
+        """Memory that :meth:`to_device` would take; infinite if the buffer does not allow it."""
+        if not supports_device_storage(self.buffer):
+            return math.inf
+        # Images have three axes and stay uint8.
+        width = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in self._shapes)
+        width += sum(4 * math.prod(shape) for shape in self.buffer.latents.values()) if self.uses_latents else 0
+        return width * (self.buffer.capacity if growing else len(self.buffer))
+
+    def to_device(self, device: jax.Device, *, growing: bool) -> None:
+        """Keep a copy of observations and latents on ``device``, for as long as training runs.
+
+        Args:
+          device: where.
+          growing: whether rows will come, up to the buffer's capacity.
+        """
+        capacity = self.buffer.capacity if growing else len(self.buffer)
+        self.on_device = DeviceReplay(self.buffer, latents=self.uses_latents, device=device, capacity=capacity)

@@ -1,0 +1,61 @@
+"""What only XLA's CPU compiler needs, each with the JAX version it was measured on and the reason.
+
+All figures: JAX 0.10.2, two x86 cores. GPUs and TPUs take none of these paths. Remove one when its measurement, said in
+its docstring, no longer holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def quick_to_compile() -> dict[str, int] | None:
+    """Compiler options for a program that runs once, such as drawing initial weights.
+
+    JAX 0.10.2: with full optimization, compiling the initial weights of DreamerV3 ``size12m`` takes seconds longer than
+    it saves.
+    """
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
+def needs_unrolled_updates(model: Any, device: jax.Device) -> bool:
+    """Whether an update of ``model`` must not stand inside a loop: models of images, on a CPU.
+
+    JAX 0.10.2: inside ``lax.fori_loop`` or ``lax.scan`` XLA's CPU gradients of convolutions leave the multithreaded
+    library (Eigen) for a plain loop nest, a hundred times slower. What is computed outside may be rounded differently.
+    """
+    shape = getattr(model.config, "obs_shape", ())
+    shapes = shape.values() if isinstance(shape, Mapping) else [shape]
+    return device.platform == "cpu" and any(len(each) == 3 for each in shapes)
+
+
+def needs_unrolled_scan(device: jax.Device, arrays: Any) -> bool:
+    """Whether a scan over microbatches [parts, B, T, ...] must be unrolled: images [parts, B, T, H, W, C], on a CPU.
+
+    The reason is that of :func:`needs_unrolled_updates`.
+    """
+    return device.platform == "cpu" and any(x.ndim == 6 for x in jax.tree.leaves(arrays))
+
+
+def pad_single_update(batches: Any) -> Any:
+    """Batches [1, B, T, ...] with a second, unused entry; others as they are.
+
+    JAX 0.10.2: XLA folds an axis of length one away, then fuses and rounds the update differently. With two entries,
+    one update per call gives the bits that eight per call give. Applied on every device: a run may move.
+    """
+    if jax.tree.leaves(batches)[0].shape[0] > 1:
+        return batches
+    return jax.tree.map(lambda x: jnp.concatenate([x, x]), batches)
+
+
+def gains_from_kept_memory(num_parameters: int) -> bool:
+    """Whether training a model of this size on a CPU should keep freed memory (``devices.keep_freed_memory``).
+
+    Its price is that JAX computes in the calling thread. JAX 0.10.2: below some hundred thousand parameters an update
+    takes no longer than what the host does meanwhile, so that overlapping the two is worth more.
+    """
+    return num_parameters > 200_000
