@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from test_env_rows import assert_same, play
+from rollouts import assert_same, rollout
 from tiny_envs import Corridor, Lamp, Steady, Walk, WalkPicture
 
 from worldloom.envs import make_env
@@ -18,27 +18,27 @@ from worldloom.errors import ConfigError, EnvError
 @pytest.mark.parametrize("kind", [Walk, WalkPicture, Corridor, Steady, Lamp])
 def test_all_modes_give_the_rows_of_single_environments(mode, kind):
     """Flags, rewards, returns and observations, seeds included; ends come at different and at the same times."""
-    expected = play(make_env(kind, 3, seed=6), 150)
+    expected = rollout(make_env(kind, 3, seed=6), 150)
     with make_env(SyncVectorEnv([kind] * 3, autoreset_mode=mode), seed=6) as env:
-        assert_same(play(env, 150), expected)
+        assert_same(rollout(env, 150), expected)
     assert sum(len(row.events) for row in expected) > 20
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_processes_of_gymnasium_too(mode, shared_memory):
-    expected = play(make_env(Walk, 2, seed=6), 60)
+    expected = rollout(make_env(Walk, 2, seed=6), 60)
     vector = AsyncVectorEnv([Walk] * 2, autoreset_mode=mode, shared_memory=shared_memory, context="spawn")
     with make_env(vector, seed=6) as env:
-        assert_same(play(env, 60), expected)
+        assert_same(rollout(env, 60), expected)
 
 
 def play_and_start_over(env):
     """Rows of a run in which everything is reset in the very call in which an episode would have begun."""
-    rows = play(env, 3)
+    rows = rollout(env, 3)
     while not rows[-1].is_last.any():
         rows.append(env.step(np.zeros(env.num_envs, int)))
-    return rows + play(env, 30)
+    return rows + rollout(env, 30)
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)
@@ -52,13 +52,13 @@ def test_reset_where_an_episode_was_over(mode, make):
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_a_single_environment_in_a_vector(mode):
     with make_env(SyncVectorEnv([Walk], autoreset_mode=mode), seed=6) as env:
-        assert_same(play(env, 80), play(make_env(Walk, 1, seed=6), 80))
+        assert_same(rollout(env, 80), rollout(make_env(Walk, 1, seed=6), 80))
 
 
 def test_a_vectorised_environment_of_gymnasium():
     env = make_env(gym.make_vec("CartPole-v1", num_envs=3, vectorization_mode="vector_entry_point"), seed=1)
     assert (env.num_envs, env.obs_shape, env.action_dim) == (3, (4,), 2)
-    rows = play(env, 200)
+    rows = rollout(env, 200)
     ends = [event for row in rows for event in row.events]
     assert len(ends) > 10
     for before, row in itertools.pairwise(rows):
@@ -107,7 +107,7 @@ class Vectorised(VectorEnv):
 
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_a_vector_environment_of_ones_own(mode):
-    rows = play(make_env(Vectorised(mode)), 8)
+    rows = rollout(make_env(Vectorised(mode)), 8)
     np.testing.assert_array_equal(
         np.stack([row.obs[:, 0] for row in rows], 1), [[0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3, 0]]
     )
@@ -123,7 +123,7 @@ def test_a_vector_environment_of_ones_own(mode):
 def test_one_that_ignores_masks_is_refused_where_they_are_needed(mode):
     env = make_env(Vectorised(mode, understands_masks=False))
     with pytest.raises(EnvError, match="ignores options"):
-        play(env, 8)
+        rollout(env, 8)
 
 
 def test_vector_environments_are_used_as_they_are():
@@ -138,11 +138,11 @@ def test_vector_environments_are_used_as_they_are():
 
 def test_what_vector_environments_cannot_do():
     env = make_env(SyncVectorEnv([Walk] * 2))
-    play(env, 5)
+    rollout(env, 5)
     with pytest.raises(ConfigError, match="given as an object"):
         env.another(1, 0)
-    with pytest.raises(ConfigError, match="renders no picture"):
+    with pytest.raises(ConfigError, match="renders no frames"):
         env.render()
     state = env.state()
-    with pytest.warns(RuntimeWarning, match="cannot be played again"):
+    with pytest.warns(RuntimeWarning, match="cannot be replayed"):
         assert env.restore(state).is_first.all()

@@ -47,7 +47,7 @@ def test_objects_are_single_environments():
 
 def test_workers_need_one_kind():
     lengths = [3, 4]
-    with pytest.raises(ConfigError, match="must be alike"):
+    with pytest.raises(ConfigError, match="must have the same spaces"):
         make_env(lambda: Corridor(lengths.pop()), 2)
 
 

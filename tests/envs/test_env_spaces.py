@@ -40,8 +40,8 @@ def test_observations_take_the_form_of_models(space, shape, dtype):
     assert (spec.shape, spec.dtype) == (shape, dtype)
     space.seed(0)
     batch = [space.sample() for _ in range(5)]
-    single = [spec.structure(spec.flatten(obs)) for obs in batch]
-    stacked = spec.structure(spec.flatten(np.stack(batch), lead=(5,)))
+    single = [spec.unwrap(spec.flatten(obs)) for obs in batch]
+    stacked = spec.unwrap(spec.flatten(np.stack(batch), lead=(5,)))
     np.testing.assert_array_equal(np.stack(single), stacked)
     assert stacked.shape == (5, *shape)
     assert stacked.dtype == dtype

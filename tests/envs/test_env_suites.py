@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from rollouts import rollout
 
 from worldloom.envs import make_env
 from worldloom.envs.wrappers import resize
@@ -36,15 +37,10 @@ def drawing(suite):
         env.close()
 
 
-def play(env, steps, seed=0):
-    rng = np.random.default_rng(seed)
-    return [env.reset(), *(env.step(env.sample_actions(rng)) for _ in range(steps))]
-
-
 def assert_repeatable(make, steps):
     """Two environments with one seed give the same rows; an environment goes on from its state."""
     env, twin = make(), make()
-    for a, b in zip(play(env, steps), play(twin, steps), strict=True):
+    for a, b in zip(rollout(env, steps), rollout(twin, steps), strict=True):
         np.testing.assert_array_equal(a.obs, b.obs)
         np.testing.assert_array_equal(a.reward, b.reward)
     resumed = make()
@@ -61,10 +57,10 @@ def test_dmc_state_is_the_suites_own(suite):
     assert (env.obs_shape, env.action_dim, env.action_type) == ((5,), 1, "continuous")
     assert (env.action_repeat, env.episode_length) == (2, 500)
     row = env.reset()
-    physics = env._backend._players[0].env.unwrapped._suite
+    physics = env._backend._envs[0].env.unwrapped._suite
     expected = np.concatenate([np.ravel(v) for v in physics.task.get_observation(physics.physics).values()])
     np.testing.assert_array_equal(row.obs[0], expected.astype(np.float32))
-    rows = play(env, 501)
+    rows = rollout(env, 501)
     assert [i for i, row in enumerate(rows) if row.is_last[0]] == [500]
     assert not rows[500].is_terminal[0]  # a time limit, and the suite's discount stays 1
     assert rows[501].is_first[0]
@@ -86,7 +82,7 @@ def test_dmc_sums_rewards_over_repeats(suite):
 def test_dmc_ends_with_discount_0_are_terminal(suite, monkeypatch):
     env = make_env("dmc:hopper_hop", seed=5)
     env.reset()
-    task = env._backend._players[0].env.unwrapped._suite.task
+    task = env._backend._envs[0].env.unwrapped._suite.task
     monkeypatch.setattr(task, "get_termination", lambda physics: 0.0, raising=False)
     row = env.step(env.sample_actions(np.random.default_rng(0)))
     assert row.is_last[0]
@@ -100,7 +96,7 @@ def test_dmc_is_repeatable(suite):
 def test_dmc_limits_and_names(suite):
     env = make_env("dmc:cup-catch", time_limit=1200)
     assert env.episode_length == 600
-    assert [i for i, row in enumerate(play(env, 600)) if row.is_last[0]] == [600]
+    assert [i for i, row in enumerate(rollout(env, 600)) if row.is_last[0]] == [600]
     for name in ("cartpol_swingup", "nothing"):
         with pytest.raises(ConfigError, match="The control suite has no task"):
             make_env(f"dmc:{name}")
@@ -114,29 +110,29 @@ def test_dmc_vision(drawing):
     row = env.reset()
     assert row.obs.dtype == np.uint8
     assert row.obs.std() > 10
-    inner = env._backend._players[0].env.unwrapped
+    inner = env._backend._envs[0].env.unwrapped
     np.testing.assert_array_equal(row.obs[0], inner._suite.physics.render(64, 64, camera_id=2))
     assert env.render().shape == (240, 240, 3)
     env.close()
     with make_env("dmc_vision:cartpole_swingup", 1, parallel="subprocess", frame_stack=3) as stacked:
-        rows = play(stacked, 3)
+        rows = rollout(stacked, 3)
         assert stacked.obs_shape == (9, 64, 64)
         np.testing.assert_array_equal(rows[0].obs[0, :3], rows[0].obs[0, 6:])
         np.testing.assert_array_equal(rows[3].obs[0, :3], rows[1].obs[0, 6:])
 
 
 def atari_screen(env):
-    return env._backend._players[0].env.unwrapped._console.getScreenRGB()
+    return env._backend._envs[0].env.unwrapped._console.getScreenRGB()
 
 
 def test_atari_presets():
     pytest.importorskip("ale_py")
     env = make_env("atari:pong", seed=1)
     assert (env.obs_shape, env.action_dim, env.action_repeat, env.episode_length) == ((96, 96, 1), 18, 4, 27_000)
-    assert env._backend._players[0].env.unwrapped._console.getFloat("repeat_action_probability") == 0.25
+    assert env._backend._envs[0].env.unwrapped._console.getFloat("repeat_action_probability") == 0.25
     env = make_env("atari100k:pong", seed=1)
     assert (env.obs_shape, env.action_dim, env.action_repeat) == ((64, 64, 3), 6, 4)
-    assert env._backend._players[0].env.unwrapped._console.getFloat("repeat_action_probability") == 0
+    assert env._backend._envs[0].env.unwrapped._console.getFloat("repeat_action_probability") == 0
     assert env.reset().obs.dtype == np.uint8
     assert env.render().shape == (210, 160, 3)
     with pytest.raises(ConfigError, match="Did you mean 'pong'"):
@@ -146,8 +142,8 @@ def test_atari_presets():
 def test_atari_pools_two_frames_and_none_from_before_the_reset():
     pytest.importorskip("ale_py")
     env = make_env("atari100k:ms_pacman", seed=1)
-    play(env, 100)
-    inner = env._backend._players[0].env.unwrapped
+    rollout(env, 100)
+    inner = env._backend._envs[0].env.unwrapped
     row = env.reset()
     np.testing.assert_array_equal(row.obs[0], resize(atari_screen(env), 64))
     flicker = 0
@@ -162,11 +158,11 @@ def test_atari_pools_two_frames_and_none_from_before_the_reset():
 
 def test_atari_ends_and_limits():
     pytest.importorskip("ale_py")
-    rows = play(make_env("atari100k:ms_pacman", seed=1), 700)
+    rows = rollout(make_env("atari100k:ms_pacman", seed=1), 700)
     assert any(row.is_terminal[0] for row in rows)
     short = make_env("atari100k:ms_pacman", seed=1, time_limit=10)
     assert short.episode_length == 3
-    rows = play(short, 4)
+    rows = rollout(short, 4)
     assert rows[3].is_last[0]
     assert not rows[3].is_terminal[0]
 
@@ -197,7 +193,7 @@ def test_crafters_death_is_terminal():
     pytest.importorskip("crafter")
     env = make_env("crafter:noreward", seed=1)
     env.reset()
-    env._backend._players[0].env.unwrapped._game._player.health = 0
+    env._backend._envs[0].env.unwrapped._game._player.health = 0
     row = env.step([0])
     assert row.is_last[0]
     assert row.is_terminal[0]

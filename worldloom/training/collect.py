@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from worldloom.envs import EpisodeEnd, Rows, VectorEnv
+from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
 from worldloom.errors import ConfigError, DataError
 from worldloom.state import TrainState
 from worldloom.training.config import TrainingConfig
@@ -89,7 +89,7 @@ class Collector:
         self._carry = algorithm.initial_carry(model.config, env.num_envs)
         self._random_steps = config.prefill if algorithm.RANDOM_PREFILL else 0
         self._endless = getattr(model.config, "episodic", True) is False
-        self._rows: Rows | None = None
+        self._rows: TimeStep | None = None
         self._choice: tuple[Any, Mapping[str, Any]] | None = None
         self._calls = self._moves = 0
         self.decisions = self.restarts = 0
@@ -161,7 +161,7 @@ class Collector:
         self.decisions += int((~rows.is_last).sum())
         self._arrive(self.env.step(actions))
 
-    def _arrive(self, rows: Rows) -> None:
+    def _arrive(self, rows: TimeStep) -> None:
         self._rows, self._moves = rows, self.env.moves
         if self._endless and rows.is_terminal.any():
             raise ConfigError(

@@ -2,28 +2,11 @@
 
 import numpy as np
 import pytest
+from rollouts import assert_same, rollout
 from tiny_envs import Corridor, Lamp, Nan, Steady, Walk, WalkPicture
 
 from worldloom.envs import EpisodeEnd, episode_seed, make_env
 from worldloom.errors import ConfigError, DataError, EnvError
-
-
-def play(env, steps, seed=0):
-    """Rows of ``steps`` calls with seeded random actions after a reset, the reset's rows first."""
-    rng = np.random.default_rng(seed)
-    return [env.reset(), *(env.step(env.sample_actions(rng)) for _ in range(steps))]
-
-
-def assert_same(one, other):
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        obs = (a.obs, b.obs) if isinstance(a.obs, dict) else ({"": a.obs}, {"": b.obs})
-        assert obs[0].keys() == obs[1].keys()
-        for name in obs[0]:
-            np.testing.assert_array_equal(obs[0][name], obs[1][name])
-        for name in ("reward", "is_first", "is_last", "is_terminal"):
-            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-        assert a.events == b.events
 
 
 def test_rows_follow_the_arrival_rule():
@@ -58,7 +41,7 @@ def test_types_of_rows():
     assert env.obs_dtype["camera"] == np.uint8
     assert env.action_dim == {"way": 2, "push": 2, "keys0": 2, "keys1": 3}
     assert env.action_type == {"way": "discrete", "push": "continuous", "keys0": "discrete", "keys1": "discrete"}
-    for row in play(env, 20):
+    for row in rollout(env, 20):
         assert row.obs["camera"].shape == (2, 8, 8, 3)
         assert row.obs["camera"].dtype == np.uint8
         assert row.reward.dtype == np.float32
@@ -108,7 +91,7 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end():
 def test_a_time_limit_truncates_and_does_not_terminate(time_limit, repeat, decisions):
     env = make_env(Steady, time_limit=time_limit, action_repeat=repeat)
     assert env.episode_length == decisions
-    rows = play(env, decisions)
+    rows = rollout(env, decisions)
     assert [bool(row.is_last[0]) for row in rows] == [False] * decisions + [True]
     assert not rows[-1].is_terminal[0]
 
@@ -126,7 +109,7 @@ def test_the_registered_limit_is_known_and_replaced():
     assert make_env("Pendulum-v1").episode_length == 200
     longer = make_env("Pendulum-v1", time_limit=300)
     assert longer.episode_length == 300
-    assert sum(bool(row.is_last[0]) for row in play(longer, 300)) == 1
+    assert sum(bool(row.is_last[0]) for row in rollout(longer, 300)) == 1
 
 
 def test_seeds_are_a_function_of_run_environment_and_episode():
@@ -136,9 +119,9 @@ def test_seeds_are_a_function_of_run_environment_and_episode():
     alone, crowd = make_env(Walk, 1, seed=9), make_env(Walk, 4, seed=9)
     np.testing.assert_array_equal(alone.reset().obs[0], crowd.reset().obs[0])
     assert len({tuple(obs) for obs in crowd.reset().obs}) == 4
-    assert_same(play(make_env(Walk, 3, seed=1), 100), play(make_env(Walk, 3, seed=1), 100))
+    assert_same(rollout(make_env(Walk, 3, seed=1), 100), rollout(make_env(Walk, 3, seed=1), 100))
     other = make_env(Walk, 3, seed=2)
-    assert (play(make_env(Walk, 3, seed=1), 1)[0].obs != other.reset().obs)[:, 0].all()
+    assert (rollout(make_env(Walk, 3, seed=1), 1)[0].obs != other.reset().obs)[:, 0].all()
 
 
 def test_reset_goes_on_or_starts_over():
@@ -168,7 +151,7 @@ def test_action_space_is_seeded():
 @pytest.mark.parametrize("steps", [0, 1, 37, 200])
 def test_a_run_resumes_in_the_middle_of_its_episodes(kind, steps, tmp_path):
     env = make_env(kind, 3, seed=5)
-    rows = play(env, steps)
+    rows = rollout(env, steps)
     np.savez(tmp_path / "state.npz", **env.state())
     with np.load(tmp_path / "state.npz", allow_pickle=False) as saved:
         resumed = make_env(kind, 3, seed=77)
@@ -187,9 +170,9 @@ class Forgetful(Walk):
 
 def test_an_environment_that_does_not_come_back_starts_its_next_episodes():
     env = make_env(Forgetful, 2, seed=5)
-    play(env, 11)
+    rollout(env, 11)
     state, resumed = env.state(), make_env(Forgetful, 2)
-    with pytest.warns(RuntimeWarning, match="did not come back"):
+    with pytest.warns(RuntimeWarning, match="did not return to the saved observations"):
         rows = resumed.restore(state)
     assert rows.is_first.all()
     np.testing.assert_array_equal(resumed.state()["episodes"], state["episodes"] + 1)
@@ -214,7 +197,7 @@ def test_another_environment_by_the_same_recipe():
 
 def test_pictures():
     env = make_env(WalkPicture, render_mode="rgb_array")
-    play(env, 1)
+    rollout(env, 1)
     assert env.render().shape == (16, 16, 3)
     blind = make_env(WalkPicture)
     blind.reset()
@@ -242,8 +225,8 @@ def test_closed_environments_say_so():
 
 def test_rows_of_earlier_calls_stay_as_they_were():
     env = make_env(WalkPicture, 2)
-    rows = play(env, 30)
-    assert_same(rows, play(make_env(WalkPicture, 2), 30))
+    rows = rollout(env, 30)
+    assert_same(rows, rollout(make_env(WalkPicture, 2), 30))
 
 
 class Interrupted(Walk):
@@ -260,7 +243,7 @@ class Interrupted(Walk):
 def test_an_interrupted_step_leaves_the_state_before_it(monkeypatch):
     inner = [Walk(), Interrupted()]
     env = make_env(lambda: inner.pop(0), 2, seed=3)
-    rows = play(env, 12)
+    rows = rollout(env, 12)
     while rows[-1].is_last[1]:  # until the second environment is under way
         rows.append(env.step([0, 0]))
     before = env.state()

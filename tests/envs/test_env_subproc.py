@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_env_rows import assert_same, play
+from rollouts import assert_same, rollout
 from tiny_envs import Corridor, Faulty, Walk, WalkPicture, broken_build, jax_modules_env
 
 from worldloom.envs import EpisodeEnd, WorkerRestart, make_env
-from worldloom.envs import workers as workers_module
+from worldloom.envs.backends import subproc
 from worldloom.errors import ConfigError, DataError, EnvError
 
 
@@ -34,15 +34,15 @@ def gone(pid):
 @pytest.mark.parametrize("kind", [Walk, WalkPicture])
 def test_rows_are_those_of_this_process(kind):
     with make_env(kind, 2, parallel="subprocess", seed=3) as env:
-        assert_same(play(env, 60), play(make_env(kind, 2, seed=3), 60))
+        assert_same(rollout(env, 60), rollout(make_env(kind, 2, seed=3), 60))
 
 
 def test_state_travels_between_this_process_and_workers():
     env = make_env(Walk, 2, seed=3)
-    rows = play(env, 25)
+    rows = rollout(env, 25)
     with make_env(Walk, 2, parallel="subprocess") as resumed:
         assert_same([resumed.restore(env.state())], [rows[-1]._replace(events=())])
-        assert_same(play(resumed, 20), play(env, 20))
+        assert_same(rollout(resumed, 20), rollout(env, 20))
 
 
 def test_functions_of_the_moment_and_pictures():
@@ -64,7 +64,7 @@ def test_workers_do_not_import_jax():
     ("fault", "reason"),
     [
         ("kill", "was killed by SIGKILL"),
-        ("exit", "left with exit code 7"),
+        ("exit", "exited with code 7"),
         ("raise", "raised ValueError: the simulator exploded"),
         ("hang", "gave no answer within 3 s"),
     ],
@@ -105,7 +105,7 @@ def test_a_crash_while_resetting_is_tried_again(fault, tmp_path):
         assert row.is_first.all()
         assert not row.is_last.any()
         assert [type(event) for event in row.events] == [WorkerRestart]
-        play(env, 20)
+        rollout(env, 20)
 
 
 @pytest.mark.parametrize("fault", ["always-raise"])
@@ -116,7 +116,7 @@ def test_an_environment_that_never_works_is_given_up(fault, tmp_path):
         make_env(Faulty, parallel="subprocess", fault=str(file)) as env,
         pytest.raises(EnvError, match=r"crashed 4 times without completing a step(.|\n)*broken for good"),
     ):
-        play(env, 20)
+        rollout(env, 20)
 
 
 def slow_build(seconds, fault):
@@ -150,9 +150,9 @@ def test_errors_of_pipes_are_errors_of_the_environment():
 
 def test_a_picture_that_kills_its_worker_costs_the_episode():
     with make_env(WalkPicture, 2, parallel="subprocess", seed=1) as env:
-        row = play(env, 0)[0]
+        row = rollout(env, 0)[0]
         os.kill(processes(env)[0], signal.SIGKILL)
-        with pytest.raises(EnvError, match=r"could not draw itself: its worker was killed by SIGKILL"):
+        with pytest.raises(EnvError, match=r"could not be rendered: its worker was killed by SIGKILL"):
             env.render()
         action = env.sample_actions(np.random.default_rng(0))
         cut = env.step(action)
@@ -166,7 +166,7 @@ def test_a_picture_that_kills_its_worker_costs_the_episode():
 def test_a_picture_that_raises_costs_nothing():
     with make_env(Walk, parallel="subprocess") as env:
         env.reset()
-        with pytest.raises(ConfigError, match="renders no picture"):
+        with pytest.raises(ConfigError, match="renders no frames"):
             env.render()
         assert not env.step([0]).is_first[0]
 
@@ -174,13 +174,13 @@ def test_a_picture_that_raises_costs_nothing():
 def test_a_replay_that_crashes_starts_the_next_episodes(tmp_path):
     file = tmp_path / "fault"
     with make_env(Faulty, 2, parallel="subprocess", seed=2, fault=str(file)) as env:
-        play(env, 8)
+        rollout(env, 8)
         state = env.state()
         file.write_text("kill-reset")
-        with pytest.warns(RuntimeWarning, match="cannot be played again"):
+        with pytest.warns(RuntimeWarning, match="cannot be replayed"):
             rows = env.restore(state)
         assert rows.is_first.all()
-        play(env, 8)
+        rollout(env, 8)
 
 
 def test_what_building_raises_reaches_the_caller():
@@ -211,7 +211,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     gc.collect()
     assert all(gone(pid) for pid in pids)
 
-    monkeypatch.setattr(workers_module, "CLOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr(subproc, "CLOSE_TIMEOUT", 0.2)
     env = make_env(Walk, 2, parallel="subprocess")
     pids = processes(env)
     os.kill(pids[0], signal.SIGSTOP)
@@ -222,7 +222,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 
 
 def test_not_everywhere(monkeypatch):
-    monkeypatch.setattr(workers_module.os, "name", "nt")
+    monkeypatch.setattr(subproc.os, "name", "nt")
     with pytest.raises(ConfigError, match="POSIX"):
         make_env(Walk, parallel="subprocess")
 
@@ -230,7 +230,7 @@ def test_not_everywhere(monkeypatch):
 def test_a_thousand_steps_with_eight_workers_while_some_are_killed():
     """Environments that no one kills give the very rows of an undisturbed run; the victims' episodes stay whole."""
     num_envs, steps, victims = 8, 1000, (2, 5)
-    undisturbed = play(make_env(Walk, num_envs, seed=4), steps)
+    undisturbed = rollout(make_env(Walk, num_envs, seed=4), steps)
     rng, actions = np.random.default_rng(1), np.random.default_rng(0)
     doomed = set(rng.choice(np.arange(10, steps - 10, 10), 12, replace=False))
     with make_env(Walk, num_envs, parallel="subprocess", seed=4) as env:
