@@ -149,7 +149,7 @@ def _check_continuous(name: str, value: np.ndarray, size: int, ignore: np.ndarra
     """Float32 [N, size]; values outside [−1, 1] stay, they are clipped when scaled."""
     expected = (len(ignore), size)
     if value.shape != expected:
-        raise DataError(f"'{name}' has shape {value.shape}; {len(ignore)} environments take {expected}.")
+        raise DataError(f"'{name}' has shape {value.shape}; expected {expected} for {len(ignore)} environments.")
     value = np.where(ignore[:, None], 0, value).astype(np.float32)
     if not np.isfinite(value).all():
         envs = np.flatnonzero(~np.isfinite(value).all(-1)).tolist()
@@ -168,8 +168,8 @@ def _check_discrete(name: str, value: np.ndarray, size: int, ignore: np.ndarray)
         return value.argmax(-1)
     if value.shape != (count,) or not np.issubdtype(value.dtype, np.integer):
         raise DataError(
-            f"'{name}' has shape {value.shape} and dtype {value.dtype}; {count} environments take integers "
-            f"({count},) or one-hots {(count, size)}."
+            f"'{name}' has shape {value.shape} and dtype {value.dtype}; expected integers ({count},) or one-hots "
+            f"{(count, size)} for {count} environments."
         )
     value = np.where(ignore, 0, value).astype(np.int64)
     if (value < 0).any() or (value >= size).any():

@@ -71,7 +71,7 @@ class VectorEnv:
         """Start an episode in every environment and return its first rows.
 
         Args:
-          seed: new root of the seeds; episodes are numbered from 0 again. ``None`` goes on with the next episodes.
+          seed: new root of the seeds; episodes are numbered from 0 again. ``None`` continues with the next episodes.
 
         Raises ``EnvError`` when closed, ``ConfigError`` for a seed outside [0, 2^63), and what :meth:`step` raises
         once the environments are stepped.
@@ -183,7 +183,7 @@ class VectorEnv:
         replayed = self._backend.replay_actions(seeds, actions, self._action_log.lengths)
         if replayed is None or any(not np.array_equal(replayed.obs[name], value) for name, value in obs.items()):
             why = "cannot be replayed" if replayed is None else "did not return to the saved observations"
-            warnings.warn(f"The environments {why}; they start their next episodes.", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"The environments {why}; their next episodes begin instead.", RuntimeWarning, stacklevel=2)
             return self.reset()
 
         # Reward and flags are the saved ones: an episode cut by a worker's crash is over, though its replay is not.

@@ -62,7 +62,7 @@ def _answer(single: SingleEnv, request: str, arguments: Any) -> tuple[str, Any]:
         return "result", single.replay_actions(*arguments)
     try:
         return "frame", single.env.render()
-    except Exception as error:  # The episode does not depend on the frame, so it goes on.
+    except Exception as error:  # The episode does not depend on the frame, so it continues.
         return "frame", _if_picklable(error) or EnvError(_sentence(error))
 
 
