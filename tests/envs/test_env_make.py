@@ -1,4 +1,4 @@
-"""The door: what make_env takes, and with which sentence it refuses the rest."""
+"""The specs and options that ``make_env`` accepts, and the errors for the others."""
 
 import importlib.util
 
@@ -13,20 +13,20 @@ from worldloom.errors import ConfigError, MissingDependencyError
 
 
 @pytest.mark.parametrize("parallel", ["sync", "subprocess"])
-def test_ids_functions_and_classes(parallel):
+def test_ids_classes_and_functions_make_environments(parallel):
     for spec, options in (
         ("CartPole-v1", {}),
         (Corridor, {"length": 3}),
         (lambda length: Corridor(length), {"length": 3}),
     ):
         with make_env(spec, 2, parallel=parallel, **options) as env:
-            row = env.reset()
-            assert row.is_first.all()
-            assert len(row.obs) == 2
+            time_step = env.reset()
+            assert time_step.is_first.all()
+            assert len(time_step.obs) == 2
             assert env.obs_shape == (4,)
 
 
-def test_ids_registered_here_are_known_in_workers():
+def test_ids_registered_in_this_process_work_in_workers():
     gym.register("worldloom-test/Corridor-v0", entry_point=Corridor, kwargs={"length": 4}, max_episode_steps=9)
     try:
         with make_env("worldloom-test/Corridor-v0", parallel="subprocess") as env:
@@ -36,7 +36,7 @@ def test_ids_registered_here_are_known_in_workers():
         gym.registry.pop("worldloom-test/Corridor-v0")
 
 
-def test_objects_are_single_environments():
+def test_an_object_is_a_single_environment():
     env = make_env(Corridor(3))
     env.reset()
     assert env.step([1]).obs[0].argmax() == 1
@@ -45,9 +45,9 @@ def test_objects_are_single_environments():
             make_env(Corridor(3), **change)
 
 
-def test_workers_need_one_kind():
+def test_environments_with_different_spaces_are_refused():
     lengths = [3, 4]
-    with pytest.raises(ConfigError, match="must be alike"):
+    with pytest.raises(ConfigError, match="must have the same spaces"):
         make_env(lambda: Corridor(lengths.pop()), 2)
 
 
@@ -63,7 +63,7 @@ def test_workers_need_one_kind():
         (("CartPole-v1", 2.0), "num_envs"),
     ],
 )
-def test_refused_at_the_door(arguments, words):
+def test_invalid_specs_are_refused(arguments, words):
     with pytest.raises(ConfigError, match=words):
         make_env(*arguments)
 
@@ -81,13 +81,13 @@ def test_refused_at_the_door(arguments, words):
         {"frame_stack": 0},
     ],
 )
-def test_refused_options(option):
+def test_invalid_options_are_refused(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         make_env("CartPole-v1", **option)
 
 
 @pytest.mark.parametrize("spec", ["dmc:cartpole_swingup", "dmc_vision:walker_walk", "atari:pong", "crafter:reward"])
-def test_missing_packages_name_their_extra(spec, monkeypatch):
+def test_the_error_for_a_missing_package_names_its_extra(spec, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"worldloom\[envs\]"):
         make_env(spec)
@@ -96,39 +96,39 @@ def test_missing_packages_name_their_extra(spec, monkeypatch):
 def test_images_are_resized_and_stacked():
     env = make_env(WalkPicture, image_size=4)
     assert env.obs_shape["camera"] == (4, 4, 3)
-    row = env.reset()
-    assert (row.obs["camera"] == 0).all()
+    time_step = env.reset()
+    assert (time_step.obs["camera"] == 0).all()
     with pytest.raises(ConfigError, match="no uint8 image"):
         make_env(Walk, image_size=4)
     with pytest.raises(ConfigError, match="needs one uint8 image"):
         make_env(Lamp, frame_stack=3)
 
 
-class Film(Steady):
-    """Shows the number of the step, drawn into the same array each time."""
+class StepImages(Steady):
+    """Images that show the number of the step, written into the same array each time."""
 
     observation_space = gym.spaces.Box(0, 255, (6, 4, 3), np.uint8)
     screen = np.zeros((6, 4, 3), np.uint8)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return self._draw(), {}
+        return self._image(), {}
 
     def step(self, action):
         _, *rest = super().step(action)
-        return self._draw(), *rest
+        return self._image(), *rest
 
-    def _draw(self):
+    def _image(self):
         self.screen[:] = [10 * self.steps, 10 * self.steps + 1, 10 * self.steps + 2]
         return self.screen
 
 
 def test_frames_are_stacked_channel_first_oldest_first():
-    env = FrameStack(Film(), 3)
+    env = FrameStack(StepImages(), 3)
     assert env.observation_space.shape == (9, 6, 4)
-    seen = [env.reset()[0], *(env.step(np.zeros(1))[0] for _ in range(3)), env.reset()[0]]
+    stacks = [env.reset()[0], *(env.step(np.zeros(1))[0] for _ in range(3)), env.reset()[0]]
     expected = [[0, 0, 0], [0, 0, 10], [0, 10, 20], [10, 20, 30], [0, 0, 0]]
-    for stack, tens in zip(seen, expected, strict=True):
+    for stack, tens in zip(stacks, expected, strict=True):
         np.testing.assert_array_equal(stack[:, 2, 1], np.add.outer(tens, [0, 1, 2]).ravel())
         assert (stack == stack[:, :1, :1]).all()
 
@@ -136,19 +136,19 @@ def test_frames_are_stacked_channel_first_oldest_first():
 @pytest.mark.parametrize(
     ("shape", "size"), [((210, 160, 3), 64), ((210, 160, 1), 96), ((9, 13, 3), 20), ((8, 8, 3), 8)]
 )
-def test_resizing_is_pillows_bilinear(shape, size):
+def test_resizing_agrees_with_pillows_bilinear(shape, size):
     image_module = pytest.importorskip("PIL.Image")
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     for channel in range(shape[-1]):
-        picture = image_module.fromarray(image[..., channel])
-        pillow = np.asarray(picture.resize((size, size), image_module.BILINEAR))
+        channel_image = image_module.fromarray(image[..., channel])
+        pillow = np.asarray(channel_image.resize((size, size), image_module.BILINEAR))
         ours = resize(image, size)[..., channel]
         assert np.abs(ours.astype(int) - pillow).max() <= 1
     constant = np.full(shape, 77, np.uint8)
     assert (resize(constant, size) == 77).all()
 
 
-def test_settings_make_such_environments_again():
+def test_settings_make_the_same_environments_again():
     with make_env("CartPole-v1", 2, seed=3, action_repeat=2, sutton_barto_reward=True) as env:
         first = env.reset()
         with make_env(**env.settings) as again:

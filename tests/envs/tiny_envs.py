@@ -1,4 +1,4 @@
-"""Tiny environments whose optimum is known, and some that misbehave. Import no JAX: workers import this module."""
+"""Tiny environments with known optimal returns, and some that fail. Import no JAX: workers import this module."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from gymnasium import spaces
 class Walk(gym.Env):
     """Left or right on a line with seeded noise; ends at ±3, after a seeded number of steps by truncation.
 
-    Rows depend on seed and actions alone, episodes are 1 to about 12 steps long, and both kinds of end occur.
+    A function of seed and actions. Episodes are 1 to about 12 steps long; some terminate and some are truncated.
     """
 
     observation_space = spaces.Box(-10, 10, (2,), np.float64)
@@ -35,7 +35,7 @@ class Walk(gym.Env):
 
 
 class WalkPicture(Walk):
-    """:class:`Walk` with a nested dict observation and a dict of all kinds of actions, and a picture to render."""
+    """:class:`Walk` with a nested dict observation, a dict of all kinds of actions, and frames to render."""
 
     observation_space = spaces.Dict(
         {
@@ -58,13 +58,13 @@ class WalkPicture(Walk):
         return np.full((16, 16, 3), self.steps, np.uint8) if self.render_mode == "rgb_array" else None
 
     def _obs(self):
-        picture = np.full((8, 8, 3), 10 * self.steps, np.uint8)
+        image = np.full((8, 8, 3), 10 * self.steps, np.uint8)
         body = {"position": np.array([self.position, self.steps], np.float32), "parity": np.int64(self.steps % 2)}
-        return {"camera": picture, "body": body}
+        return {"camera": image, "body": body}
 
 
 class Corridor(gym.Env):
-    """Termination only. Walk right ``length`` times for a reward of 1; every step costs 0.1. Best: 1 − 0.1·length."""
+    """Termination only. Walking right ``length`` times pays 1, every step costs 0.1. Optimum: 1 − 0.1·length."""
 
     def __init__(self, length=5):
         self.length = length
@@ -82,7 +82,7 @@ class Corridor(gym.Env):
 
 
 class Steady(gym.Env):
-    """Truncation only: ``x ← x + a``, reward ``1 − x²``, 10 steps from x = 1 (a in ±2). Best: a = −1, then 0; 10."""
+    """Truncation only: ``x ← x + a``, a in ±2; reward ``1 − x²``, 10 steps from x = 1. Optimum: 10 (a = −1, then 0)."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space = spaces.Box(-2, 2, (1,), np.float32)
@@ -102,10 +102,10 @@ class Steady(gym.Env):
 
 
 class Lamp(gym.Env):
-    """Dict observation. The picture (all 0 or 255) says which first switch pays ½, the vector's sign which second.
+    """Dict observation. The image (all 0 or 255) gives the first action that pays ½, the vector's sign the second.
 
-    One step an episode, terminating; with either observation alone ¾ can be had. Best: 1. The vector is ±10: a world
-    model has no use for less, whose reconstruction is worth less than a bit of latent costs.
+    Each episode is one step and terminates. Optimum: 1; with only one of the observations ¾. The vector is ±10, because
+    a world model would not encode a small one: its reconstruction error would be less than the KL of one bit.
     """
 
     observation_space = spaces.Dict(
@@ -126,43 +126,43 @@ class Lamp(gym.Env):
 
 
 class Faulty(Walk):
-    """:class:`Walk` that fails when a file named ``fault`` exists: it removes the file, then does what it said.
+    """:class:`Walk` that fails when the file ``fault`` exists: it removes the file and fails as the content says.
 
-    The content is ``raise``, ``hang``, ``exit`` or ``kill``, with ``-reset`` appended for the next reset instead of
-    the next step. ``always-raise`` stays.
+    The content is ``raise``, ``hang``, ``exit`` or ``kill``, with ``-reset`` appended to fail in the next reset instead
+    of the next step. With ``always-raise`` the file stays.
     """
 
     def __init__(self, fault):
         self.fault = fault
 
     def reset(self, *, seed=None, options=None):
-        self._maybe("-reset")
+        self._fail_if_asked("-reset")
         return super().reset(seed=seed)
 
     def step(self, action):
-        self._maybe("")
+        self._fail_if_asked("")
         return super().step(action)
 
-    def _maybe(self, place):
+    def _fail_if_asked(self, suffix):
         try:
             with open(self.fault, encoding="utf-8") as file:
-                what = file.read()
+                fault = file.read()
         except FileNotFoundError:
             return
-        if what == "always-raise":
+        if fault == "always-raise":
             raise ValueError("broken for good")
-        if what.endswith("-reset") != bool(place):
+        if fault.endswith("-reset") != bool(suffix):
             return
         try:
-            os.rename(self.fault, f"{self.fault}-{os.getpid()}")  # of several processes one gets it
+            os.rename(self.fault, f"{self.fault}-{os.getpid()}")  # only one of several processes succeeds
         except FileNotFoundError:
             return
-        what = what.removesuffix("-reset")
-        if what == "raise":
+        fault = fault.removesuffix("-reset")
+        if fault == "raise":
             raise ValueError("the simulator exploded")
-        if what == "exit":
+        if fault == "exit":
             os._exit(7)
-        if what == "kill":
+        if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
 
@@ -176,12 +176,12 @@ class Nan(Steady):
 
 
 def broken_build():
-    """A function whose environment cannot be built."""
+    """Raises instead of returning an environment."""
     raise FileNotFoundError("no such level: 7")
 
 
 def jax_modules_env():
-    """An environment whose first observation says whether the process has imported JAX."""
+    """An environment whose first observation is 1 if the process has imported JAX, else 0."""
     import sys
 
     class Imports(Corridor):

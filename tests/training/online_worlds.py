@@ -4,7 +4,7 @@ import numpy as np
 from gymnasium import spaces
 from tiny_envs import Walk, WalkPicture
 
-from worldloom.envs.rows import episode_seed
+from worldloom.envs import episode_seed
 
 
 class Glide(Walk):

@@ -23,8 +23,7 @@ from online_worlds import (
 from tiny_envs import Corridor, Walk, WalkPicture
 from toy_family import PrefillingToy, ToyConfig, ToyWorldModel, fill
 
-from worldloom.envs import make_env
-from worldloom.envs.rows import episode_seed
+from worldloom.envs import episode_seed, make_env
 from worldloom.errors import ConfigError, DataError, EnvError
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel

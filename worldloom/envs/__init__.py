@@ -1,14 +1,14 @@
-"""Environments behind one small shape."""
+"""Environments: N of one kind, stepped together, as time steps under the arrival rule."""
 
 from worldloom.envs.make import SUITES, is_env, make_env
-from worldloom.envs.rows import EpisodeEnd, Event, Rows, WorkerRestart, episode_seed
+from worldloom.envs.time_step import EpisodeEnd, Event, TimeStep, WorkerRestart, episode_seed
 from worldloom.envs.vector import VectorEnv
 
 __all__ = [
     "SUITES",
     "EpisodeEnd",
     "Event",
-    "Rows",
+    "TimeStep",
     "VectorEnv",
     "WorkerRestart",
     "episode_seed",

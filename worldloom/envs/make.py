@@ -1,4 +1,4 @@
-"""One door to all environments."""
+"""``make_env``: the one constructor of environments."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import gymnasium as gym
 
 from worldloom.config import nearest
-from worldloom.envs.gym_vector import GymVector
-from worldloom.envs.player import InProcess
-from worldloom.envs.rows import Backend
+from worldloom.envs.backends.base import Backend
+from worldloom.envs.backends.gym_vector import GymVectorBackend
+from worldloom.envs.backends.sync import SyncBackend
 from worldloom.envs.vector import VectorEnv
 from worldloom.envs.wrappers import ActionRepeat, FrameStack, ResizeImages
 from worldloom.errors import ConfigError, MissingDependencyError
@@ -22,23 +22,29 @@ EnvLike = str | Callable[..., "gym.Env[Any, Any]"] | gym.Env[Any, Any] | gym.vec
 
 
 class _Suite(NamedTuple):
-    """A family of environments with an adapter of its own, ``module:function``, and the package it needs."""
+    """A suite of environments with its own adapter.
+
+    Attributes:
+      adapter: ``module:function``, called with the task and options; returns a ``gymnasium.Env``.
+      package: what the adapter imports.
+      action_repeat: the suite's usual action repeat.
+      render_option: whether the adapter must be given ``render=True`` where frames will be rendered.
+    """
 
     adapter: str
     package: str
     action_repeat: int
-    graphics: bool = False
-    """Whether the adapter must be told (``render=True``) when pictures will be asked for."""
+    render_option: bool = False
 
 
 SUITES = {
-    "dmc": _Suite("worldloom.envs.dmc:make_dmc", "dm_control", 2, graphics=True),
-    "dmc_vision": _Suite("worldloom.envs.dmc:make_dmc_vision", "dm_control", 2, graphics=True),
-    "atari": _Suite("worldloom.envs.atari:make_atari", "ale_py", 4),
-    "atari100k": _Suite("worldloom.envs.atari:make_atari100k", "ale_py", 4),
-    "crafter": _Suite("worldloom.envs.crafter:make_crafter", "crafter", 1),
+    "dmc": _Suite("worldloom.envs.suites.dmc:make_dmc", "dm_control", 2, render_option=True),
+    "dmc_vision": _Suite("worldloom.envs.suites.dmc:make_dmc_vision", "dm_control", 2, render_option=True),
+    "atari": _Suite("worldloom.envs.suites.atari:make_atari", "ale_py", 4),
+    "atari100k": _Suite("worldloom.envs.suites.atari:make_atari100k", "ale_py", 4),
+    "crafter": _Suite("worldloom.envs.suites.crafter:make_crafter", "crafter", 1),
 }
-"""Prefix of ``prefix:task`` to adapter and usual action repeat."""
+"""Suites by the prefix of ``prefix:task``."""
 
 
 def make_env(
@@ -62,34 +68,34 @@ def make_env(
         ``"dmc:cartpole_swingup"`` (state), ``"dmc_vision:walker_walk"`` (64×64 pixels), ``"atari:pong"`` (96×96 gray,
         sticky), ``"atari100k:pong"`` (64×64 colour), ``"crafter:reward"``; or an object: one ``gymnasium.Env``, or a
         ``gymnasium.vector.VectorEnv`` in any autoreset mode, which is used as it is.
-      num_envs: how many; must be 1 for an object.
-      parallel: ``"sync"`` steps them in this process; ``"subprocess"`` in one process each, which is worth it when a
-        step costs more than about 0.1 ms, and survives their crashes. Functions go there by ``cloudpickle``.
+      num_envs: N, at least 1; must be 1 for a ``gymnasium.Env`` object.
+      parallel: ``"sync"`` steps them in this process; ``"subprocess"`` steps each in its own process, which pays off
+        when a step takes more than about 0.1 ms, and survives their crashes. Functions are sent by ``cloudpickle``.
       seed: root of the seeds of all episodes, in [0, 2^63).
       action_repeat: environment steps per action, rewards summed; ``None`` is the suite's usual (dmc 2, atari 4), 1
         for Gymnasium.
-      time_limit: environment steps after which an episode is truncated; ``None`` leaves the environment's own. For
-        ids and suites it replaces the registered limit, for functions and objects it is added.
-      image_size: side to which images are resized, or at which a suite draws them.
-      frame_stack: last images stacked channel-first (TD-MPC2 from pixels takes 3).
-      render: whether :meth:`VectorEnv.render` will be asked for pictures; functions and objects decide themselves.
-      worker_timeout: seconds after which a worker that gives no answer is replaced.
-      options: for the function, for ``gymnasium.make``, or for the suite.
+      time_limit: environment steps after which an episode is truncated; ``None`` keeps the environment's own limit. For
+        ids and suites it replaces that limit, for functions and objects it is an additional one.
+      image_size: side of the images in pixels: Gymnasium environments are resized, suites render at this size.
+      frame_stack: number of last images stacked channel-first (TD-MPC2 from pixels uses 3).
+      render: whether :meth:`VectorEnv.render` will be called; functions and objects must enable rendering themselves.
+      worker_timeout: seconds after which a worker that does not answer is replaced.
+      options: passed to the function, to ``gymnasium.make``, or to the suite.
 
-    Raises ``ConfigError`` for what does not fit together or is not supported, ``MissingDependencyError`` when an
-    extra is needed, and whatever building the environment raises.
+    Raises ``ConfigError`` for arguments that are invalid, unsupported or do not fit together,
+    ``MissingDependencyError`` when an extra is needed, and whatever building the environment raises.
     """
-    _check(num_envs, parallel, action_repeat, time_limit, image_size, frame_stack)
+    _check_arguments(num_envs, parallel, action_repeat, time_limit, image_size, frame_stack)
     if isinstance(spec, gym.vector.VectorEnv):
-        _refuse_changes(spec, parallel, num_envs, action_repeat, time_limit, image_size, frame_stack, options)
-        return VectorEnv(GymVector(spec), seed=seed, settings={"spec": spec, "seed": seed})
+        _check_unchanged(spec, parallel, num_envs, action_repeat, time_limit, image_size, frame_stack, options)
+        return VectorEnv(GymVectorBackend(spec), seed=seed, settings={"spec": spec, "seed": seed})
     if isinstance(spec, gym.Env) and (num_envs != 1 or parallel != "sync" or options):
         raise ConfigError(
             "A gymnasium.Env object is one environment in this process, already configured; give make_env its id or "
             "a function that returns a new one for more environments, workers or options."
         )
 
-    limits = {
+    per_env = {
         "action_repeat": action_repeat,
         "time_limit": time_limit,
         "image_size": image_size,
@@ -97,20 +103,21 @@ def make_env(
         "worker_timeout": worker_timeout,
     }
 
-    def make(count: int, root: int, pictures: bool) -> VectorEnv:
-        shape = _Shape(action_repeat, time_limit, image_size, frame_stack, pictures)
-        build, repeat = _builder(spec, shape, options)
+    def make(num_envs: int, seed: int, render: bool) -> VectorEnv:
+        changes = _Changes(action_repeat, time_limit, image_size, frame_stack, render)
+        build, repeat = _builder(spec, changes, options)
         backend: Backend
         if parallel == "subprocess":
-            from worldloom.envs.workers import Workers  # What only the parent needs stays out of the workers.
+            # Workers import this module too; they need neither the backend nor cloudpickle.
+            from worldloom.envs.backends.subproc import SubprocBackend
 
-            backend = Workers(build, count, timeout=worker_timeout)
+            backend = SubprocBackend(build, num_envs, timeout=worker_timeout)
         else:
-            backend = InProcess(build, count)
+            backend = SyncBackend(build, num_envs)
         remake = None if isinstance(spec, gym.Env) else make
-        settings = {"spec": spec, "num_envs": count, "parallel": parallel, "seed": root, **limits, **options}
+        settings = {"spec": spec, "num_envs": num_envs, "parallel": parallel, "seed": seed, **per_env, **options}
         try:
-            return VectorEnv(backend, seed=root, action_repeat=repeat, remake=remake, settings=settings)
+            return VectorEnv(backend, seed=seed, action_repeat=repeat, remake=remake, settings=settings)
         except BaseException:
             backend.close()
             raise
@@ -119,12 +126,20 @@ def make_env(
 
 
 def is_env(value: Any) -> bool:
-    """Whether ``value`` is something to make an environment of, or a :class:`VectorEnv`."""
+    """Whether ``value`` can be given to :func:`make_env` as ``spec``, or is a :class:`VectorEnv` already."""
     return isinstance(value, str | gym.Env | gym.vector.VectorEnv | VectorEnv) or callable(value)
 
 
-class _Shape(NamedTuple):
-    """The arguments of ``make_env`` that shape one environment; ``None`` leaves things as they are."""
+def require_package(package: str) -> None:
+    """Raise ``MissingDependencyError`` naming the extra ``envs`` unless ``package`` can be imported."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(
+            f"This environment needs the package '{package}', which is not installed; pip install 'worldloom[envs]'."
+        )
+
+
+class _Changes(NamedTuple):
+    """The arguments of ``make_env`` that change a single environment; ``None`` changes nothing."""
 
     action_repeat: int | None
     time_limit: int | None
@@ -133,42 +148,45 @@ class _Shape(NamedTuple):
     render: bool
 
 
-def _builder(spec: Any, shape: _Shape, options: dict[str, Any]) -> tuple[Callable[[], gym.Env[Any, Any]], int]:
+def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Callable[[], gym.Env[Any, Any]], int]:
     """A function without arguments that builds one wrapped environment, and its action repeat."""
     prefix, _, task = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if prefix in SUITES and task:
         suite = SUITES[prefix]
-        require(suite.package)
-        repeat = suite.action_repeat if shape.action_repeat is None else shape.action_repeat
-        # Suites repeat and draw themselves: pictures between two decisions would be drawn for nothing.
-        size = {} if shape.image_size is None else {"image_size": shape.image_size}
-        graphics = {"render": True} if suite.graphics and shape.render else {}
-        arguments = {"action_repeat": repeat, "time_limit": shape.time_limit, **size, **graphics, **options}
-        base = functools.partial(_call, suite.adapter, task, **arguments)
-        return functools.partial(_wrapped, base, 1, None, None, shape.frame_stack), repeat
-    repeat = 1 if shape.action_repeat is None else shape.action_repeat
-    limit = shape.time_limit
+        require_package(suite.package)
+        repeat = suite.action_repeat if changes.action_repeat is None else changes.action_repeat
+        # Suites repeat actions and resize images themselves: a wrapper would render frames that nothing uses.
+        size = {} if changes.image_size is None else {"image_size": changes.image_size}
+        rendering = {"render": True} if suite.render_option and changes.render else {}
+        arguments = {"action_repeat": repeat, "time_limit": changes.time_limit, **size, **rendering, **options}
+        base = functools.partial(_call_adapter, suite.adapter, task, **arguments)
+        return functools.partial(_build, base, 1, None, None, changes.frame_stack), repeat
+
+    repeat = 1 if changes.action_repeat is None else changes.action_repeat
+    limit = changes.time_limit
     if isinstance(spec, gym.Env):
-        base = functools.partial(_itself, spec)
+        base = functools.partial(_identity, spec)
     elif callable(spec):
         base = functools.partial(spec, **options)
     elif isinstance(spec, str):
-        # The limit replaces the registered one, so that it can be longer too.
-        pictures = {"render_mode": "rgb_array"} if shape.render else {}
-        base = functools.partial(_gym_make, _registered(spec), limit, {**pictures, **options})
+        # The limit replaces the registered one, so that it can also be longer.
+        render_mode = {"render_mode": "rgb_array"} if changes.render else {}
+        base = functools.partial(_gym_make, _gym_spec(spec), limit, {**render_mode, **options})
         limit = None
     else:
         raise ConfigError(f"An environment is an id, a function or a Gymnasium object, not {type(spec).__name__}.")
-    return functools.partial(_wrapped, base, repeat, limit, shape.image_size, shape.frame_stack), repeat
+    return functools.partial(_build, base, repeat, limit, changes.image_size, changes.frame_stack), repeat
 
 
-def _wrapped(
+def _build(
     base: Callable[[], Any], repeat: int, time_limit: int | None, image_size: int | None, frame_stack: int | None
 ) -> gym.Env[Any, Any]:
+    """The environment that ``base`` returns, in its wrappers."""
     env = base()
     if not isinstance(env, gym.Env):
         raise ConfigError(f"The function given to make_env returned a {type(env).__name__}; a gymnasium.Env is needed.")
     if time_limit is not None:
+        # Inside of ActionRepeat: it counts environment steps.
         env = gym.wrappers.TimeLimit(env, time_limit)
     if repeat > 1:
         env = ActionRepeat(env, repeat)
@@ -179,13 +197,14 @@ def _wrapped(
     return env
 
 
-def _registered(name: str) -> Any:
-    """The ``EnvSpec`` of an id, so that workers need not know what was registered here."""
-    module, _, plain = name.rpartition(":")
+def _gym_spec(name: str) -> Any:
+    """The ``EnvSpec`` of ``id`` or ``module:id``, which workers can use without registering the id themselves."""
+    module, _, env_id = name.rpartition(":")
     if module:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
+            # A module that exists but fails to import something else is the user's error to see.
             if error.name != module.partition(".")[0]:
                 raise
             raise ConfigError(
@@ -193,7 +212,7 @@ def _registered(name: str) -> Any:
                 f"{nearest(module, SUITES)}"
             ) from None
     try:
-        return gym.spec(plain)
+        return gym.spec(env_id)
     except gym.error.Error as error:
         raise ConfigError(f"{error} ({name!r} was given to make_env; 'module:id' imports a module first.)") from error
 
@@ -203,37 +222,30 @@ def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym
     return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **options)
 
 
-def _call(adapter: str, task: str, **arguments: Any) -> gym.Env[Any, Any]:
-    """Import late: adapters pull in simulators, in a worker only there."""
+def _call_adapter(adapter: str, task: str, **arguments: Any) -> gym.Env[Any, Any]:
+    """Import the adapter only when an environment is built, because it imports its simulator."""
     module, function = adapter.split(":")
     return getattr(importlib.import_module(module), function)(task, **arguments)
 
 
-def _itself(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+def _identity(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     return env
 
 
-def require(package: str) -> None:
-    """Raise ``MissingDependencyError`` naming the extra ``envs`` unless ``package`` can be imported."""
-    if importlib.util.find_spec(package) is None:
-        raise MissingDependencyError(
-            f"This environment needs the package '{package}', which is not installed; pip install 'worldloom[envs]'."
-        )
-
-
-def _check(num_envs: int, parallel: str, *limits: int | None) -> None:
+def _check_arguments(num_envs: int, parallel: str, *optional: int | None) -> None:
     if not isinstance(num_envs, int) or num_envs < 1:
         raise ConfigError(f"num_envs must be an integer ≥ 1, not {num_envs!r}.")
     if parallel not in ("sync", "subprocess"):
         raise ConfigError(f"parallel must be 'sync' or 'subprocess', not {parallel!r}.")
-    for name, value in zip(("action_repeat", "time_limit", "image_size", "frame_stack"), limits, strict=True):
+    for name, value in zip(("action_repeat", "time_limit", "image_size", "frame_stack"), optional, strict=True):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name} must be an integer ≥ 1 or None, not {value!r}.")
 
 
-def _refuse_changes(spec: Any, parallel: str, num_envs: int, *changes: Any) -> None:
-    if parallel != "sync" or num_envs not in (1, spec.num_envs) or any(changes):
+def _check_unchanged(vector: Any, parallel: str, num_envs: int, *changes: Any) -> None:
+    """Raise ``ConfigError`` if arguments ask for changes to a Gymnasium vector environment."""
+    if parallel != "sync" or num_envs not in (1, vector.num_envs) or any(changes):
         raise ConfigError(
-            f"A Gymnasium vector environment is used as it is, with its {spec.num_envs} environments; put action "
+            f"A Gymnasium vector environment is used as it is, with its {vector.num_envs} environments; put action "
             "repeat, time limits and sizes into it, or give make_env an id or a function."
         )

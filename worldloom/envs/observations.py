@@ -1,4 +1,4 @@
-"""Observation spaces of Gymnasium as the arrays that models take."""
+"""Translates observations of a Gymnasium space to the arrays that models take."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from worldloom.envs.rows import Arrays
+from worldloom.envs.time_step import Arrays
 from worldloom.errors import ConfigError, DataError
-
-PLAIN = "obs"
-"""Name under which an observation that is no dict travels inside this package."""
+from worldloom.spaces import OBS
 
 
-class _Leaf(NamedTuple):
-    """One array of an observation: its place in the space, and its shape and dtype as models see it."""
+class _ObsLeaf(NamedTuple):
+    """One array of an observation.
+
+    Attributes:
+      path: its keys in nested dict spaces.
+      space: its Gymnasium space.
+      shape: its shape as models take it.
+      dtype: its dtype as models take it, float32 or uint8.
+    """
 
     path: tuple[str, ...]
     space: spaces.Space[Any]
@@ -25,11 +30,11 @@ class _Leaf(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "/".join(self.path) or PLAIN
+        return "/".join(self.path) or OBS
 
 
 class ObservationSpec:
-    """How observations of a Gymnasium space become arrays.
+    """The arrays that models take for a Gymnasium observation space, and how observations are translated to them.
 
     ============================================  ===========================================================
     space                                         array
@@ -39,16 +44,16 @@ class ObservationSpec:
     ``Box``, float or bool, three axes, in [0,1]  image, float32
     other ``Box`` up to two axes                  vector, float32 ``[n]``
     ``Discrete``                                  one-hot, float32 ``[n]``
-    ``MultiDiscrete``                             one-hots side by side, float32
+    ``MultiDiscrete``                             one-hots concatenated, float32
     ``MultiBinary``                               vector, float32
     ``Dict``                                      dict of the above; nested names are joined with ``/``
     ============================================  ===========================================================
 
-    Everything else (``Tuple``, ``Text``, …) raises ``ConfigError``.
+    Raises ``ConfigError`` for all other spaces (``Tuple``, ``Text``, …) and for an empty dict.
 
     Attributes:
-      shape: shape of the array, or a dict of shapes: what configs take as ``obs_shape``.
-      dtype: likewise ``numpy.dtype`` or a dict of them.
+      shape: shape of the array, or a dict of shapes: the ``obs_shape`` of configs.
+      dtype: its ``numpy.dtype``, or a dict of them.
     """
 
     def __init__(self, space: spaces.Space[Any]):
@@ -58,13 +63,17 @@ class ObservationSpec:
             raise ConfigError("The observation space is an empty dict; at least one array is needed.")
         shapes = {leaf.name: leaf.shape for leaf in self._leaves}
         dtypes = {leaf.name: leaf.dtype for leaf in self._leaves}
-        self.shape: tuple[int, ...] | dict[str, tuple[int, ...]] = shapes if self._is_dict else shapes[PLAIN]
-        self.dtype: np.dtype[Any] | dict[str, np.dtype[Any]] = dtypes if self._is_dict else dtypes[PLAIN]
+        self.shape: tuple[int, ...] | dict[str, tuple[int, ...]] = shapes if self._is_dict else shapes[OBS]
+        self.dtype: np.dtype[Any] | dict[str, np.dtype[Any]] = dtypes if self._is_dict else dtypes[OBS]
 
     def flatten(self, obs: Any, lead: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
-        """An observation of the space, with leading axes ``lead``, as ``{name: array}``; the arrays are copies.
+        """An observation of the space as ``{name: array}``; the arrays are copies.
 
-        Raises ``DataError`` when an array does not have the shape that the space promises.
+        Args:
+          obs: arrays ``[*lead, *space.shape]``, in nested dicts for dict spaces.
+          lead: leading axes, such as ``(N,)`` for observations of N environments.
+
+        Raises ``DataError`` when an array does not have the shape of its space.
         """
         flat = {}
         for leaf in self._leaves:
@@ -74,25 +83,25 @@ class ObservationSpec:
             flat[leaf.name] = _convert(leaf, np.asarray(value), lead)
         return flat
 
-    def structure(self, flat: dict[str, np.ndarray]) -> Arrays:
-        """The form that models take: the dict itself for dict spaces, else its only array."""
-        return flat if self._is_dict else flat[PLAIN]
+    def unwrap(self, flat: dict[str, np.ndarray]) -> Arrays:
+        """What the public interface shows: the dict itself for dict spaces, else its only array."""
+        return flat if self._is_dict else flat[OBS]
 
 
-def _leaves(space: spaces.Space[Any], path: tuple[str, ...]) -> Iterator[_Leaf]:
+def _leaves(space: spaces.Space[Any], path: tuple[str, ...]) -> Iterator[_ObsLeaf]:
     if isinstance(space, spaces.Dict):
         for key, inner in space.spaces.items():
             yield from _leaves(inner, (*path, str(key)))
         return
     vector = np.dtype(np.float32)
     if isinstance(space, spaces.Discrete):
-        yield _Leaf(path, space, (int(space.n),), vector)
+        yield _ObsLeaf(path, space, (int(space.n),), vector)
     elif isinstance(space, spaces.MultiDiscrete):
-        yield _Leaf(path, space, (int(space.nvec.sum()),), vector)
+        yield _ObsLeaf(path, space, (int(space.nvec.sum()),), vector)
     elif isinstance(space, spaces.MultiBinary):
-        yield _Leaf(path, space, (int(np.prod(space.shape)),), vector)
+        yield _ObsLeaf(path, space, (int(np.prod(space.shape)),), vector)
     elif isinstance(space, spaces.Box):
-        yield _Leaf(path, space, *_box_form(space, "/".join(path)))
+        yield _ObsLeaf(path, space, *_box_array(space, "/".join(path)))
     else:
         raise ConfigError(
             f"Observation space {type(space).__name__} ({'/'.join(path) or 'the whole observation'}) is not supported; "
@@ -101,8 +110,8 @@ def _leaves(space: spaces.Space[Any], path: tuple[str, ...]) -> Iterator[_Leaf]:
         )
 
 
-def _box_form(space: spaces.Box, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype in which models see a Box."""
+def _box_array(space: spaces.Box, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of the array for a Box, as in the table of :class:`ObservationSpec`."""
     axes = len(space.shape)
     if space.dtype == np.uint8 and axes == 3:
         return space.shape, np.dtype(np.uint8)
@@ -119,8 +128,8 @@ def _box_form(space: spaces.Box, name: str) -> tuple[tuple[int, ...], np.dtype[A
     )
 
 
-def _convert(leaf: _Leaf, value: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-    """``value`` ``[*lead, *space.shape]`` as ``[*lead, *leaf.shape]`` of the leaf's dtype, always a new array."""
+def _convert(leaf: _ObsLeaf, value: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+    """``value`` ``[*lead, *space.shape]`` as a new array ``[*lead, *leaf.shape]`` of the leaf's dtype."""
     expected = lead + (leaf.space.shape or ())
     if value.shape != expected:
         raise DataError(
@@ -129,11 +138,12 @@ def _convert(leaf: _Leaf, value: np.ndarray, lead: tuple[int, ...]) -> np.ndarra
     if isinstance(leaf.space, spaces.Discrete):
         return _one_hot(value - leaf.space.start, int(leaf.space.n))
     if isinstance(leaf.space, spaces.MultiDiscrete):
-        digits = (value - leaf.space.start).reshape(*lead, -1)
+        classes = (value - leaf.space.start).reshape(*lead, -1)
         sizes = leaf.space.nvec.ravel()
-        return np.concatenate([_one_hot(digits[..., i], int(n)) for i, n in enumerate(sizes)], -1)
+        return np.concatenate([_one_hot(classes[..., i], int(n)) for i, n in enumerate(sizes)], -1)
     return np.array(value, leaf.dtype).reshape(lead + leaf.shape)
 
 
-def _one_hot(index: np.ndarray, size: int) -> np.ndarray:
-    return (np.asarray(index)[..., None] == np.arange(size)).astype(np.float32)
+def _one_hot(classes: np.ndarray, size: int) -> np.ndarray:
+    """Classes ``[...]`` as float32 ``[..., size]``."""
+    return (np.asarray(classes)[..., None] == np.arange(size)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The one shape of environments: N of them, stepped together, as rows under the arrival rule."""
+"""N environments stepped together: the one interface that training, evaluation and recording use."""
 
 from __future__ import annotations
 
@@ -8,38 +8,41 @@ from typing import Any, Self
 
 import numpy as np
 
+from worldloom.envs.action_log import ActionLog
 from worldloom.envs.actions import ActionSpec
-from worldloom.envs.history import History
+from worldloom.envs.backends.base import Backend, BatchedStepResult
 from worldloom.envs.observations import ObservationSpec
-from worldloom.envs.rows import Arrays, Arrivals, Backend, EpisodeEnd, Rows, episode_seed
+from worldloom.envs.time_step import Arrays, EpisodeEnd, TimeStep, episode_seed
 from worldloom.errors import ConfigError, DataError, EnvError
 
 
 class VectorEnv:
     """N environments of one kind. Made by :func:`worldloom.envs.make_env`.
 
-    ``reset`` starts an episode everywhere. ``step`` takes one action per environment and returns one row per
-    environment; where the previous row was ``is_last`` the action is ignored and the row is the next episode's
-    first. So an episode of n actions gives n+1 rows, and every environment gives exactly one row a call::
+    ``reset`` starts an episode in every environment. ``step`` takes one action per environment and returns one row
+    per environment. Where the previous row was ``is_last``, the action is ignored and the row is the first of the next
+    episode. So an episode of n actions gives n+1 rows, and every call gives exactly one row per environment::
 
-        rows = env.reset()
+        time_step = env.reset()
         while ...:
-            rows = env.step(policy(rows.obs, rows.is_first))
+            time_step = env.step(policy(time_step.obs, time_step.is_first))
 
-    Episode k of environment i is seeded with ``episode_seed(seed, i, k)``, its action space too, so it can be
-    played again; :meth:`state` and :meth:`restore` resume a run in the middle of its episodes that way.
+    Episode k of environment i, and its action space, are seeded with ``episode_seed(seed, i, k)``, so the episode can
+    be replayed from its actions: that is how :meth:`state` and :meth:`restore` resume a run in the middle of episodes.
 
     Attributes:
       num_envs: N.
-      obs_shape: shape of an observation, or dict of shapes; ``obs_dtype`` likewise (uint8 images, else float32).
+      obs_shape: shape of one observation, or a dict of shapes.
+      obs_dtype: its ``numpy.dtype`` (uint8 for images, else float32), or a dict of them.
       action_dim: number of action dimensions or classes, or a dict of them.
       action_type: ``"continuous"`` or ``"discrete"``, or a dict of them.
       action_repeat: environment steps per decision step.
       episode_length: decision steps after which an episode is truncated, or ``None`` if that is not known.
       seed: root of the episodes' seeds.
-      moves: how often the environments were reset, stepped or restored, by whomever.
-      settings: what :func:`worldloom.envs.make_env` was given, by name: ``make_env(**env.settings)`` makes such
-        environments again, unless ``spec`` is an object.
+      moves: how often the environments were reset, stepped or restored; a caller that compares it with the value after
+        its own last call knows whether other code used them.
+      settings: the arguments of :func:`worldloom.envs.make_env` by name: ``make_env(**env.settings)`` makes the same
+        environments again, unless ``spec`` is an environment object.
     """
 
     def __init__(
@@ -53,49 +56,57 @@ class VectorEnv:
     ):
         observations, actions = ObservationSpec(backend.observation_space), ActionSpec(backend.action_space)
         self._backend, self._observations, self._actions, self._remake = backend, observations, actions, remake
-        self.num_envs, self._all = backend.num_envs, range(backend.num_envs)
+        self.num_envs = backend.num_envs
         self.obs_shape, self.obs_dtype = observations.shape, observations.dtype
         self.action_dim, self.action_type = actions.dim, actions.type
         self.action_repeat, self.settings = action_repeat, dict(settings or {})
+        # Rounded up: an episode is truncated within its last decision step.
         self.episode_length = None if backend.time_limit is None else -(-backend.time_limit // action_repeat)
-        self.seed = _checked_seed(seed)
+        self.seed = _check_seed(seed)
         self._closed = False
         self.moves = 0
-        self._rewind()
+        self._clear_episodes()
 
-    def reset(self, seed: int | None = None) -> Rows:
-        """Start an episode in every environment and return its first row.
+    def reset(self, seed: int | None = None) -> TimeStep:
+        """Start an episode in every environment and return its first rows.
 
         Args:
-          seed: new root of the seeds; numbering of episodes starts again. Without it the next episodes follow.
+          seed: new root of the seeds; episodes are numbered from 0 again. ``None`` continues with the next episodes.
+
+        Raises ``EnvError`` when closed, ``ConfigError`` for a seed outside [0, 2^63), and what :meth:`step` raises
+        once the environments are stepped.
         """
         self._check_open()
         if seed is not None:
-            self.seed = _checked_seed(seed)
-            self._rewind()
-        return self._advance(None, np.ones(self.num_envs, bool))
+            self.seed = _check_seed(seed)
+            self._clear_episodes()
+        return self._step_backend(None, np.ones(self.num_envs, bool))
 
-    def step(self, actions: Any) -> Rows:
-        """Act in every environment whose episode goes on; start the next one in those where it was over.
+    def step(self, actions: Any) -> TimeStep:
+        """Act in every environment whose episode is in progress; start the next episode in the others.
 
         Args:
-          actions: ``[N, A]`` floats in [−1, 1] (clipped), ``[N]`` classes or ``[N, n]`` one-hots, or the dict of
-            them that ``action_dim`` shows.
+          actions: ``[N, A]`` floats in [−1, 1] (clipped), ``[N]`` classes or ``[N, n]`` one-hots, or a dict of
+            these with the keys of ``action_dim``.
 
-        Raises ``DataError`` for actions that do not fit, before anything moves. The environments are closed by what
-        comes later: ``DataError`` for NaN from an environment, ``EnvError`` when a worker keeps crashing, whatever an
-        environment in this process raises, Ctrl-C; :meth:`state` then still tells where they were before.
+        Raises ``DataError`` for invalid actions, before any environment is stepped, and ``EnvError`` when closed.
+        Later errors close the environments: ``DataError`` for NaN from an environment, ``EnvError`` when a worker
+        keeps crashing, any exception of an environment in this process, Ctrl-C. :meth:`state` then still returns the
+        state before the failed call.
         """
         self._check_open()
-        checked = self._actions.check(actions, ignore=self._over)
-        return self._advance(checked, self._over)
+        checked = self._actions.check(actions, ignore=self._episode_over)
+        return self._step_backend(checked, self._episode_over)
 
     def sample_actions(self, rng: np.random.Generator) -> Arrays:
         """Uniform random actions for all environments: float32 in [−1, 1], or int32 classes."""
         return self._actions.sample(rng, self.num_envs)
 
     def render(self) -> np.ndarray:
-        """A picture of environment 0, uint8 [H, W, 3]. Raises ``ConfigError`` if it draws none."""
+        """A frame of environment 0, uint8 [H, W, 3].
+
+        Raises ``ConfigError`` if it renders none, ``EnvError`` when closed or when its worker crashes.
+        """
         self._check_open()
         try:
             frame = self._backend.render()
@@ -103,13 +114,18 @@ class VectorEnv:
             frame = None
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
             raise ConfigError(
-                "The environment renders no picture; make it with render=True (a function of yours: with "
-                "render_mode='rgb_array' inside)."
+                "The environment renders no frames; make it with render=True (your own function must set "
+                "render_mode='rgb_array' itself)."
             )
         return frame
 
     def another(self, num_envs: int, seed: int, *, render: bool = False) -> VectorEnv:
-        """A new vector environment made by the same recipe, for instance for evaluation beside training.
+        """A new vector environment with the same settings, for instance for evaluation during training.
+
+        Args:
+          num_envs: its number of environments.
+          seed: its root of seeds.
+          render: whether its :meth:`render` will be called.
 
         Raises ``ConfigError`` when this one was made from an environment object, which cannot be made again.
         """
@@ -121,27 +137,36 @@ class VectorEnv:
         return self._remake(num_envs, seed, render)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Where the environments are, as arrays: seeds, actions and returns of the current episodes, last rows."""
-        if self._last is None:
+        """The episodes in progress, as arrays that :meth:`restore` takes.
+
+        ``seed`` int64 [], ``episodes`` int64 [N] (episode numbers), ``returns`` float64 [N] so far, ``lengths``
+        int64 [N] (actions so far), the last row as ``reward``, ``is_last``, ``is_terminal`` [N] and ``obs/<name>``
+        ``[N, ...]``, and the episodes' actions ``actions/<name>`` ``[N, longest, ...]``, zero-padded.
+
+        Raises ``EnvError`` before the first reset. Still works after the environments were closed.
+        """
+        if self._last_result is None:
             raise EnvError("The environments have no state before the first reset.")
         return {
             "seed": np.array(self.seed, np.int64),
             "episodes": self._episodes.copy(),
             "returns": self._returns.copy(),
-            "lengths": self._history.lengths.copy(),
-            "reward": self._last.reward.copy(),
-            "is_last": self._last.last.copy(),
-            "is_terminal": self._last.terminal.copy(),
-            **{f"obs/{name}": value.copy() for name, value in self._last.obs.items()},
-            **{f"actions/{name}": value for name, value in self._history.padded().items()},
+            "lengths": self._action_log.lengths.copy(),
+            "reward": self._last_result.reward.copy(),
+            "is_last": self._last_result.is_last.copy(),
+            "is_terminal": self._last_result.is_terminal.copy(),
+            **{f"obs/{name}": value.copy() for name, value in self._last_result.obs.items()},
+            **{f"actions/{name}": value for name, value in self._action_log.padded().items()},
         }
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> Rows:
-        """Go to where :meth:`state` was taken: seed the episodes again, take their actions again, return their rows.
+    def restore(self, state: Mapping[str, np.ndarray]) -> TimeStep:
+        """Return to a saved :meth:`state` by replaying its episodes from their seeds and actions; returns its rows.
 
-        Exact for environments that are functions of seed and actions. Where observations come out different, or the
-        environments cannot be played again (Gymnasium vector environments), a warning says so and the next episodes
-        begin everywhere: all rows are ``is_first``. Raises ``DataError`` for a state of other environments.
+        Exact for environments that are functions of seed and actions. If the observations differ, or if the
+        environments cannot be replayed (Gymnasium vector environments), a ``RuntimeWarning`` says so and the next
+        episode starts in every environment: all rows are ``is_first``.
+
+        Raises ``DataError`` for a state of another number of environments, ``EnvError`` when closed.
         """
         self._check_open()
         if len(state["episodes"]) != self.num_envs:
@@ -149,29 +174,32 @@ class VectorEnv:
         self.seed = int(state["seed"])
         self._episodes = np.array(state["episodes"], np.int64)
         self._returns = np.array(state["returns"], np.float64)
-        self._history = History(state["lengths"], _below(state, "actions/"))
-        obs = _below(state, "obs/")
-        actions = [self._actions.to_env(self._history.of(env)) for env in self._all]
-        seeds = [episode_seed(self.seed, env, int(self._episodes[env])) for env in self._all]
-        played = self._backend.replay(seeds, actions, self._history.lengths)
-        if played is None or any(not np.array_equal(played.obs[name], value) for name, value in obs.items()):
-            why = "cannot be played again" if played is None else "did not come back to the saved observations"
+        self._action_log = ActionLog(state["lengths"], _with_prefix(state, "actions/"))
+        obs = _with_prefix(state, "obs/")
+
+        # Replay, and compare with the saved observations.
+        actions = [self._actions.to_env(self._action_log.of(env)) for env in range(self.num_envs)]
+        seeds = [episode_seed(self.seed, env, int(self._episodes[env])) for env in range(self.num_envs)]
+        replayed = self._backend.replay_actions(seeds, actions, self._action_log.lengths)
+        if replayed is None or any(not np.array_equal(replayed.obs[name], value) for name, value in obs.items()):
+            why = "cannot be replayed" if replayed is None else "did not return to the saved observations"
             warnings.warn(f"The environments {why}; their next episodes begin instead.", RuntimeWarning, stacklevel=2)
             return self.reset()
-        # Flags are the saved ones: an episode that a crash had cut is still over, though its replay is not.
-        return self._rows(
-            Arrivals(obs, np.array(state["reward"]), np.array(state["is_last"]), np.array(state["is_terminal"])),
-            first=self._history.lengths == 0,
+
+        # Reward and flags are the saved ones: an episode cut by a worker's crash is over, though its replay is not.
+        saved = BatchedStepResult(
+            obs, np.array(state["reward"]), np.array(state["is_last"]), np.array(state["is_terminal"])
         )
+        return self._to_time_step(saved, is_first=self._action_log.lengths == 0)
 
     def close(self) -> None:
-        """Release environments and worker processes; safe to call twice. Also done on leaving a ``with`` block."""
+        """Release environments and worker processes; safe to call twice. A ``with`` block calls it at its end."""
         self._closed = True
         self._backend.close()
 
     @property
     def closed(self) -> bool:
-        """Whether they were closed, by :meth:`close` or by an error in them."""
+        """Whether the environments were closed, by :meth:`close` or by an error in one of them."""
         return self._closed
 
     def __enter__(self) -> Self:
@@ -180,70 +208,79 @@ class VectorEnv:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _rewind(self) -> None:
-        """Before episode 0 everywhere."""
+    def _clear_episodes(self) -> None:
+        """Set everything to before episode 0 of every environment."""
         self._episodes = np.full(self.num_envs, -1, np.int64)
         self._returns = np.zeros(self.num_envs, np.float64)
-        self._over = np.ones(self.num_envs, bool)
-        self._history = History(np.zeros(self.num_envs), self._actions.zeros(self.num_envs, 0))
-        self._last: Arrivals | None = None
+        self._episode_over = np.ones(self.num_envs, bool)
+        self._action_log = ActionLog(np.zeros(self.num_envs), self._actions.zeros(self.num_envs, 0))
+        self._last_result: BatchedStepResult | None = None
 
-    def _advance(self, actions: dict[str, np.ndarray] | None, starting: np.ndarray) -> Rows:
+    def _step_backend(self, actions: dict[str, np.ndarray] | None, reset_mask: np.ndarray) -> TimeStep:
+        """Reset environments where ``reset_mask`` (bool [N]), step the others with checked ``actions``."""
         native = None if actions is None else self._actions.to_env(actions)
-        episodes = self._episodes + starting
-        seeds = [episode_seed(self.seed, env, int(episodes[env])) if starting[env] else None for env in self._all]
+        episodes = self._episodes + reset_mask
+        seeds = [
+            episode_seed(self.seed, env, int(episodes[env])) if reset_mask[env] else None
+            for env in range(self.num_envs)
+        ]
         try:
-            arrivals = self._backend.advance(native, starting, seeds)
-            _refuse_nan(arrivals)
+            result = self._backend.step(native, reset_mask, seeds)
+            _check_finite(result)
         except BaseException:
-            # Some environments have moved and some have not. What `state` says still holds.
+            # Some environments were stepped and some were not. Nothing below ran, so `state` is the one before.
             self.close()
             raise
+
+        # Count episodes, actions and returns.
         self._episodes = episodes
-        self._history.clear(starting)
+        self._action_log.clear(reset_mask)
         if actions is not None:
-            self._history.append(actions, ~starting)
-        self._returns = np.where(starting, 0, self._returns) + arrivals.reward
-        crashed = {restart.env for restart in arrivals.restarts}
+            self._action_log.append(actions, ~reset_mask)
+        self._returns = np.where(reset_mask, 0, self._returns) + result.reward
+
+        # Report episodes that ended.
+        crashed = {restart.env for restart in result.restarts}
         ends = [
             EpisodeEnd(
                 env=int(env),
                 episode_return=float(self._returns[env]),
-                length=int(self._history.lengths[env]),
-                terminated=bool(arrivals.terminal[env]),
+                length=int(self._action_log.lengths[env]),
+                terminated=bool(result.is_terminal[env]),
                 crashed=int(env) in crashed,
             )
-            for env in np.flatnonzero(arrivals.last)
+            for env in np.flatnonzero(result.is_last)
         ]
-        return self._rows(arrivals, first=starting)._replace(events=(*arrivals.restarts, *ends))
+        return self._to_time_step(result, is_first=reset_mask)._replace(events=(*result.restarts, *ends))
 
-    def _rows(self, arrivals: Arrivals, first: np.ndarray) -> Rows:
+    def _to_time_step(self, result: BatchedStepResult, is_first: np.ndarray) -> TimeStep:
         self.moves += 1
-        self._last = arrivals
-        self._over = arrivals.last.copy()
-        obs = self._observations.structure(arrivals.obs)
-        return Rows(obs, arrivals.reward, first, arrivals.last, arrivals.terminal)
+        self._last_result = result
+        self._episode_over = result.is_last.copy()
+        obs = self._observations.unwrap(result.obs)
+        return TimeStep(obs, result.reward, is_first, result.is_last, result.is_terminal)
 
     def _check_open(self) -> None:
         if self._closed:
             raise EnvError("This environment was closed; make a new one.")
 
 
-def _below(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def _with_prefix(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Copies of the arrays whose names start with ``prefix``, under the rest of their names."""
     return {name.removeprefix(prefix): np.array(value) for name, value in state.items() if name.startswith(prefix)}
 
 
-def _checked_seed(seed: int) -> int:
+def _check_seed(seed: int) -> int:
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ConfigError(f"seed must be an integer in [0, 2^63), not {seed!r}.")
     return int(seed)
 
 
-def _refuse_nan(arrivals: Arrivals) -> None:
-    """Stop before a broken simulator's numbers reach a policy or replay."""
-    broken = {name: ~np.isfinite(value) for name, value in arrivals.obs.items() if value.dtype != np.uint8}
-    broken["reward"] = ~np.isfinite(arrivals.reward)
-    for name, where in broken.items():
-        if where.any():
-            envs = np.flatnonzero(where.reshape(len(where), -1).any(-1)).tolist()
+def _check_finite(result: BatchedStepResult) -> None:
+    """Raise ``DataError`` for NaN or infinity, before a policy or replay receives it."""
+    invalid = {name: ~np.isfinite(value) for name, value in result.obs.items() if value.dtype != np.uint8}
+    invalid["reward"] = ~np.isfinite(result.reward)
+    for name, mask in invalid.items():
+        if mask.any():
+            envs = np.flatnonzero(mask.reshape(len(mask), -1).any(-1)).tolist()
             raise DataError(f"'{name}' came back NaN or infinite from environments {envs}; check the simulator.")

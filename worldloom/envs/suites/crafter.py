@@ -1,4 +1,4 @@
-"""Crafter (extra ``envs``) as a Gymnasium environment, without preprocessing."""
+"""Crafter (Hafner 2022; extra ``envs``) as a Gymnasium environment, without preprocessing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from gymnasium import spaces
 from worldloom.errors import ConfigError
 
 _LENGTH = 10_000
-"""Steps after which the game ends by itself."""
+"""Default time limit of the game, in environment steps."""
 
 
 class Crafter(gym.Env[np.ndarray, Any]):
-    """Crafter's 17 actions and images uint8 ``[size, size, 3]``. Death terminates, the length of the game truncates.
+    """The game with 17 actions and images uint8 ``[size, size, 3]``. Death terminates, the time limit truncates.
 
-    A seed fixes the world, but not every creature in it: the game iterates over sets of objects, in an order that
+    A seed determines the world, but not all creatures in it: the game iterates over sets of objects, whose order
     differs between processes.
 
     Args:
       reward: whether achievements and health are rewarded; ``False`` is for unsupervised agents.
       image_size: side of the images.
-      action_repeat: steps per action, rewards summed.
-      time_limit: steps per episode in place of the game's 10,000.
+      action_repeat: environment steps per action, rewards summed.
+      time_limit: environment steps per episode; ``None`` is the game's default of 10,000.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (Gymnasium's own form)
@@ -44,15 +44,15 @@ class Crafter(gym.Env[np.ndarray, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin an episode, in the world of ``seed`` if one is given."""
+        """Start an episode, in the world of ``seed`` if one is given, else in the next world of the game."""
         super().reset(seed=seed)
         if seed is not None:
-            # The game draws its world from (seed, number of the episode).
+            # The game generates its world from (seed, episode number).
             self._game._seed, self._game._episode = seed, 0
         return self._game.reset(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Act; ``info["achievements"]`` counts what was achieved in the episode."""
+        """Take a step; ``info["achievements"]`` counts the episode's achievements by name."""
         total = 0.0
         for _ in range(self._action_repeat):
             image, reward, over, info = self._game.step(int(action))
@@ -68,7 +68,7 @@ class Crafter(gym.Env[np.ndarray, Any]):
 
 
 def make_crafter(task: str, **options: Any) -> Crafter:
-    """``crafter:reward`` or ``crafter:noreward``. Arguments of :class:`Crafter`."""
+    """``crafter:reward`` or ``crafter:noreward``. Options are arguments of :class:`Crafter`."""
     if task not in ("reward", "noreward"):
         raise ConfigError(f"Crafter has the tasks 'reward' and 'noreward', not '{task}'.")
     return Crafter(reward=task == "reward", **options)

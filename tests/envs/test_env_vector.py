@@ -1,106 +1,89 @@
-"""Rows of environments in this process: the arrival rule, returns, limits, repeats, seeds, exact resume."""
+"""Environments in this process: the arrival rule, returns, time limits, action repeat, seeds, exact resume."""
 
 import numpy as np
 import pytest
+from rollouts import assert_same, rollout
 from tiny_envs import Corridor, Lamp, Nan, Steady, Walk, WalkPicture
 
 from worldloom.envs import EpisodeEnd, episode_seed, make_env
 from worldloom.errors import ConfigError, DataError, EnvError
 
 
-def play(env, steps, seed=0):
-    """Rows of ``steps`` calls with seeded random actions after a reset, the reset's rows first."""
-    rng = np.random.default_rng(seed)
-    return [env.reset(), *(env.step(env.sample_actions(rng)) for _ in range(steps))]
-
-
-def assert_same(one, other):
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        obs = (a.obs, b.obs) if isinstance(a.obs, dict) else ({"": a.obs}, {"": b.obs})
-        assert obs[0].keys() == obs[1].keys()
-        for name in obs[0]:
-            np.testing.assert_array_equal(obs[0][name], obs[1][name])
-        for name in ("reward", "is_first", "is_last", "is_terminal"):
-            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-        assert a.events == b.events
-
-
 def test_rows_follow_the_arrival_rule():
     """An episode of n actions has n + 1 rows: compare with a loop over the bare environment."""
     env, bare = make_env(Walk, seed=3), Walk()
     rng, actions = np.random.default_rng(0), np.random.default_rng(0)
-    row = env.reset()
+    time_step = env.reset()
     for episode in range(30):
         obs, _ = bare.reset(seed=episode_seed(3, 0, episode))
-        assert row.is_first[0]
-        assert row.reward[0] == 0
-        assert not row.is_last[0]
-        np.testing.assert_array_equal(row.obs[0], obs.astype(np.float32))
+        assert time_step.is_first[0]
+        assert time_step.reward[0] == 0
+        assert not time_step.is_last[0]
+        np.testing.assert_array_equal(time_step.obs[0], obs.astype(np.float32))
         total, length, terminated, truncated = 0.0, 0, False, False
         while not (terminated or truncated):
             obs, reward, terminated, truncated, _ = bare.step(int(actions.integers(2, size=1, dtype=np.int32)[0]))
-            row = env.step(env.sample_actions(rng))
+            time_step = env.step(env.sample_actions(rng))
             total, length = total + np.float32(reward), length + 1
-            np.testing.assert_array_equal(row.obs[0], obs.astype(np.float32))
-            assert row.reward[0] == np.float32(reward)
-            assert not row.is_first[0]
-        assert row.is_last[0]
-        assert row.is_terminal[0] == terminated
-        assert row.events == (EpisodeEnd(0, pytest.approx(total), length, terminated, False),)
-        row = env.step(np.array([99]))  # ignored: the episode is over
-        assert not row.events
+            np.testing.assert_array_equal(time_step.obs[0], obs.astype(np.float32))
+            assert time_step.reward[0] == np.float32(reward)
+            assert not time_step.is_first[0]
+        assert time_step.is_last[0]
+        assert time_step.is_terminal[0] == terminated
+        assert time_step.events == (EpisodeEnd(0, pytest.approx(total), length, terminated, False),)
+        time_step = env.step(np.array([99]))  # ignored: the episode is over
+        assert not time_step.events
 
 
-def test_types_of_rows():
+def test_time_steps_have_the_shapes_and_dtypes_of_the_spaces():
     env = make_env(WalkPicture, 2)
     assert env.obs_shape == {"camera": (8, 8, 3), "body/position": (2,), "body/parity": (2,)}
     assert env.obs_dtype["camera"] == np.uint8
     assert env.action_dim == {"way": 2, "push": 2, "keys0": 2, "keys1": 3}
     assert env.action_type == {"way": "discrete", "push": "continuous", "keys0": "discrete", "keys1": "discrete"}
-    for row in play(env, 20):
-        assert row.obs["camera"].shape == (2, 8, 8, 3)
-        assert row.obs["camera"].dtype == np.uint8
-        assert row.reward.dtype == np.float32
-        assert row.is_first.dtype == row.is_last.dtype == row.is_terminal.dtype == bool
-        assert not (row.is_terminal & ~row.is_last).any()
+    for time_step in rollout(env, 20):
+        assert time_step.obs["camera"].shape == (2, 8, 8, 3)
+        assert time_step.obs["camera"].dtype == np.uint8
+        assert time_step.reward.dtype == np.float32
+        assert time_step.is_first.dtype == time_step.is_last.dtype == time_step.is_terminal.dtype == bool
+        assert not (time_step.is_terminal & ~time_step.is_last).any()
 
 
-def best(env, policy, episodes):
-    """Ends of at least ``episodes`` episodes under a policy from observations to actions."""
-    ends, row = [], env.reset()
+def episode_ends(env, policy, episodes):
+    """``EpisodeEnd`` of at least ``episodes`` episodes under a policy, a function from observations to actions."""
+    ends, time_step = [], env.reset()
     while len(ends) < episodes:
-        row = env.step(policy(row.obs))
-        ends += [event for event in row.events if isinstance(event, EpisodeEnd)]
+        time_step = env.step(policy(time_step.obs))
+        ends += [event for event in time_step.events if isinstance(event, EpisodeEnd)]
     return ends
 
 
-def test_known_optima_are_counted_right():
-    ends = best(make_env(Corridor, 3), lambda obs: np.ones(3, int), 9)
+def test_optimal_policies_get_the_known_optimal_returns():
+    ends = episode_ends(make_env(Corridor, 3), lambda obs: np.ones(3, int), 9)
     assert all(end == EpisodeEnd(end.env, pytest.approx(0.5), 5, True, False) for end in ends)
 
-    ends = best(make_env(Steady, 2), lambda obs: -obs / 2, 6)  # actions are halves of the environment's
+    ends = episode_ends(make_env(Steady, 2), lambda obs: -obs / 2, 6)  # [−1, 1] is scaled to ±2
     assert all(end == EpisodeEnd(end.env, pytest.approx(10), 10, False, False) for end in ends)
 
-    def lamp(obs, reads_picture=True):
+    def lamp(obs, uses_image=True):
         bright, positive = obs["image"].max((1, 2, 3)) > 127, obs["sign"][:, 0] > 0
-        return {"action0": (bright & reads_picture).astype(int), "action1": positive.astype(int)}
+        return {"action0": (bright & uses_image).astype(int), "action1": positive.astype(int)}
 
-    ends = best(make_env(Lamp, 4), lamp, 20)
+    ends = episode_ends(make_env(Lamp, 4), lamp, 20)
     assert all(end == EpisodeEnd(end.env, 1.0, 1, True, False) for end in ends)
-    ends = best(make_env(Lamp, 4), lambda obs: lamp(obs, reads_picture=False), 400)
+    ends = episode_ends(make_env(Lamp, 4), lambda obs: lamp(obs, uses_image=False), 400)
     assert 0.7 < np.mean([end.episode_return for end in ends]) < 0.8
 
 
 def test_action_repeat_sums_rewards_and_stops_at_the_end():
     env = make_env(Corridor, action_repeat=3)
     env.reset()
-    row = env.step([1])
-    assert row.reward[0] == pytest.approx(-0.3)
-    row = env.step([1])
-    assert row.reward[0] == pytest.approx(1 - 0.2)  # two of three steps: the goal came first
-    assert row.is_terminal[0]
-    assert row.events[0].length == 2
+    time_step = env.step([1])
+    assert time_step.reward[0] == pytest.approx(-0.3)
+    time_step = env.step([1])
+    assert time_step.reward[0] == pytest.approx(1 - 0.2)  # two of three steps: the goal came first
+    assert time_step.is_terminal[0]
+    assert time_step.events[0].length == 2
     assert env.action_repeat == 3
 
 
@@ -108,25 +91,25 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end():
 def test_a_time_limit_truncates_and_does_not_terminate(time_limit, repeat, decisions):
     env = make_env(Steady, time_limit=time_limit, action_repeat=repeat)
     assert env.episode_length == decisions
-    rows = play(env, decisions)
-    assert [bool(row.is_last[0]) for row in rows] == [False] * decisions + [True]
-    assert not rows[-1].is_terminal[0]
+    time_steps = rollout(env, decisions)
+    assert [bool(time_step.is_last[0]) for time_step in time_steps] == [False] * decisions + [True]
+    assert not time_steps[-1].is_terminal[0]
 
 
-def test_an_end_on_the_time_limit_is_a_true_end():
+def test_an_end_on_the_time_limit_is_terminal():
     env = make_env(Corridor, time_limit=5)
     env.reset()
     for _ in range(5):
-        row = env.step([1])
-    assert row.is_last[0]
-    assert row.is_terminal[0]
+        time_step = env.step([1])
+    assert time_step.is_last[0]
+    assert time_step.is_terminal[0]
 
 
-def test_the_registered_limit_is_known_and_replaced():
+def test_a_registered_time_limit_is_known_and_can_be_replaced():
     assert make_env("Pendulum-v1").episode_length == 200
     longer = make_env("Pendulum-v1", time_limit=300)
     assert longer.episode_length == 300
-    assert sum(bool(row.is_last[0]) for row in play(longer, 300)) == 1
+    assert sum(bool(time_step.is_last[0]) for time_step in rollout(longer, 300)) == 1
 
 
 def test_seeds_are_a_function_of_run_environment_and_episode():
@@ -136,12 +119,12 @@ def test_seeds_are_a_function_of_run_environment_and_episode():
     alone, crowd = make_env(Walk, 1, seed=9), make_env(Walk, 4, seed=9)
     np.testing.assert_array_equal(alone.reset().obs[0], crowd.reset().obs[0])
     assert len({tuple(obs) for obs in crowd.reset().obs}) == 4
-    assert_same(play(make_env(Walk, 3, seed=1), 100), play(make_env(Walk, 3, seed=1), 100))
+    assert_same(rollout(make_env(Walk, 3, seed=1), 100), rollout(make_env(Walk, 3, seed=1), 100))
     other = make_env(Walk, 3, seed=2)
-    assert (play(make_env(Walk, 3, seed=1), 1)[0].obs != other.reset().obs)[:, 0].all()
+    assert (rollout(make_env(Walk, 3, seed=1), 1)[0].obs != other.reset().obs)[:, 0].all()
 
 
-def test_reset_goes_on_or_starts_over():
+def test_reset_continues_the_episode_numbers_or_restarts_them_with_a_seed():
     env = make_env(Walk, 2, seed=1)
     first, second = env.reset(), env.reset()
     assert (first.obs != second.obs)[:, 0].all()
@@ -156,46 +139,46 @@ def test_the_first_step_without_reset_starts_episodes():
 
 
 def test_action_space_is_seeded():
-    drawn = []
+    samples = []
     for _ in range(2):
         inner = Walk()
         make_env(inner, seed=4).reset()
-        drawn.append([inner.action_space.sample() for _ in range(20)])
-    assert drawn[0] == drawn[1]
+        samples.append([inner.action_space.sample() for _ in range(20)])
+    assert samples[0] == samples[1]
 
 
 @pytest.mark.parametrize("kind", [Walk, WalkPicture, Steady])
 @pytest.mark.parametrize("steps", [0, 1, 37, 200])
 def test_a_run_resumes_in_the_middle_of_its_episodes(kind, steps, tmp_path):
     env = make_env(kind, 3, seed=5)
-    rows = play(env, steps)
+    time_steps = rollout(env, steps)
     np.savez(tmp_path / "state.npz", **env.state())
     with np.load(tmp_path / "state.npz", allow_pickle=False) as saved:
         resumed = make_env(kind, 3, seed=77)
-        assert_same([resumed.restore(dict(saved))], [rows[-1]._replace(events=())])
+        assert_same([resumed.restore(dict(saved))], [time_steps[-1]._replace(events=())])
     actions = [env.sample_actions(np.random.default_rng(step)) for step in range(60)]
     assert_same([env.step(action) for action in actions], [resumed.step(action) for action in actions])
     assert resumed.state().keys() == env.state().keys()
 
 
-class Forgetful(Walk):
+class Unseeded(Walk):
     """Not a function of seed and actions."""
 
     def reset(self, *, seed=None, options=None):
         return super().reset(seed=None)
 
 
-def test_an_environment_that_does_not_come_back_starts_its_next_episodes():
-    env = make_env(Forgetful, 2, seed=5)
-    play(env, 11)
-    state, resumed = env.state(), make_env(Forgetful, 2)
-    with pytest.warns(RuntimeWarning, match="did not come back"):
-        rows = resumed.restore(state)
-    assert rows.is_first.all()
+def test_an_environment_that_cannot_be_reproduced_starts_its_next_episodes():
+    env = make_env(Unseeded, 2, seed=5)
+    rollout(env, 11)
+    state, resumed = env.state(), make_env(Unseeded, 2)
+    with pytest.warns(RuntimeWarning, match="did not return to the saved observations"):
+        time_steps = resumed.restore(state)
+    assert time_steps.is_first.all()
     np.testing.assert_array_equal(resumed.state()["episodes"], state["episodes"] + 1)
 
 
-def test_states_that_do_not_fit():
+def test_invalid_states_are_refused():
     env = make_env(Walk, 2)
     with pytest.raises(EnvError, match="before the first reset"):
         env.state()
@@ -204,7 +187,7 @@ def test_states_that_do_not_fit():
         make_env(Walk, 3).restore(env.state())
 
 
-def test_another_environment_by_the_same_recipe():
+def test_another_environment_has_the_same_settings():
     env = make_env(Steady, 2, seed=1, time_limit=4, action_repeat=2)
     other = env.another(5, seed=2)
     assert (other.num_envs, other.seed, other.episode_length, other.action_repeat) == (5, 2, 2, 2)
@@ -212,17 +195,17 @@ def test_another_environment_by_the_same_recipe():
         make_env(Steady()).another(1, 0)
 
 
-def test_pictures():
+def test_frames_are_rendered_where_the_environment_renders():
     env = make_env(WalkPicture, render_mode="rgb_array")
-    play(env, 1)
+    rollout(env, 1)
     assert env.render().shape == (16, 16, 3)
-    blind = make_env(WalkPicture)
-    blind.reset()
+    without_rendering = make_env(WalkPicture)
+    without_rendering.reset()
     with pytest.raises(ConfigError, match="render=True"):
-        blind.render()
+        without_rendering.render()
 
 
-def test_nan_is_refused_before_anyone_sees_it():
+def test_nan_is_refused_before_it_is_returned():
     env = make_env(Nan, 2)
     env.reset()
     for _ in range(2):
@@ -231,7 +214,7 @@ def test_nan_is_refused_before_anyone_sees_it():
         env.step(np.zeros((2, 1)))
 
 
-def test_closed_environments_say_so():
+def test_closed_environments_refuse_to_be_used():
     with make_env(Walk) as env:
         env.reset()
     env.close()
@@ -240,14 +223,14 @@ def test_closed_environments_say_so():
             use()
 
 
-def test_rows_of_earlier_calls_stay_as_they_were():
+def test_time_steps_of_earlier_calls_are_not_overwritten():
     env = make_env(WalkPicture, 2)
-    rows = play(env, 30)
-    assert_same(rows, play(make_env(WalkPicture, 2), 30))
+    time_steps = rollout(env, 30)
+    assert_same(time_steps, rollout(make_env(WalkPicture, 2), 30))
 
 
 class Interrupted(Walk):
-    """Ctrl-C comes in the second environment's step."""
+    """Ctrl-C arrives in its step."""
 
     due = False
 
@@ -260,15 +243,15 @@ class Interrupted(Walk):
 def test_an_interrupted_step_leaves_the_state_before_it(monkeypatch):
     inner = [Walk(), Interrupted()]
     env = make_env(lambda: inner.pop(0), 2, seed=3)
-    rows = play(env, 12)
-    while rows[-1].is_last[1]:  # until the second environment is under way
-        rows.append(env.step([0, 0]))
+    time_steps = rollout(env, 12)
+    while time_steps[-1].is_last[1]:  # until an episode of the second environment is in progress
+        time_steps.append(env.step([0, 0]))
     before = env.state()
     monkeypatch.setattr(Interrupted, "due", True)
     with pytest.raises(KeyboardInterrupt):
         env.step([0, 0])
     with pytest.raises(EnvError, match="closed"):
         env.step([0, 0])
-    assert_same([make_env(Walk, 2).restore(env.state())], [rows[-1]._replace(events=())])
+    assert_same([make_env(Walk, 2).restore(env.state())], [time_steps[-1]._replace(events=())])
     for name, value in before.items():
         np.testing.assert_array_equal(env.state()[name], value)

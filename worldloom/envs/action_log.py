@@ -1,4 +1,4 @@
-"""The actions taken in each environment's current episode, so that the episode can be played again."""
+"""The actions taken in each environment's current episode, from which the episode can be replayed."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from collections.abc import Mapping
 import numpy as np
 
 
-class History:
+class ActionLog:
     """Actions since the last reset, per environment.
 
     Attributes:
       lengths: int64 [N], actions taken in the current episode.
-      arrays: name to ``[N, capacity, ...]``; beyond an environment's length they hold nothing of meaning.
+      arrays: name to ``[N, capacity, ...]``; entries from an environment's length on are undefined.
     """
 
     def __init__(self, lengths: np.ndarray, arrays: Mapping[str, np.ndarray]):
         self.lengths = np.array(lengths, np.int64)
         self.arrays = {name: np.array(value) for name, value in arrays.items()}
 
-    def clear(self, starting: np.ndarray) -> None:
-        """Forget the actions of environments where ``starting`` (bool [N]): a new episode begins there."""
-        self.lengths[starting] = 0
+    def clear(self, reset_mask: np.ndarray) -> None:
+        """Drop the actions of environments where ``reset_mask`` (bool [N]) is true: a new episode starts there."""
+        self.lengths[reset_mask] = 0
 
-    def append(self, actions: Mapping[str, np.ndarray], acting: np.ndarray) -> None:
-        """Add one action ``{name: [N, ...]}`` in the environments where ``acting`` (bool [N])."""
+    def append(self, actions: Mapping[str, np.ndarray], mask: np.ndarray) -> None:
+        """Add one action ``{name: [N, ...]}`` in the environments where ``mask`` (bool [N]) is true."""
         for name, value in actions.items():
             array = self.arrays[name]
             if self.lengths.max() == array.shape[1]:
+                # Full: double the capacity, starting from 64.
                 room = np.zeros((len(array), max(64, array.shape[1]), *array.shape[2:]), array.dtype)
                 array = self.arrays[name] = np.concatenate([array, room], axis=1)
-            array[acting, self.lengths[acting]] = value[acting]
-        self.lengths[acting] += 1
+            array[mask, self.lengths[mask]] = value[mask]
+        self.lengths[mask] += 1
 
     def of(self, env: int) -> dict[str, np.ndarray]:
         """The actions ``{name: [length, ...]}`` of one environment."""
@@ -40,8 +41,8 @@ class History:
     def padded(self) -> dict[str, np.ndarray]:
         """Copies ``{name: [N, longest, ...]}``, zero where an episode is shorter."""
         longest = int(self.lengths.max())
-        short = np.arange(longest) >= self.lengths[:, None]
+        padding = np.arange(longest) >= self.lengths[:, None]
         result = {name: value[:, :longest].copy() for name, value in self.arrays.items()}
         for value in result.values():
-            value[short] = 0
+            value[padding] = 0
         return result

@@ -1,4 +1,7 @@
-"""Atari 2600 games through the Arcade Learning Environment (extra ``envs``), preprocessed as DreamerV3 does."""
+"""Atari 2600 games of the Arcade Learning Environment (extra ``envs``), preprocessed as in DreamerV3.
+
+The reference is ``embodied/envs/atari.py`` of ``dreamerv3``.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +17,26 @@ from worldloom.envs.wrappers import resize
 from worldloom.errors import ConfigError
 
 _STICKINESS = 0.25
-"""Probability of repeating the previous action in each frame (Machado et al. 2018)."""
+"""Probability per frame of repeating the previous action (Machado et al. 2018)."""
 
 
 class Atari(gym.Env[np.ndarray, Any]):
-    """One game: each action repeated, the last two frames max-pooled against flicker, the screen resized.
+    """One game: actions are repeated, the last two frames max-pooled against flicker, and the result is resized.
 
-    The first observation of an episode is the frame after its no-ops alone, pooled with nothing older. Only the end
-    of the game terminates (lives do not); the time limit truncates.
+    The first observation of an episode is the single frame after its no-ops; it is not pooled with older frames. The
+    end of the game terminates, the loss of a life does not; the time limit truncates.
 
     Args:
       game: such as ``pong`` or ``ms_pacman``.
       image_size: side of the images, uint8 ``[size, size, 1 or 3]``.
       gray: one channel instead of three.
       sticky: whether the console repeats the previous action with probability 0.25 in each frame.
-      noops: an episode starts with 0 to this many frames without action.
-      all_actions: all 18 actions instead of those the game knows.
+      noops: an episode starts with 0 to this many frames without action, drawn uniformly.
+      all_actions: all 18 actions instead of the minimal set of the game.
       action_repeat: frames per action, rewards summed.
-      time_limit: frames per episode.
+      time_limit: frames per episode; ``None`` is 108,000, half an hour at 60 frames per second.
 
-    Raises ``ConfigError`` for a game that is not there.
+    Raises ``ConfigError`` for an unknown game.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012 (Gymnasium's own form)
@@ -74,10 +77,10 @@ class Atari(gym.Env[np.ndarray, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin an episode, from ``seed`` if one is given."""
+        """Start an episode; ``seed`` seeds its no-ops and the console's sticky actions."""
         super().reset(seed=seed)
         if seed is not None and self._sticky:
-            self._console.setInt("random_seed", seed)  # Read when a game is loaded.
+            self._console.setInt("random_seed", seed)  # The console reads it only when it loads a game.
             self._console.loadROM(self._rom)
         self._console.reset_game()
         for _ in range(int(self.np_random.integers(self._noops + 1))):
@@ -90,7 +93,7 @@ class Atari(gym.Env[np.ndarray, Any]):
         return self._observe(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Act for ``action_repeat`` frames or until the episode ends."""
+        """Take ``action`` for ``action_repeat`` frames, or until the episode ends."""
         total = 0.0
         for _ in range(self._action_repeat):
             total += self._console.act(self._actions[int(action)])
@@ -102,7 +105,7 @@ class Atari(gym.Env[np.ndarray, Any]):
         return self._observe(), total, over, not over and self._frames >= self.time_limit, {}
 
     def render(self) -> np.ndarray:
-        """The screen in colour, uint8 ``[210, 160, 3]``."""
+        """The screen in colour, uint8 ``[210, 160, 3]`` for most games."""
         return self._console.getScreenRGB()
 
     def _screen(self) -> np.ndarray:
@@ -113,12 +116,15 @@ class Atari(gym.Env[np.ndarray, Any]):
 
 
 def make_atari(game: str, **options: Any) -> Atari:
-    """``atari:game``: 96×96 gray, sticky actions, all 18 of them. Options override; see :class:`Atari`."""
+    """``atari:game``: 96×96 gray, sticky actions, all 18 actions. Options are arguments of :class:`Atari`."""
     defaults = {"image_size": 96, "gray": True, "sticky": True, "noops": 0, "all_actions": True}
     return Atari(game, **{**defaults, **options})
 
 
 def make_atari100k(game: str, **options: Any) -> Atari:
-    """``atari100k:game``: 64×64 colour, no sticky actions, the game's own actions, up to 30 no-ops."""
+    """``atari100k:game``: 64×64 colour, no sticky actions, the minimal action set, up to 30 no-ops.
+
+    Options are arguments of :class:`Atari`.
+    """
     defaults = {"image_size": 64, "gray": False, "sticky": False, "noops": 30, "all_actions": False}
     return Atari(game, **{**defaults, **options})

@@ -1,0 +1,125 @@
+"""Gymnasium vector environments made by the user. All three autoreset modes give the same time steps.
+
+An episode of n actions has n+1 rows, so there must be a call in which an environment whose episode is over is reset
+and not stepped. The autoreset modes differ in when they reset an environment whose episode ends in step t:
+
+``NEXT_STEP``
+  in step t+1, whose action it ignores: what is needed here.
+``SAME_STEP``
+  in step t; the last observation is in ``info["final_obs"]``. In step t+1 the new episode is stepped with an ignored
+  action, then reset.
+``DISABLED``
+  not at all. Before step t+1 it is reset, because a finished episode must not be stepped, then stepped with an ignored
+  action, then reset.
+
+So the last two modes cost an extra step and reset per episode. Resets of some environments among N use
+``options={"reset_mask": ...}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from worldloom.envs.backends.base import BatchedStepResult
+from worldloom.envs.observations import ObservationSpec
+from worldloom.errors import ConfigError, EnvError
+
+
+class GymVectorBackend:
+    """A Gymnasium vector environment as a backend.
+
+    Gymnasium's own ``SyncVectorEnv`` and ``AsyncVectorEnv`` are reset with a seed per episode. Others take one integer
+    seed at the first reset and continue with their own random numbers.
+
+    Raises ``ConfigError`` if ``env.metadata["autoreset_mode"]`` is not an ``AutoresetMode``.
+    """
+
+    def __init__(self, env: gym.vector.VectorEnv[Any, Any, Any]):
+        mode = (env.metadata or {}).get("autoreset_mode")
+        if not isinstance(mode, AutoresetMode):
+            raise ConfigError(
+                f"The vector environment's metadata['autoreset_mode'] is {mode!r}; it must be a "
+                "gymnasium.vector.AutoresetMode, which tells where episodes end."
+            )
+        self._env: Any = env  # Gymnasium's annotations omit the seed lists that its vector environments accept.
+        self._mode = mode
+        self._seeds_per_episode = isinstance(env.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+        self._observations = ObservationSpec(env.single_observation_space)
+        self._started = False
+        # Whether an episode ended in the last step, so that NEXT_STEP will reset it in the next.
+        self._autoreset_due = False
+        self.num_envs = env.num_envs
+        self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
+        self.time_limit = env.spec.max_episode_steps if env.spec is not None else None
+
+    def step(self, actions: Any, reset_mask: np.ndarray, seeds: Sequence[int | None]) -> BatchedStepResult:
+        """See :meth:`worldloom.envs.backends.base.Backend.step`.
+
+        Raises ``EnvError`` if the environment ignores ``reset_mask`` where its autoreset mode needs it.
+        """
+        if actions is None or not self._started:
+            return self._reset_all(seeds)
+        if self._mode is AutoresetMode.DISABLED and reset_mask.any():
+            self._env.reset(options={"reset_mask": reset_mask.copy()})
+        native, reward, terminated, truncated, info = self._env.step(actions)
+        obs = self._flatten(native)
+        is_terminal = np.array(terminated, bool) & ~reset_mask
+        is_last = (is_terminal | np.array(truncated, bool)) & ~reset_mask
+        # NEXT_STEP has already reset them, but Gymnasium's own vectors must be reset with this episode's seed.
+        if reset_mask.any() and (self._mode is not AutoresetMode.NEXT_STEP or self._seeds_per_episode):
+            obs = self._reset_where(reset_mask, seeds, obs)
+        self._autoreset_due = bool(is_last.any())
+        if self._mode is AutoresetMode.SAME_STEP:
+            # Where an episode ended, `obs` is the first of the next episode; this row needs the last one.
+            for env in np.flatnonzero(is_last):
+                for name, value in self._observations.flatten(info["final_obs"][env]).items():
+                    obs[name][env] = value
+        return BatchedStepResult(obs, np.where(reset_mask, 0, reward).astype(np.float32), is_last, is_terminal)
+
+    def replay_actions(self, seeds: Sequence[int], actions: Sequence[Any], lengths: np.ndarray) -> None:
+        """Not supported: the environments can only be stepped all at once, and their episodes differ in length."""
+        return None
+
+    def render(self) -> Any:
+        """See :meth:`worldloom.envs.backends.base.Backend.render`."""
+        frames = self._env.render()
+        return frames[0] if frames else None
+
+    def close(self) -> None:
+        """See :meth:`worldloom.envs.backends.base.Backend.close`."""
+        self._env.close()
+
+    def _reset_all(self, seeds: Sequence[int | None]) -> BatchedStepResult:
+        if self._autoreset_due and self._mode is AutoresetMode.NEXT_STEP:
+            # A reset does not cancel the pending autoreset of AsyncVectorEnv without shared memory; a step consumes it.
+            self._env.step(self._env.action_space.sample())
+        obs, _ = self._env.reset(seed=list(seeds) if self._seeds_per_episode else seeds[0])
+        self._started, self._autoreset_due = True, False
+        false = np.zeros(self.num_envs, bool)
+        return BatchedStepResult(self._flatten(obs), np.zeros(self.num_envs, np.float32), false, false.copy())
+
+    def _flatten(self, obs: Any) -> dict[str, np.ndarray]:
+        return self._observations.flatten(obs, lead=(self.num_envs,))
+
+    def _reset_where(
+        self, reset_mask: np.ndarray, seeds: Sequence[int | None], obs: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Reset environments where ``reset_mask``; returns all observations, checked to be ``obs`` elsewhere."""
+        options = {"reset_mask": reset_mask.copy()}
+        native, _ = (
+            self._env.reset(seed=list(seeds), options=options)
+            if self._seeds_per_episode
+            else self._env.reset(options=options)
+        )
+        after = self._flatten(native)
+        if any(not np.array_equal(after[name][~reset_mask], value[~reset_mask]) for name, value in obs.items()):
+            raise EnvError(
+                f"{self._env} ignores options['reset_mask'], which its autoreset mode {self._mode.name} needs; "
+                "build it with AutoresetMode.NEXT_STEP, or give make_env an id or a function instead."
+            )
+        return after

@@ -1,0 +1,1 @@
+"""Environments of other packages, as Gymnasium environments: DeepMind Control, Atari, Crafter."""

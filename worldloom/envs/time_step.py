@@ -1,0 +1,77 @@
+"""What environments return: time steps under the arrival rule, and the events that come with them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+Arrays = np.ndarray | dict[str, np.ndarray]
+"""One array, or a dict of arrays where the space is a dict."""
+
+
+class EpisodeEnd(NamedTuple):
+    """An episode ended at the time step that carries this event.
+
+    Attributes:
+      env: index of the environment.
+      episode_return: sum of the episode's rewards.
+      length: decision steps of the episode (its actions; one less than its rows).
+      terminated: whether the environment itself ended the episode; false for a time limit.
+      crashed: whether it was cut because its worker had to be restarted; its return is then incomplete.
+    """
+
+    env: int
+    episode_return: float
+    length: int
+    terminated: bool
+    crashed: bool
+
+
+class WorkerRestart(NamedTuple):
+    """A worker process died, raised or hung, and was replaced.
+
+    Attributes:
+      env: index of the environment.
+      reason: one sentence, followed by the worker's traceback if there is one.
+      restarts: how often the worker of this environment has been replaced so far.
+    """
+
+    env: int
+    reason: str
+    restarts: int
+
+
+Event = EpisodeEnd | WorkerRestart
+
+
+class TimeStep(NamedTuple):
+    """One time step of N environments: a row for each of them.
+
+    Reward and flags belong to *arriving at* ``obs`` (the arrival rule): an episode of n actions has n+1 rows, the
+    first with ``is_first`` and reward 0, the last with ``is_last``. Later calls do not write into these arrays.
+
+    Attributes:
+      obs: ``[N, ...]``, or a dict of such arrays when the observation space is a dict.
+      reward: float32 [N], summed over action repeats.
+      is_first: bool [N], 1 on the first row of an episode.
+      is_last: bool [N], 1 on the last row, whatever ended it; the next action of that environment is ignored.
+      is_terminal: bool [N], 1 if the environment itself ended the episode; a time limit or a crash leaves it 0.
+      events: episodes that ended and workers that were replaced: restarts first, then ends by environment.
+    """
+
+    obs: Arrays
+    reward: np.ndarray
+    is_first: np.ndarray
+    is_last: np.ndarray
+    is_terminal: np.ndarray
+    events: tuple[Event, ...] = ()
+
+
+def episode_seed(seed: int, env: int, episode: int) -> int:
+    """Seed in [0, 2^31) of an episode: a pure function of the run's seed, the environment and the episode's number.
+
+    ``numpy.random.SeedSequence`` makes the seeds of neighbouring runs, environments and episodes unrelated, so an
+    evaluation with ``seed + 1`` shares no episode with training.
+    """
+    return int(np.random.SeedSequence(seed, spawn_key=(env, episode)).generate_state(1)[0] >> 1)
