@@ -16,6 +16,7 @@ from flax import nnx
 
 from worldloom.devices import compute_dtype, resolve_device
 from worldloom.errors import ConfigError, DataError, WeightsError
+from worldloom.files import write_atomically
 from worldloom.nn.linear import OneDraw
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -97,8 +98,8 @@ class WorldModel(nnx.Module):
         folder = Path(path) if path is not None else named_folder(str(name))
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {key: np.asarray(value, order="C") for key, value in flatten(jax.device_get(self.params)).items()}
-        _write_atomically(folder / "model.safetensors", save(arrays, metadata={"format": "worldloom"}))
-        _write_atomically(folder / "config.json", self.config.to_json().encode())
+        write_atomically(folder / "model.safetensors", save(arrays, metadata={"format": "worldloom"}))
+        write_atomically(folder / "config.json", self.config.to_json())
         return folder
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
@@ -255,10 +256,3 @@ def _jitted(method: Callable[..., Any], cls: type[WorldModel], config: Any, dtyp
         return method(nnx.merge(graph, params), *args, **kwargs)
 
     return jax.jit(run)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    # A reader never sees half a file: rename is atomic within a folder.
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.errors import MissingDependencyError
+from worldloom.files import atomic_file
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db5", "#d9822b", "#3a8f4d", "#c23b3b", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#7d5ba6", "#5f9ea0")
@@ -52,7 +53,6 @@ def save_figure(figure: Any, path: str | Path) -> Path:
     """Write a PNG, so that a reader never sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")
     return path

@@ -10,6 +10,7 @@ import numpy as np
 
 from worldloom.config import check
 from worldloom.errors import DataError, MissingDependencyError
+from worldloom.files import atomic_file
 
 
 def save_gif(
@@ -53,11 +54,10 @@ def save_gif(
     duration = max(20, round(100 * stride / fps) * 10)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    pictures[0].save(
-        temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=True
-    )
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        pictures[0].save(
+            file, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=True
+        )
     return path
 
 
