@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from worldloom.errors import FileFormatError
+from worldloom.interop.archive import read_npz
 from worldloom.interop.pickles import read_dreamerv3_checkpoint, read_pickle
 from worldloom.interop.torch_file import read_torch
-from worldloom.safe_npz import read_npz
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 TREE = {

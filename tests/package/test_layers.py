@@ -15,7 +15,7 @@ PACKAGE = Path(worldloom.__file__).parent
 
 # A module may import from its own layer's package and from layers before it.
 LAYERS = [
-    ("errors", "files", "config", "devices", "state", "safe_npz", "_version"),
+    ("errors", "files", "config", "devices", "state", "_version"),
     ("ops",),
     ("nn",),
     ("optim",),

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import ConfigError, WeightsError
+from worldloom.interop.archive import read_npz
 from worldloom.interop.pickles import read_dreamerv3_checkpoint
 from worldloom.models.base import abstract_params, flatten, unflatten
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
-from worldloom.safe_npz import read_npz
 from worldloom.state import TrainState
 
 # The reference has 32 latents at every size, and its arrays tell only the product latents × classes.

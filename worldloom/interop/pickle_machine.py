@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from worldloom.errors import FileFormatError
-from worldloom.safe_npz import shorten
+from worldloom.interop.archive import shorten
 
 _MAX_OPCODES = 200_000  # the largest checkpoint of either official program takes some 30,000
 _MAX_DEPTH = 50

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import FileFormatError
+from worldloom.interop.archive import MAX_BYTES, array_from_bytes, file_size, shorten
 from worldloom.interop.pickle_machine import Call, Global, PickleReader, Unfinished, matches
-from worldloom.safe_npz import MAX_BYTES, array_from_bytes, file_size, shorten
 
 _DTYPES = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"})
 

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from worldloom.config import nearest
 from worldloom.errors import ConfigError, WeightsError
+from worldloom.interop.archive import read_npz
 from worldloom.interop.torch_file import read_torch
 from worldloom.models.base import flatten, unflatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
-from worldloom.safe_npz import read_npz
 from worldloom.state import TrainState
 
 Arrays = dict[str, NDArray[Any]]

@@ -5,7 +5,7 @@ tensors refer to storages by persistent ids ``("storage", torch.FloatStorage, ke
 ``NAME/data/KEY``, the bytes of each storage; and ``NAME/byteorder``. A tensor is a storage, an offset, a shape and
 strides, all counted in elements. (Source of these facts: ``torch/serialization.py: _save``, ``torch/_utils.py``.)
 
-The pickle is interpreted by :mod:`worldloom.interop.pickle_machine`, the archive by :mod:`worldloom.safe_npz`: nothing
+The pickle is interpreted by :mod:`worldloom.interop.pickle_machine`, the archive by :mod:`worldloom.interop.archive`: nothing
 in the file is imported or called, and its tensors may not take more memory than its size justifies.
 """
 
@@ -23,9 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import FileFormatError
+from worldloom.interop.archive import (
+    MAX_BYTES,
+    Archive,
+    array_from_bytes,
+    check_values,
+    file_size,
+    open_archive,
+    shorten,
+)
 from worldloom.interop.pickle_machine import Call, Global, Opaque, PickleReader
 from worldloom.interop.pickles import PLAIN_CALLS, PLAIN_NAMES
-from worldloom.safe_npz import MAX_BYTES, Archive, array_from_bytes, check_values, file_size, open_archive, shorten
 
 _DTYPES: Mapping[str, np.dtype] = {
     **{f"torch.{name}": np.dtype(name) for name in ("bool", "uint8", "uint16", "uint32", "uint64")},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from worldloom.errors import FileFormatError
-from worldloom.safe_npz import open_archive, read_npz
+from worldloom.interop.archive import open_archive, read_npz
 
 ARRAYS = {
     "float": np.arange(6.0).reshape(2, 3),
