@@ -1,7 +1,7 @@
-"""Do damaged or forged files crash, hang or swell a reader? Prints JSON; ``python benchmarks/hostile_files.py``.
+"""Can damaged or forged files crash a reader, hang it or exhaust memory? Prints JSON; ``python benchmarks/hostile_files.py``.
 
-Spoils the intact files of ``tests/interop/test_hostile_files.py`` and ``test_hostile_folders.py`` at random and reads
-them. Anything but the documented errors, more than a second of CPU or 2 MB of memory is a problem, and exit code 1.
+Damages intact files of ``tests/interop/test_hostile_files.py`` and ``test_hostile_folders.py`` at random and reads
+them. Any undocumented error, more than a second of CPU or 2 MB of memory is a problem, and exit code 1.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--files", type=int, default=10_000, help="in all, shared between readers and kinds of damage")
     parser.add_argument("--seed", type=int, default=2)
     options = parser.parse_args()
-    logging.disable(logging.ERROR)  # Orbax's, about files it cannot read
+    logging.disable(logging.ERROR)  # Orbax logs files that it cannot read
     sys.unraisablehook = lambda _: None
     suites = (test_hostile_files, test_hostile_folders)
     cases = [(suite, *case) for suite in suites for case in suite.CASES]
@@ -40,15 +40,15 @@ def main():
             (Path(temporary) / suite.__name__).mkdir()
             suite.write_sources(Path(temporary) / suite.__name__)
         before = resident_mib()
-        for number, (suite, read, spoil, name) in enumerate(cases):
+        for number, (suite, read, damage, name) in enumerate(cases):
             count = options.files * (number + 1) // len(cases) - options.files * number // len(cases)
-            source, target = Path(temporary) / suite.__name__ / name, Path(temporary) / "spoilt"
+            source, target = Path(temporary) / suite.__name__ / name, Path(temporary) / "damaged"
             allowed = getattr(suite, "ALLOWED", test_hostile_files.FileFormatError)
-            what = {"reader": read.__name__, "damage": spoil.__name__, "to": name}
+            what = {"reader": read.__name__, "damage": damage.__name__, "to": name}
             try:
                 read(source)
                 found = test_hostile_files.fuzz(
-                    read, spoil, source, target, count=count, seed=options.seed, allowed=allowed
+                    read, damage, source, target, count=count, seed=options.seed, allowed=allowed
                 )
             except (AssertionError, Failed) as error:
                 problems.append({**what, "problem": str(error)})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, dataclass_transform
 
 from worldloom.errors import ConfigError, FileFormatError, UnknownFieldError
+from worldloom.files import write_atomically
 
 T = TypeVar("T")
 
@@ -146,7 +147,7 @@ class BaseConfig:
         """All fields as indented JSON text, also written to ``path`` if one is given."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_atomically(path, text)
         return text
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Device strings in PyTorch users' habits, mapped to JAX devices. Nothing is configured at import time."""
+"""PyTorch-style device strings for JAX devices, and process-wide JAX settings; importing configures nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _PLATFORMS = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu", "cpu": "cpu"}
 
 
 def check_device_name(name: str) -> str:
-    """Return ``name`` if it is ``auto`` or a kind (``cpu cuda gpu tpu``), plain or with ``:N``; else raise."""
+    """Return ``name`` if it is ``auto``, or ``cpu``, ``cuda``, ``gpu`` or ``tpu`` with an optional ``:N``.
+
+    Raises ``ConfigError`` for anything else.
+    """
     if not isinstance(name, str) or not re.fullmatch(r"auto|(cpu|cuda|gpu|tpu)(:\d+)?", name):
         raise ConfigError(
             f"device={name!r} is not known; use 'auto', 'cpu', 'cuda', 'gpu', 'tpu', or a numbered one like 'cuda:1'."
@@ -27,10 +30,14 @@ def check_device_name(name: str) -> str:
 
 
 def resolve_device(name: str = "auto") -> jax.Device:
-    """The JAX device meant by ``name``.
+    """The JAX device that ``name`` stands for.
 
-    ``auto`` is JAX's default device. A kind without a number that is absent (``cuda`` on a laptop) falls back to
-    what JAX has and says so once; a numbered device that is absent raises ``DeviceError`` listing what is there.
+    ``auto`` is JAX's default device. A platform without a number that is missing (``cuda`` on a laptop) falls back to
+    the default device and logs a warning once.
+
+    Raises:
+      ConfigError: ``name`` is not a device string.
+      DeviceError: a numbered device does not exist; the message lists those that do.
     """
     check_device_name(name)
     default = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
@@ -38,24 +45,24 @@ def resolve_device(name: str = "auto") -> jax.Device:
         default = jax.devices(default)[0]
     if name == "auto":
         return default
-    kind, _, number = name.partition(":")
+    platform, _, number = name.partition(":")
     try:
-        found = jax.devices(_PLATFORMS[kind])
+        found = jax.devices(_PLATFORMS[platform])
     except RuntimeError:
         found = []
     if not number:
         if found:
             return default if default in found else found[0]
-        _say_once(f"device='{name}' is not available here; training on {default.device_kind} ({default.platform}).")
+        _warn_once(f"device='{name}' is not available here; training on {default.device_kind} ({default.platform}).")
         return default
     if int(number) < len(found):
         return found[int(number)]
     present = ", ".join(f"{d.platform}:{d.id} ({d.device_kind})" for d in {*jax.devices(), *jax.devices("cpu")})
-    raise DeviceError(f"device='{name}' is not here; JAX sees: {present}.")
+    raise DeviceError(f"device='{name}' does not exist; JAX sees: {present}.")
 
 
 def compute_dtype(precision: str, device: jax.Device | None = None) -> jnp.dtype:
-    """Dtype of activations: ``float32``, ``bfloat16``, or for ``auto`` bfloat16 on GPU and TPU and float32 on CPU."""
+    """Dtype of activations. ``auto`` means bfloat16 on GPU and TPU and float32 on CPU."""
     if precision == "auto":
         platform = (device or resolve_device()).platform
         precision = "float32" if platform == "cpu" else "bfloat16"
@@ -63,41 +70,44 @@ def compute_dtype(precision: str, device: jax.Device | None = None) -> jnp.dtype
 
 
 def keep_compiled_programs(folder: str | Path) -> Path:
-    """Let JAX keep what it compiles in ``folder``, for programs that want to start faster the next time.
+    """Turn on JAX's persistent compilation cache in ``folder``, so that the next process starts faster.
 
-    A folder that was chosen before, as with ``JAX_COMPILATION_CACHE_DIR``, stays. The command line chooses
-    ``WORLDLOOM_CACHE_DIR/compiled``; imports choose nothing.
+    A cache folder that is already set, for example by ``JAX_COMPILATION_CACHE_DIR``, stays in use. The command line
+    uses ``WORLDLOOM_CACHE_DIR/compiled``.
 
     Returns:
-      The folder in use.
+      The cache folder in use.
     """
     chosen = compiled_programs()
     if chosen is None:
         chosen = Path(folder).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(chosen))
-        # JAX leaves out what compiles within a second, of which a start has many.
+        # By default JAX does not cache programs that compile in less than a second, and a start compiles many.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return chosen
 
 
 def compiled_programs() -> Path | None:
-    """The folder where JAX keeps what it compiles, or None."""
+    """The folder of JAX's persistent compilation cache, or None if it is off."""
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
     return Path(folder) if folder else None
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in the process, for programs that train on a CPU; returns whether it could (glibc only).
+    """Make glibc keep freed memory in the process, which speeds up training on a CPU.
 
-    XLA asks for an update's temporary memory anew each time. glibc takes blocks of that size from the kernel and gives
-    them back, so that every page is faulted in and cleared again in every update: a third of the time of a DreamerV3
-    ``size1m`` update on two cores. After this call they come from a heap that only grows. It concerns the whole
-    process, and must come before JAX computes; the command line calls it, imports never do. Starting Python with
-    ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` has nearly the same effect.
+    XLA allocates the temporary memory of every update. glibc maps blocks of that size from the kernel and unmaps them
+    when freed, so every page is faulted in and zeroed again in every update: a third of the time of a DreamerV3
+    ``size1m`` update on two cores. After this call they come from a heap that only grows. The setting concerns the
+    whole process and must be made before JAX computes anything; the command line makes it, an import never does.
+    Starting Python with ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` has nearly the same effect.
 
-    Only the main thread's heap can grow that far, so ``jax_cpu_enable_async_dispatch`` is set to False too: on a CPU,
-    JAX then computes in the thread that calls it and makes it wait. Models whose update takes no longer than what the
-    host does meanwhile (``tdmpc2:tiny`` in environments) are better off without; they need little memory anyway.
+    Only the main thread's heap can grow that far, so ``jax_cpu_enable_async_dispatch`` is turned off too: on a CPU, JAX
+    then computes in the calling thread and blocks it. Models whose update takes no longer than the host's work in the
+    meantime (small ones that train online) are faster without this call, and need little memory anyway.
+
+    Returns:
+      Whether it succeeded: False without glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -109,5 +119,5 @@ def keep_freed_memory() -> bool:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     _log.warning(message)

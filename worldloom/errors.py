@@ -1,11 +1,11 @@
-"""Exceptions. Each derives from :class:`WorldloomError` and from the builtin a caller would expect to catch."""
+"""Exceptions. Each derives from :class:`WorldloomError` and from the built-in exception that callers would catch."""
 
 
 class WorldloomError(Exception):
-    """Base of everything that worldloom raises on purpose."""
+    """Base class of all errors that worldloom raises deliberately."""
 
     def __init__(self, *args: object):
-        # What a message quotes may come from a file, and be as long as the file.
+        # A message may quote a file's content, which can be as long as the file.
         super().__init__(*(f"{a[:700]} … {a[-200:]}" if isinstance(a, str) and len(a) > 950 else a for a in args))
 
 
@@ -14,35 +14,35 @@ class ConfigError(WorldloomError, ValueError):
 
 
 class UnknownFieldError(ConfigError, TypeError):
-    """A config was given a field it does not have; the message names the nearest one."""
+    """A config has no field of this name; the message suggests the nearest one."""
 
 
 class UnknownModelError(WorldloomError, LookupError):
-    """A model name or path names nothing; the message lists what there is."""
+    """No model has this name or path; the message lists the known ones."""
 
 
 class DataError(WorldloomError, ValueError):
-    """Arrays have a wrong shape, dtype, range or length, or hold NaN; nothing of them was stored."""
+    """Arrays have a wrong shape, dtype, range or length, or contain NaN; none of them was stored."""
 
 
 class FileFormatError(WorldloomError, ValueError):
-    """A file is truncated, damaged, too large for its header, or of a kind that is not read for safety."""
+    """A file is truncated, damaged, of a size that its header contradicts, or of a kind that is unsafe to read."""
 
 
 class WeightsError(WorldloomError, ValueError):
-    """Weights do not fit the model: missing, unexpected or differently shaped arrays."""
+    """Weights do not match the model: arrays are missing, unexpected or of another shape."""
 
 
 class DeviceError(WorldloomError, RuntimeError):
-    """A device that was asked for by number or kind is not there; the message lists what is."""
+    """The requested device does not exist; the message lists the devices that do."""
 
 
 class CheckpointError(WorldloomError, RuntimeError):
-    """A checkpoint could not be written, or none of those present can be read."""
+    """A checkpoint could not be written, or none of the existing ones can be read."""
 
 
 class NonFiniteError(WorldloomError, FloatingPointError):
-    """A loss or gradient became NaN or infinite; the message names step, term and the last good checkpoint."""
+    """A loss or gradient became NaN or infinite; the message names the step, the term and the last good checkpoint."""
 
 
 class EnvError(WorldloomError, RuntimeError):
@@ -50,4 +50,4 @@ class EnvError(WorldloomError, RuntimeError):
 
 
 class MissingDependencyError(WorldloomError, ImportError):
-    """An optional package is needed; the message says which extra brings it."""
+    """An optional package is missing; the message names the extra that installs it."""

@@ -1,4 +1,7 @@
-"""Optimizers of the reference programs as Optax transforms."""
+"""Parts of the reference programs' optimizers as Optax transforms.
+
+DreamerV3's are in ``embodied/jax/opt.py`` of danijar/dreamerv3; TD-MPC2 uses PyTorch's.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import optax
 
 
 def warmup_schedule(learning_rate: float, warmup_steps: int) -> optax.Schedule:
-    """``learning_rate · min(1, n / warmup_steps)`` where n counts updates from 0, so update 1 of a warm-up has rate 0.
+    """``learning_rate · min(1, n / warmup_steps)`` for update n = 0, 1, …: the first update has rate 0.
 
-    The counting is that of DreamerV3's optimizer; ``warmup_steps=0`` is constant from the first update on.
+    Counts as DreamerV3's optimizer does. ``warmup_steps=0`` means a constant rate from the first update on.
     """
     if warmup_steps == 0:
         return optax.constant_schedule(learning_rate)
@@ -20,10 +23,10 @@ def warmup_schedule(learning_rate: float, warmup_steps: int) -> optax.Schedule:
 
 
 def clip_by_agc(clip: float = 0.3, minimum_norm: float = 1e-3) -> optax.GradientTransformation:
-    """Adaptive gradient clipping per parameter *tensor*: ``g / max(1, ‖g‖ / (clip · max(minimum_norm, ‖p‖)))``.
+    """Adaptive gradient clipping per parameter tensor: ``g / max(1, ‖g‖ / (clip · max(minimum_norm, ‖p‖)))``.
 
-    Brock et al. 2021 clip per unit; DreamerV3 (``clip_by_agc``) takes whole-tensor L2 norms, biases and scales
-    included. ``clip=0`` turns it off.
+    Brock et al. 2021 (arXiv 2102.06171, section 4) clip per unit. DreamerV3 (``opt.py: clip_by_agc``) uses the L2 norm
+    of whole tensors, biases and scales included. ``clip=0`` turns it off.
     """
 
     def shrink(g: jax.Array, p: jax.Array) -> jax.Array:
@@ -39,7 +42,7 @@ def clip_by_agc(clip: float = 0.3, minimum_norm: float = 1e-3) -> optax.Gradient
 
 
 class LaPropState(NamedTuple):
-    """``step`` int32 [], first moment ``mu`` of the normalised gradient, second moment ``nu`` of the gradient."""
+    """``step`` int32 []; ``mu``, first moment of the normalised gradient; ``nu``, second moment of the gradient."""
 
     step: jax.Array
     mu: optax.Updates
@@ -47,10 +50,13 @@ class LaPropState(NamedTuple):
 
 
 def scale_by_laprop(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-20) -> optax.GradientTransformation:
-    """LaProp (Ziyin et al. 2020): momentum on the *normalised* gradient, both moments bias-corrected.
+    """LaProp (Ziyin et al. 2020, arXiv 2002.04839): momentum on the *normalised* gradient.
 
-    ν ← b2·ν + (1−b2)·g²;  u = g / (√ν̂ + eps);  μ ← b1·μ + (1−b1)·u;  the update is μ̂.
-    DreamerV3's ``scale_by_rms`` followed by ``scale_by_momentum``.
+    ν ← b2·ν + (1 − b2)·g²
+    u = g / (√ν̂ + eps)
+    μ ← b1·μ + (1 − b1)·u
+    The update is μ̂; hats are bias-corrected: ν̂ = ν / (1 − b2ⁿ), μ̂ = μ / (1 − b1ⁿ) in update n = 1, 2, ….
+    DreamerV3 composes it of ``opt.py: scale_by_rms`` and ``scale_by_momentum``.
     """
 
     def init(params: optax.Params) -> LaPropState:
@@ -70,9 +76,10 @@ def scale_by_laprop(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-20) -> o
 
 
 def clip_by_norm(maximum: float) -> optax.GradientTransformation:
-    """Scale all gradients together by ``min(1, maximum / (‖g‖ + 1e-6))`` as PyTorch's ``clip_grad_norm_`` does.
+    """Scale all gradients by ``min(1, maximum / (‖g‖ + 1e-6))``, where ‖g‖ is their global L2 norm.
 
-    ``maximum=0`` turns it off.
+    The 1e-6 is that of PyTorch's ``torch.nn.utils.clip_grad_norm_``, which TD-MPC2 uses; Optax's
+    ``clip_by_global_norm`` has none. ``maximum=0`` turns it off.
     """
 
     def update(updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None) -> tuple:
@@ -84,7 +91,7 @@ def clip_by_norm(maximum: float) -> optax.GradientTransformation:
 
 
 def decay_kernels(weight_decay: float) -> optax.GradientTransformation:
-    """Decoupled weight decay on matrices and convolutions only: leaves whose last path part is ``kernel``."""
+    """Decoupled weight decay of matrices and convolutions only: parameters named ``kernel``. 0 turns it off."""
 
     def kernels(params: optax.Params) -> optax.Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) == "kernel", params)

@@ -1,4 +1,4 @@
-"""The evidence that nothing is lost, run small; the scripts in ``benchmarks/`` print the full figures."""
+"""Small runs of the kill and damage benchmarks; the scripts in ``benchmarks/`` print the full figures."""
 
 import json
 import os
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script, *options):
-    """The JSON that a benchmark prints; it fails if the script does."""
+    """Run a benchmark and return the JSON that it prints; fails if the script fails."""
     found = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *map(str, options)],
         capture_output=True,
@@ -23,7 +23,7 @@ def run(script, *options):
 
 
 def test_five_kills_leave_no_trace(tmp_path):
-    """``kill -9`` at random moments; weights, optimizer, key, replay and log come out as if nothing had happened."""
+    """``kill -9`` at random moments; weights, optimizer, key, replay and log equal those of an undisturbed run."""
     figures = run("kill_resume.py", "--kills", 5, "--runs", "toy-online", "--steps", 100, "--folder", tmp_path)
     assert figures["equal"]
     assert figures["toy-online"]["kills"] == 5

@@ -1,4 +1,4 @@
-"""Runs beside each other, online, and the program around them: nobody draws from anybody else's randomness."""
+"""Concurrent online runs and the program around them do not share random number generators."""
 
 import random
 import sys
@@ -17,7 +17,7 @@ from worldloom.training.callbacks import EvalCallback
 
 
 def run(seed):
-    """60 updates in two environments, with evaluation; weights and the replay they came from."""
+    """60 updates in two environments with evaluation; returns the weights and the replay buffer."""
     with make_env("MountainCarContinuous-v0", 2, seed=seed, time_limit=20) as env, env.another(2, seed + 50) as other:
         shapes = {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
         config = TrainingConfig(batch_size=4, sequence_length=4, prefill=30, device="cpu", seed=seed)
@@ -33,7 +33,7 @@ def same(one, other):
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-def test_online_runs_beside_each_other_end_where_they_end_alone():
+def test_concurrent_online_runs_end_with_the_same_weights_as_alone():
     alone = [run(seed) for seed in (1, 2, 3)]
     assert not same(alone[0], alone[1])
     together = {}
@@ -47,7 +47,7 @@ def test_online_runs_beside_each_other_end_where_they_end_alone():
         assert same(together[number], expected)
 
 
-def test_the_generators_of_the_program_are_left_alone():
+def test_the_global_generators_of_the_program_are_not_used():
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
     before = random.getstate(), np.random.get_state()[1].copy(), np.random.get_state()[2]  # noqa: NPY002

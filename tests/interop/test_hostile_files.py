@@ -1,4 +1,4 @@
-"""Fuzzing of the readers of foreign files: damaged or made-up bytes end in FileFormatError, soon and in little memory.
+"""Fuzzing of the readers of foreign files: damaged or made-up bytes raise FileFormatError, quickly and in little memory.
 
 The mutations are seeded. CI runs some 1,700 files; ``-m slow`` runs 12,000.
 """
@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from worldloom.errors import FileFormatError
+from worldloom.interop.archive import read_npz
 from worldloom.interop.pickles import read_dreamerv3_checkpoint, read_pickle
 from worldloom.interop.torch_file import read_torch
-from worldloom.safe_npz import read_npz
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 TREE = {
@@ -53,7 +53,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def repacked(path: Path, rng: np.random.Generator) -> dict[str, bytes]:
-    """The entries of a zip file with one of them mutated, so that checksums do not give it away."""
+    """The entries of a zip file with one of them mutated; written again, their checksums match."""
     with zipfile.ZipFile(path) as file:
         entries = {info.filename: file.read(info) for info in file.infolist()}
     interesting = [name for name in entries if name.endswith((".pkl", ".npy"))]
@@ -91,7 +91,7 @@ def zip_entry(rng, source, path):
 
 
 def zip_directory(rng, source, path):
-    """Mutates only the headers: the table of contents at the end, or the first local header."""
+    """Mutates only the headers: the central directory at the end, or the first local header."""
     data = source.read_bytes()
     at = data.index(b"PK\x01\x02")
     path.write_bytes(data[:at] + mutate(data[at:], rng) if rng.random() < 0.8 else mutate(data[:64], rng) + data[64:])
@@ -140,7 +140,7 @@ def sources(tmp_path_factory):
 
 
 class Figures(NamedTuple):
-    """Of some spoilt files: how many there were and were refused; of the worst, CPU seconds and peak of memory."""
+    """Numbers of damaged and of refused files, and the CPU seconds and peak memory of the worst one."""
 
     files: int
     refused: int
@@ -149,7 +149,7 @@ class Figures(NamedTuple):
 
 
 def attempt(read, path: Path, allowed) -> tuple[str, float, int]:
-    """The refusal's message or "", the CPU seconds taken, and the peak of memory in bytes."""
+    """The error message or "", the CPU seconds used, and the peak memory in bytes."""
     message = ""
     tracemalloc.reset_peak()
     before, start = tracemalloc.get_traced_memory()[0], time.process_time()
@@ -160,14 +160,14 @@ def attempt(read, path: Path, allowed) -> tuple[str, float, int]:
     return message, time.process_time() - start, tracemalloc.get_traced_memory()[1] - before
 
 
-def fuzz(read, spoil, source: Path, path: Path, *, count: int, seed: int, allowed=FileFormatError) -> Figures:
-    """Reads ``count`` spoilt copies of ``source``. Fails on other errors, time or memory."""
+def fuzz(read, damage, source: Path, path: Path, *, count: int, seed: int, allowed=FileFormatError) -> Figures:
+    """Reads ``count`` damaged copies of ``source``. Fails on other errors, time or memory."""
     rng = np.random.default_rng(seed)
     refused, slowest, most = 0, 0.0, 0
     tracemalloc.start()
     try:
         for number in range(count):
-            spoil(rng, source, path)
+            damage(rng, source, path)
             try:
                 message, seconds, peak = attempt(read, path, allowed)
                 if seconds > 1 or peak > 2_000_000:  # a machine that swaps; modules that are read once
@@ -183,14 +183,14 @@ def fuzz(read, spoil, source: Path, path: Path, *, count: int, seed: int, allowe
     return Figures(count, refused, slowest, most)
 
 
-@pytest.mark.parametrize(("read", "spoil", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
-def test_spoilt_files_are_refused_soon_and_in_little_memory(read, spoil, name, sources, tmp_path):
+@pytest.mark.parametrize(("read", "damage", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
+def test_damaged_files_are_refused_quickly_and_in_little_memory(read, damage, name, sources, tmp_path):
     read(sources / name)
-    figures = fuzz(read, spoil, sources / name, tmp_path / "spoilt", count=110, seed=0)
+    figures = fuzz(read, damage, sources / name, tmp_path / "damaged", count=110, seed=0)
     assert figures.refused > 50  # some edits change a number or a name only, and give another valid file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("read", "spoil", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
-def test_many_more_spoilt_files(read, spoil, name, sources, tmp_path):
-    assert fuzz(read, spoil, sources / name, tmp_path / "spoilt", count=750, seed=1).refused > 300
+@pytest.mark.parametrize(("read", "damage", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
+def test_many_more_damaged_files(read, damage, name, sources, tmp_path):
+    assert fuzz(read, damage, sources / name, tmp_path / "damaged", count=750, seed=1).refused > 300

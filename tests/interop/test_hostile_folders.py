@@ -119,7 +119,7 @@ def read_replay(path):
 
 @contextlib.contextmanager
 def small_blocks():
-    """Memory is taken in blocks; of 32 MiB, they would hide what a reader takes."""
+    """Smaller memory blocks: those of 32 MiB would hide how much a reader allocates."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("worldloom.replay.rows.BLOCK_BYTES", 256)
         yield
@@ -137,7 +137,7 @@ def store_reference(rng, source, path):
 
 
 def store_chunk(rng, source, path):
-    """One chunk file changed, and its name and checksum with it."""
+    """Changes one chunk file, and its name and checksum accordingly."""
     fresh_copy(source, path)
     reference = json.loads((path / "reference.json").read_text())
     kind = str(rng.choice(["rows", "latents"]))
@@ -197,7 +197,7 @@ def read_run(path):
 
 
 def template():
-    """The state of a run as small as can be; made once."""
+    """The state of a minimal run, created once."""
     from toy_family import ToyConfig, ToyWorldModel
 
     from worldloom.training import Trainer
@@ -256,10 +256,10 @@ def sources(tmp_path_factory):
     return folder
 
 
-# Orbax gives up at the first array, and the answers for the others come when nobody waits any more.
+# Orbax stops at the first unreadable array; the errors of the others arrive when nothing awaits them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(("read", "spoil", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
-def test_spoilt_folders_are_refused_soon_and_in_little_memory(read, spoil, name, sources, tmp_path):
+@pytest.mark.parametrize(("read", "damage", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
+def test_damaged_folders_are_refused_quickly_and_in_little_memory(read, damage, name, sources, tmp_path):
     read(sources / name)
-    figures = fuzz(read, spoil, sources / name, tmp_path / "spoilt", count=60, seed=0, allowed=ALLOWED)
+    figures = fuzz(read, damage, sources / name, tmp_path / "damaged", count=60, seed=0, allowed=ALLOWED)
     assert figures.refused > 20  # Some edits change a number or a name only.

@@ -1,4 +1,4 @@
-"""The restricted pickle reader: what it admits comes back equal, and nothing else runs, hangs or takes memory."""
+"""The restricted pickle reader: allowed values come back equal, and nothing else runs, hangs or takes memory."""
 
 import builtins
 import collections
@@ -53,11 +53,11 @@ def same(got, expected) -> bool:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("name", VALUES)
-def test_admitted_values_come_back_equal(name, protocol):
+def test_allowed_values_come_back_equal(name, protocol):
     assert same(read_pickle(pickle.dumps({name: VALUES[name]}, protocol)), {name: VALUES[name]})
 
 
-def test_values_that_share_and_names_of_numpy_1(tmp_path):
+def test_shared_values_and_module_names_of_numpy_1(tmp_path):
     array = np.arange(3.0)
     data = pickle.dumps({"a": array, "b": [array, array]}, 4)
     old = data.replace(b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray").replace(
@@ -74,7 +74,7 @@ def test_bytearrays_of_protocol_5_come_as_bytes():
     assert read_pickle(pickle.dumps(bytearray(b"abc"), 5)) == b"abc"
 
 
-# Hostile pickles. `Call(f, x)` pickles as an instruction to call f(x), as any attacker writes it.
+# Hostile pickles. `Call(f, x)` pickles as an instruction to call f(x), as an attacker would write it.
 
 
 class Call:
@@ -228,7 +228,7 @@ def array_pickle(shape: tuple[int, ...], data: bytes = b"\0" * 16, dtype: str = 
     return pickle.dumps(Array(), 4)
 
 
-def test_declared_sizes_are_compared_with_the_bytes_there():
+def test_declared_sizes_are_compared_with_the_actual_bytes():
     assert read_pickle(array_pickle((2, 2))).shape == (2, 2)
     for shape in [
         (2**60,),
@@ -257,16 +257,16 @@ def test_declared_sizes_are_compared_with_the_bytes_there():
         b"Nr\xff\xff\xff\x7fN",  # LONG_BINPUT: the C implementation would take 16 GiB for its memo
     ],
 )
-def test_lengths_are_compared_with_the_bytes_left(opcodes):
+def test_lengths_are_compared_with_the_remaining_bytes(opcodes):
     refuse(b"\x80\x04" + opcodes + b".", peak_bytes=100_000)
 
 
 def doubling(make_pair: bytes, levels: int = 60) -> bytes:
-    """Each level holds the one below twice: 2^levels leaves when unfolded."""
+    """Each level refers to the one below twice: 2^levels leaves when expanded."""
     return b"\x80\x04" + b"N" + b"".join(b"\x94h%c" % level + make_pair for level in range(levels)) + b"."
 
 
-def test_shared_references_do_not_unfold_without_bound():
+def test_shared_references_expand_within_a_bound():
     refuse(doubling(b"\x86"), peak_bytes=1_000_000, match="unfolds")
     key = b"\x80\x04}" + doubling(b"\x86")[2:-1] + b"Ns."  # hash() of this tuple would take until the sun burns out
     refuse(key, peak_bytes=1_000_000, match="key, a tuple")
@@ -284,7 +284,7 @@ def test_many_small_opcodes_are_bounded():
         refuse(b"\x80\x04" + opcode * 1_000_000 + b".", peak_bytes=60_000_000, match="more than 200000 pickle opcodes")
 
 
-def test_copies_are_paid_from_a_budget_in_proportion_to_the_file():
+def test_copies_are_charged_to_a_budget_proportional_to_the_file():
     text = b"X" + struct.pack("<I", 1_000_000) + b"a" * 1_000_000
     encode = b"h\x01h\x00X\x06\x00\x00\x00latin1\x86R0"
     copies = b"\x80\x04" + text + b"\x94" + b"c_codecs\nencode\n\x94" + encode.replace(b"0", b"") * 10_000 + b"."
@@ -328,7 +328,7 @@ PARAMS = {
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """``logdir/ckpt`` as elements.Checkpoint 3.22 lays it out."""
+    """``logdir/ckpt`` as elements.Checkpoint 3.22 writes it."""
     folder = tmp_path / "ckpt"
     save = folder / "20250601T120000F123456"
     save.mkdir(parents=True)
@@ -378,7 +378,7 @@ def test_unfinished_save_is_refused(checkpoint):
 @pytest.mark.parametrize(
     "name", ["../other", "/etc", "..", ".", "", "a/b", "a\\b", "a\nb", "x" * 5000, "a\0b", "missing"]
 )
-def test_latest_cannot_lead_elsewhere(checkpoint, tmp_path, name):
+def test_latest_cannot_point_out_of_the_folder(checkpoint, tmp_path, name):
     shutil.copytree(checkpoint / (checkpoint / "latest").read_text(), tmp_path / "other")
     (checkpoint / "latest").write_text(name)
     with pytest.raises(FileFormatError, match=r"latest|done"):

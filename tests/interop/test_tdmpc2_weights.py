@@ -1,4 +1,4 @@
-"""Weights of the TD-MPC2 reference program: three layouts in, today's out."""
+"""Weights of the TD-MPC2 reference program: three layouts are read, the current one is written."""
 
 import re
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_bookkeeping_and_copies_are_ignored_and_missing_targets_are_copied(golde
     jax.tree.map(np.testing.assert_array_equal, online.params["q"], online.params["target_q"])
 
 
-def test_tasks_tell_episode_lengths_and_action_dimensions(golden):
+def test_tasks_determine_episode_lengths_and_action_dimensions(golden):
     official = weights_of(golden("tdmpc2-single-s0"))
     gamma = lambda task: load_official_tdmpc2(official, task=task).config.discounts[0]  # noqa: E731
     assert gamma("walker-run") == pytest.approx(0.99)
@@ -129,7 +129,7 @@ def test_published_task_sets(task, num_tasks):
     assert set(loaded.action_dims[30:]) <= {4}
 
 
-def test_weights_that_do_not_fit_are_named(golden):
+def test_weights_that_do_not_match_are_named(golden):
     official = weights_of(golden("tdmpc2-single-s0"))
     without = {name: value for name, value in official.items() if name != "_reward.1.ln.bias"}
     with pytest.raises(WeightsError, match=r"_reward\.1\.ln\.bias is missing"):

@@ -239,7 +239,7 @@ def test_the_same_attack_works_on_pickle_itself(tmp_path):
     os.remove(marker)
 
 
-def test_stubs_swallow_what_their_objects_hold(archive):
+def test_stubs_drop_the_contents_of_their_objects(archive):
     made = b"cmy.module\nClass\n)\x81}b" + text("k") + b"Ns" + b"N" + b"a" + b"(NNe" + b"(" + text("k") + b"Nu"
     got = read_torch(archive(made), stub_unknown=True)
     assert isinstance(got, Opaque)
@@ -261,7 +261,7 @@ def test_stubs_swallow_what_their_objects_hold(archive):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_entries_are_where_they_should_be(archive, entries, message):
+def test_misplaced_or_missing_entries_are_refused(archive, entries, message):
     with pytest.raises(FileFormatError, match=message):
         read_torch(archive(tensor(), entries=entries))
 
@@ -273,7 +273,7 @@ def test_foreign_byte_order_and_compression_are_refused(archive):
         read_torch(archive(tensor(), compress=zipfile.ZIP_DEFLATED))
 
 
-def test_flipped_storage_byte_is_noticed(archive):
+def test_a_flipped_byte_of_a_storage_is_detected(archive):
     path = archive(tensor())
     data = path.read_bytes()
     assert data.count(bytes(range(16))) == 1
@@ -293,7 +293,7 @@ def test_many_references_to_one_storage_stay_cheap(archive):
 
 
 def test_a_long_shape_used_often_stays_cheap(archive):
-    """A shape of 50,000 axes, memoized: looking through it at every use would take minutes."""
+    """A memoized shape of 50,000 axes: scanning it at every use would take minutes."""
     shape = b"(" + b"K\x01" * 50_000 + b"t\x94"
     call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + integer(0) + b"h\x00h\x00\x89}tR"
     start = time.process_time()

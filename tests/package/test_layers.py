@@ -15,7 +15,9 @@ PACKAGE = Path(worldloom.__file__).parent
 
 # A module may import from its own layer's package and from layers before it.
 LAYERS = [
-    ("errors", "config", "devices", "state", "safe_npz", "spaces", "_version"),
+    ("errors", "files", "config", "devices", "spaces", "xla_workarounds", "_version"),
+    ("algorithm",),
+    ("families",),
     ("ops",),
     ("nn",),
     ("optim",),

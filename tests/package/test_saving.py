@@ -165,9 +165,9 @@ def test_devices():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="speaks of a machine without a GPU")
 def test_cuda_without_a_gpu_says_so_once(caplog):
-    from worldloom.devices import _say_once
+    from worldloom.devices import _warn_once
 
-    _say_once.cache_clear()
+    _warn_once.cache_clear()
     for _ in range(3):
         assert resolve_device("cuda").platform == "cpu"
     assert [record.getMessage() for record in caplog.records] == [

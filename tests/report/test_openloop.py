@@ -1,4 +1,4 @@
-"""Open-loop reports on a DreamerV3 model, and on an oracle whose error is known."""
+"""Open-loop predictions of a DreamerV3 model, and of an oracle with a known error."""
 
 import jax
 import numpy as np
@@ -56,8 +56,8 @@ def test_observed_rows_are_reconstructed_and_the_rest_imagined(model, batch):
     assert report.rmse()["camera"].shape == (T,)
 
 
-def test_what_is_not_observed_does_not_matter(model, batch):
-    """The second half is imagined: other recorded rows there change the truth, not the prediction."""
+def test_rows_that_are_not_observed_do_not_change_the_prediction(model, batch):
+    """The second half is imagined: changing the recorded rows there changes the truth, not the prediction."""
     before = open_loop(model, batch)
     assert before.observed == T // 2
     batch["obs"]["joints"][:, T // 2 :] += 3.0
@@ -88,7 +88,7 @@ def test_strip_of_a_known_error():
     np.testing.assert_allclose(off.rmse()["obs"], 2.5)
 
 
-def test_windows_that_show_nothing_are_refused(model, batch):
+def test_sequences_that_cannot_be_evaluated_are_refused(model, batch):
     with pytest.raises(DataError, match="give 1 to 5"):
         open_loop(model, batch, observed=T)
     batch["is_first"][1, 3] = True

@@ -1,4 +1,4 @@
-"""Pictures of a run: what is drawn, read back from the axes or the files; and what is said when it cannot be."""
+"""Plots and videos of a run, read back from the axes or the files; and the errors when they cannot be drawn."""
 
 import json
 import sys
@@ -19,28 +19,28 @@ Image = pytest.importorskip("PIL.Image")
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are drawn, to look at their lines."""
+    """The figures that are drawn, as (figure, axes)."""
     import worldloom.report.curves
     import worldloom.report.imagination
 
     figures = []
 
-    def remember(*args, **kwargs):
+    def record(*args, **kwargs):
         figures.append(new_figure(*args, **kwargs))
         return figures[-1]
 
     for module in (worldloom.report.curves, worldloom.report.imagination):
-        monkeypatch.setattr(module, "new_figure", remember)
+        monkeypatch.setattr(module, "new_figure", record)
     return figures
 
 
 def is_picture(path):
     with Image.open(path) as picture:
-        # Somebody drew something: a blank sheet has one colour.
+        # A blank image has one colour.
         return picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 20)) > 3
 
 
-def test_records_are_read_and_a_torn_line_left_out(tmp_path):
+def test_records_are_read_and_a_truncated_line_is_skipped(tmp_path):
     lines = [{"step": 1, "env_steps": 10, "a": 2.0}, {"step": 2, "env_steps": 20, "a": None}, {"step": 3, "b": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "a"')
     records = read_records(tmp_path / "metrics.jsonl")
@@ -51,7 +51,7 @@ def test_records_are_read_and_a_torn_line_left_out(tmp_path):
     np.testing.assert_array_equal(points(records, "b")[0], [3])
 
 
-def test_returns_are_drawn_with_their_spread_against_environment_steps(tmp_path, drawn):
+def test_returns_are_drawn_with_their_standard_deviation_against_environment_steps(tmp_path, drawn):
     records = [
         {"step": 0, "env_steps": 100, "collect/return": 1.0},
         {"step": 50, "env_steps": 200, "eval/return": 3.0, "eval/return_std": 0.5},
@@ -81,7 +81,7 @@ def test_offline_every_loss_term_has_its_panel(tmp_path, drawn):
     assert total.get_xlabel() == "updates"
 
 
-def test_nothing_to_draw_is_said(tmp_path):
+def test_records_without_a_curve_are_an_error(tmp_path):
     with pytest.raises(DataError, match="no curve"):
         learning_curve([{"step": 1, "fps/update": 3.0}], tmp_path / "curve.png")
     assert not (tmp_path / "curve.png").exists()
@@ -161,7 +161,7 @@ def test_long_and_large_videos_shrink_but_keep_the_end(tmp_path):
         ([np.zeros((4, 4, 3), np.uint8)], {"max_frames": 0}, ConfigError),
     ],
 )
-def test_what_is_no_video_is_refused(frames, options, error, tmp_path):
+def test_frames_that_are_no_video_are_refused(frames, options, error, tmp_path):
     with pytest.raises(error):
         save_gif(frames, tmp_path / "a.gif", **options)
     assert not list(tmp_path.iterdir())

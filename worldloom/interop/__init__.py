@@ -1,4 +1,4 @@
-"""Weights of the official programs, in and out. The names below are imported when first used."""
+"""Import and export of the official programs' weights. The public names are imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights of ``danijar/dreamerv3`` by its flat names (``dyn/dyngru/kernel``), in and out."""
+"""Import and export of the weights of DreamerV3's reference program, ``danijar/dreamerv3``.
+
+Its weights have flat names such as ``dyn/dyngru/kernel``, after the modules of ``dreamerv3/agent.py`` and ``rssm.py``.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import ConfigError, WeightsError
+from worldloom.interop.archive import read_npz
 from worldloom.interop.pickles import read_dreamerv3_checkpoint
 from worldloom.models.base import abstract_params, flatten, unflatten
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
-from worldloom.safe_npz import read_npz
 from worldloom.state import TrainState
 
-# The reference has 32 latents at every size, and its arrays tell only the product latents × classes.
+# The reference has 32 latents at every size; its arrays determine only the product latents × classes.
 _LATENTS = 32
-# Its KL scales, dynamics 1.0 and representation 0.1, in this library's terms.
+# Its KL scales, 1.0 for dynamics and 0.1 for representation, in terms of this library's config.
 _KL = {"kl_scale": 1.1, "kl_balance": 1 / 1.1}
 _MODULES = ("enc", "dyn", "dec", "rew", "con", "pol", "val", "slowval", "retnorm")
-# Layers by name; a norm inside one is called <layer>norm there. Last group: MLPs that number layers and norms apart.
+# (pattern of our layer name, name in the reference); the first match counts. A layer's norm is called <layer>norm there.
+# The last group are MLPs, which number linear layers and norms separately.
 _LAYERS = (
     (r"encoder\.mlp\.layers\.(\d+)", r"enc/mlp\1"),
     (r"encoder\.cnn\.(\d+)", r"enc/cnn\1"),
@@ -69,29 +73,29 @@ def load_official_dreamerv3(
     action_type: Any = "continuous",
     **overrides: Any,
 ) -> DreamerV3WorldModel:
-    """A world model with the weights of the reference program; sizes are inferred from the arrays.
+    """Build a world model with weights of the reference program; sizes are inferred from the arrays.
 
     Args:
       path_or_params: a checkpoint folder or ``agent.pkl`` of the reference program, an ``.npz`` file, or a mapping of
-        flat names to arrays. Names may carry the prefix ``params/``; optimizer state is ignored, a missing slow
-        critic is a copy of the critic, and a missing return range starts at 0.
-      obs_shape: as in ``DreamerV3Config``. Give a mapping where the environment's key is not ``image`` or ``vector``.
-      action_dim: likewise; a mapping where the key is not ``action``.
-      action_type: likewise.
-      **overrides: further config fields. The arrays tell the product of latents and classes only: where there are
-        not 32 latents as in all sizes of the reference, ``num_categories`` is needed.
+        flat names to arrays. Names may have the prefix ``params/``. Optimizer state is ignored, a missing slow critic
+        is copied from the critic, and a missing return range starts at 0.
+      obs_shape: as in ``DreamerV3Config``; a mapping if the environment's key is not ``image`` or ``vector``.
+      action_dim: as in ``DreamerV3Config``; a mapping if the environment's key is not ``action``.
+      action_type: as in ``DreamerV3Config``.
+      **overrides: further config fields. The arrays determine only the product latents × classes: without the 32
+        latents of all sizes of the reference, ``num_categories`` must be given.
 
     Raises:
       FileFormatError: the file is damaged or holds more than arrays.
-      WeightsError: arrays are missing, unexpected or misshapen for these shapes.
-      ConfigError: the number of classes cannot be known.
+      WeightsError: arrays are missing, unexpected or of another shape than these arguments need.
+      ConfigError: the number of classes cannot be inferred.
     """
     arrays = _read(path_or_params)
     inferred = _infer_sizes(arrays) | {"obs_shape": obs_shape, "action_dim": action_dim, "action_type": action_type}
     if "num_categories" not in overrides:
         inferred["num_categories"] = _infer_categories(overrides.get("stoch_dim", inferred["stoch_dim"]))
     config = DreamerV3Config(**{**inferred, **_KL, **overrides})
-    _check_fit(config, arrays)
+    _check_shapes(config, arrays)
     model = DreamerV3WorldModel(config)
     own = flatten(model.params)
     model.load_params(unflatten({name: arrays[official_name(name)] for name in own}))
@@ -99,10 +103,10 @@ def load_official_dreamerv3(
 
 
 def to_official_dreamerv3(model: DreamerV3WorldModel | TrainState) -> dict[str, NDArray[Any]]:
-    """All weights under the reference program's flat names, slow critic, its counter and return range included.
+    """All weights by the reference program's flat names, including slow critic, its update counter and return range.
 
-    Names, shapes and values are those that :func:`load_official_dreamerv3` read. The counter of slow-critic updates
-    is the state's step, 0 for a bare model.
+    Names, shapes and values are those that :func:`load_official_dreamerv3` reads. The counter is the step of a
+    ``TrainState``, and 0 for a model.
     """
     weights = flatten(jax.device_get(model.params))
     named = {official_name(name): np.array(value) for name, value in weights.items()}
@@ -111,7 +115,7 @@ def to_official_dreamerv3(model: DreamerV3WorldModel | TrainState) -> dict[str, 
 
 
 def official_name(name: str) -> str:
-    """The reference program's name of one of our flat weight names (``rssm.core.gates.kernel``)."""
+    """The reference program's name of our weight ``name`` (``rssm.core.gates.kernel`` → ``dyn/dyngru/kernel``)."""
     matches = ((re.match(pattern + r"(?=\.|$)", name), layer) for pattern, layer in _LAYERS)
     found, layer = next((match, layer) for match, layer in matches if match)
     layer, rest = found.expand(layer), name[found.end() :]
@@ -124,6 +128,7 @@ def official_name(name: str) -> str:
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a file or mapping by flat names, without optimizer state and with the defaults filled in."""
     if isinstance(source, Mapping):
         arrays = dict(source)
     elif Path(source).suffix == ".npz":
@@ -141,6 +146,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _infer_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Config fields that follow from names and shapes of the arrays."""
+
     def shape(name: str) -> tuple[int, ...]:
         if name not in arrays:
             raise WeightsError(f"{name} is missing: these are not the weights of a DreamerV3 reference agent.")
@@ -168,13 +175,14 @@ def _infer_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def _infer_categories(stoch_dim: int) -> int:
     if stoch_dim % _LATENTS or stoch_dim == _LATENTS:
         raise ConfigError(
-            f"The arrays tell latents × classes = {stoch_dim}, not the number of classes, and {stoch_dim} is not a "
-            f"multiple of the reference's {_LATENTS} latents; give num_categories=…"
+            f"The arrays give latents × classes = {stoch_dim}, not the number of classes, and {stoch_dim} is not 2 or "
+            f"more times the reference's {_LATENTS} latents; give num_categories=…"
         )
     return stoch_dim // _LATENTS
 
 
-def _check_fit(config: DreamerV3Config, arrays: Mapping[str, Any]) -> None:
+def _check_shapes(config: DreamerV3Config, arrays: Mapping[str, Any]) -> None:
+    """Raise ``WeightsError`` naming the arrays that are missing, unexpected or of another shape."""
     own = flatten(abstract_params(DreamerV3WorldModel, config))
     expected = {official_name(name): tuple(leaf.shape) for name, leaf in own.items()}
     problems = [f"{name} is missing" for name in expected if name not in arrays]

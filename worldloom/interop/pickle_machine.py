@@ -1,19 +1,20 @@
-"""The stack machine that pickles are programs for, without the instructions that could run something.
+"""An interpreter of pickles that cannot import or call anything: the stack machine without its unsafe instructions.
 
-Two of a pickle's instructions, "look up this global" and "call it", make it able to do anything. :class:`PickleReader`
-interprets the opcodes itself: a global is never more than its *name*, and a call is a look-up of that name in a table
-of functions written in this package.
+A pickle is a program for a stack machine (opcodes: protocol 2, PEP 307; protocol 4, PEP 3154; protocol 5, PEP 574; all
+are described in :mod:`pickletools`). Two instructions, "look up this global" and "call it", let it run anything.
+:class:`PickleReader` interprets the opcodes itself: a global is only a *name*, and calling it looks the name up in a
+table of functions of this package.
 
 The alternative, ``pickle.Unpickler`` with an allow-list in ``find_class``, is shorter and weaker:
 
-- It hands out the *real* callables, so safety rests on how ``numpy.ndarray``, ``numpy.dtype`` or ``_reconstruct``
-  behave on arguments and state chosen by a stranger. Here nothing is imported and there is nothing foreign to call.
-- Its C implementation takes memory before anyone can object: a memo slot numbered 2³¹ takes 16 GiB for a file of ten
-  bytes. Here every length is compared with the bytes that are left, every opcode is counted, and a budget in
-  proportion to the file's size pays for whatever copies data.
-- It builds structures that hang their reader: shared references that unfold to 2⁶⁰ nodes, tuples whose hash takes as
-  long or overflows the C stack, a list that contains itself. Here keys are scalars, and the result is a plain tree,
-  unfolded within a bound on nodes and depth.
+- It uses the *real* callables, so safety depends on how ``numpy.ndarray``, ``numpy.dtype`` or ``_reconstruct`` treat
+  arguments and state chosen by an attacker. Here nothing is imported and no foreign code is called.
+- Its C implementation allocates without a check: a memo index of 2³¹ allocates 16 GiB for a file of ten bytes. Here
+  every length is compared with the remaining bytes, every opcode is counted, and all copies are charged to a budget
+  proportional to the file's size.
+- It builds structures that hang whoever reads them: shared references that expand to 2⁶⁰ nodes, tuples whose hash takes
+  as long or overflows the C stack, a list that contains itself. Here keys are scalars, and the result is a plain tree
+  with bounded depth and number of nodes.
 """
 
 from __future__ import annotations
@@ -31,41 +32,41 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from worldloom.errors import FileFormatError
-from worldloom.safe_npz import shorten
+from worldloom.interop.archive import shorten
 
-_MAX_OPCODES = 200_000  # the largest checkpoint of either official program takes some 30,000
+_MAX_OPCODES = 200_000  # the largest checkpoint of the official programs has about 30,000
 _MAX_DEPTH = 50
 
 Call = Callable[["PickleReader", tuple[Any, ...]], object]
-"""What stands for a foreign callable: takes the reader and the call's arguments, checks them, gives a plain value."""
+"""Replacement for a foreign callable, (reader, arguments) → plain value; it validates the arguments."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Global:
-    """A class or function that a pickle mentions; ``name`` is ``"module.attribute"``, and nothing else is known."""
+    """A class or function that a pickle refers to, as its name ``"module.attribute"`` only."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Opaque:
-    """Stands in a result for what was not read: an object of an unknown class, whose contents were dropped."""
+    """Placeholder in a result for an object of an unknown class, whose contents were dropped."""
 
     class_name: str
 
 
 class Unfinished:
-    """Something that REDUCE announces and BUILD gives its contents: ``finish`` checks them and sets ``value`` once."""
+    """An object that REDUCE creates empty and BUILD fills: ``finish`` validates the state and sets ``value`` once."""
 
     value: Any = None
 
     def finish(self, reader: PickleReader, state: Any) -> None:
-        """Set ``value`` from BUILD's ``state``, or refuse the file."""
+        """Set ``value`` from the ``state`` of BUILD, or refuse the file."""
         raise NotImplementedError
 
 
 def matches(value: object, pattern: object) -> bool:
-    """Whether ``value`` equals ``pattern``, a scalar or tuple, in type too; safe where ``==`` would meet an array."""
+    """Whether ``value`` equals ``pattern``, a scalar or tuple, in types too; safe for arrays, unlike ``==``."""
     if isinstance(pattern, tuple):
         return isinstance(value, tuple) and len(value) == len(pattern) and all(map(matches, value, pattern))
     return type(value) is type(pattern) and value == pattern
@@ -80,7 +81,7 @@ _HARMLESS_BUILTINS = frozenset(
 def is_dangerous(name: str) -> bool:
     """Whether ``name`` is a global of the standard library other than a class of plain values.
 
-    No line of defence, for nothing is called here: it tells a hostile file from one with foreign objects.
+    Safety does not depend on it, since nothing is called: it tells hostile files from files with foreign objects.
     """
     module, _, attribute = name.partition(".")
     harmless = module in _HARMLESS_MODULES or (module == "builtins" and attribute in _HARMLESS_BUILTINS)
@@ -88,12 +89,17 @@ def is_dangerous(name: str) -> bool:
 
 
 class PickleReader:
-    """Interprets one pickle of ``size`` bytes from ``stream``; ``source`` names it in messages.
+    """Interprets one pickle.
 
-    ``calls`` maps the names of admitted callables to what computes their result here; ``names`` are admitted as
-    arguments only. With ``stub_unknown``, objects of other classes become :class:`Opaque`, except that the mere name of
-    anything for which :func:`is_dangerous` holds is refused all the same. ``persistent_load`` turns a persistent id
-    into a value. ``budget`` bounds the bytes that are copied or looked through; by default four times ``size``.
+    Args:
+      stream: the pickle; ``size`` is its length in bytes.
+      source: its name in error messages.
+      calls: replacements of the allowed callables, by name.
+      names: globals that are allowed as arguments only.
+      stub_unknown: objects of other classes become :class:`Opaque` instead of an error. The mere name of a global for
+        which :func:`is_dangerous` holds is refused all the same.
+      persistent_load: function persistent id → value; None refuses persistent ids.
+      budget: bytes that may be copied or scanned; None means four times ``size`` and 64 KiB.
     """
 
     def __init__(
@@ -121,14 +127,14 @@ class PickleReader:
         self._memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """Interpret the pickle to its end; what it describes, as a tree of containers, scalars and arrays.
+        """Interpret the whole pickle and return its value: a tree of containers, scalars and arrays.
 
-        Raises ``FileFormatError`` for everything that is not admitted, does not fit its bounds, or is damaged.
+        Raises ``FileFormatError`` if the pickle is damaged, exceeds a bound, or holds anything that is not allowed.
         """
-        if self.take(1) != pickle.PROTO or self.take(1)[0] not in (2, 3, 4, 5):
+        if self.read(1) != pickle.PROTO or self.read(1)[0] not in (2, 3, 4, 5):
             self.refuse("is not a pickle of protocol 2 to 5")
         count = 0
-        while (opcode := self.take(1)) != pickle.STOP:
+        while (opcode := self.read(1)) != pickle.STOP:
             count += 1
             if count > _MAX_OPCODES:
                 self.refuse(f"has more than {_MAX_OPCODES} pickle opcodes")
@@ -136,27 +142,28 @@ class PickleReader:
             if instruction is None:
                 self.refuse(f"uses the pickle opcode {_opcode_name(opcode)}, which files of arrays never need")
             instruction(self)
+        # STOP must be the last byte and leave exactly one value.
         if self._left or self._marks or len(self._stack) != 1:
             self.refuse("does not end where its pickle ends; it is damaged")
-        return _Tree(self, max_nodes=4 * count + 1).plain(self._stack[0])
+        return _TreeBuilder(self, max_nodes=4 * count + 1).build(self._stack[0])
 
     def refuse(self, why: str) -> NoReturn:
-        """Raise the ``FileFormatError`` that says ``why`` this file is not read."""
+        """Raise a ``FileFormatError`` that says ``why`` this file is not read."""
         raise FileFormatError(f"{self.source} {why}.")
 
     def check(self, condition: bool, what: str) -> None:
-        """Refuse the file unless ``condition``: ``what`` is not as the programs that write such files write it."""
+        """Refuse the file unless ``condition`` holds: ``what`` has a form that no writer of such files produces."""
         if not condition:
             self.refuse(f"has a malformed {what}; it is damaged or was made to mislead")
 
     def charge(self, nbytes: int) -> None:
-        """Pay for ``nbytes`` about to be copied or looked through; refuses the file when its budget is spent."""
+        """Charge ``nbytes`` about to be copied or scanned to the budget; refuses the file when it is spent."""
         self._budget -= nbytes
         if self._budget < 0:
             self.refuse("unfolds to far more bytes than it has")
 
-    def take(self, count: int) -> bytes:
-        """The next ``count`` bytes; refuses a file that has fewer."""
+    def read(self, count: int) -> bytes:
+        """The next ``count`` bytes; refuses the file if fewer are left."""
         if count > self._left:
             self.refuse("is truncated")
         self._left -= count
@@ -166,16 +173,16 @@ class PickleReader:
         return data
 
     def key(self, key: Any) -> Any:
-        """``key`` itself, or refuse the file if it is no scalar."""
-        # Hashing nested tuples takes exponential time, or overflows the C stack; large integers collide at will.
+        """Return ``key`` if it is a scalar; refuse the file otherwise."""
+        # Hashing nested tuples can take exponential time or overflow the C stack; chosen integers collide.
         scalar = key is None or type(key) in (str, bytes, float, bool) or (type(key) is int and abs(key) < 1 << 64)
         self.check(scalar, f"key, a {type(key).__name__}")
         return key
 
-    # One method per family of opcodes; the table below binds them.
+    # One method for each group of opcodes; _instructions below binds them.
 
     def _number(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+        return struct.unpack(layout, self.read(struct.calcsize(layout)))[0]
 
     def _pop(self) -> Any:
         self.check(bool(self._stack), "stack")
@@ -191,6 +198,7 @@ class PickleReader:
         return items
 
     def _frame(self) -> None:
+        # Frames (PEP 3154) only group bytes for buffered reading; their length is checked and otherwise ignored.
         self.check(self._number("<Q") <= self._left, "frame")
 
     def _push(self, value: object) -> None:
@@ -200,13 +208,13 @@ class PickleReader:
         self._stack.append(self._number(layout))
 
     def _push_long(self) -> None:
-        self._stack.append(int.from_bytes(self.take(self._number("<B")), "little", signed=True))
+        self._stack.append(int.from_bytes(self.read(self._number("<B")), "little", signed=True))
 
     def _push_bytes(self, length_layout: str) -> None:
-        self._stack.append(self.take(self._number(length_layout)))
+        self._stack.append(self.read(self._number(length_layout)))
 
     def _push_text(self, length_layout: str) -> None:
-        self._stack.append(self._decode(self.take(self._number(length_layout))))
+        self._stack.append(self._decode(self.read(self._number(length_layout))))
 
     def _push_empty(self, make: Callable[[], object]) -> None:
         self._stack.append(make())
@@ -281,7 +289,7 @@ class PickleReader:
 
     def _line(self) -> str:
         line = bytearray()
-        while len(line) < 256 and (character := self.take(1)) != b"\n":
+        while len(line) < 256 and (character := self.read(1)) != b"\n":
             line += character
         return self._decode(bytes(line))
 
@@ -293,7 +301,7 @@ class PickleReader:
 
     def _push_global(self, module: str, name: str) -> None:
         self.check(len(module) + len(name) < 256, "global")
-        # As Python itself maps the names of Python 2, which protocol 2 uses, and numpy 2 those of numpy 1.
+        # Protocol 2 uses the names of Python 2, and old files those of numpy 1; pickle and numpy map them likewise.
         if module == "__builtin__":
             name = {"long": "int", "unicode": "str"}.get(name, name)
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
@@ -303,9 +311,7 @@ class PickleReader:
             self.refuse(f"names the malformed global {shorten(full)}")
         if full not in self._calls and full not in self._names:
             if not self._stub_unknown:
-                self.refuse(
-                    f"names '{full}', which is not among the plain data that is read; nothing was imported or called"
-                )
+                self.refuse(f"names '{full}', which is not plain data that can be read; nothing was imported or called")
             if is_dangerous(full):
                 self.refuse(
                     f"names '{full}', which no file of weights needs; it is hostile. Nothing was imported or called"
@@ -318,7 +324,7 @@ class PickleReader:
         self._stack.append(self.call(function, arguments))
 
     def call(self, function: object, arguments: tuple[Any, ...]) -> object:
-        """The value that stands for calling ``function``, a :class:`Global`, with ``arguments``."""
+        """The value that replaces the result of calling ``function``, a :class:`Global`, with ``arguments``."""
         if not isinstance(function, Global):
             return self.refuse(f"calls a {type(function).__name__}; nothing was called")
         if function.name in self._calls:
@@ -344,7 +350,7 @@ class PickleReader:
             self.check(target.value is None, "array")
             target.finish(self, state)
         elif type(target) is not Opaque and not (type(target) is dict and type(state) is dict):
-            # A dict with attributes is an OrderedDict such as PyTorch's state dicts; the attributes are dropped.
+            # A dict with attributes is an OrderedDict, such as PyTorch's state dicts; its attributes are dropped.
             self.refuse(f"sets attributes of a {type(target).__name__}, which files of arrays never do")
 
     def _persistent(self) -> None:
@@ -355,7 +361,7 @@ class PickleReader:
 
 
 def _instructions() -> dict[bytes, Callable[[PickleReader], None]]:
-    """The opcodes of protocols 2 to 5 that files of arrays use; INST, OBJ, EXT*, PERSID, DUP and buffers are absent."""
+    """The opcodes of protocols 2 to 5 that files of arrays use: all but INST, OBJ, EXT*, PERSID, DUP and buffers."""
     r, bind = PickleReader, functools.partial
     table: dict[bytes, Callable[[PickleReader], None]] = {
         pickle.FRAME: r._frame,
@@ -375,30 +381,18 @@ def _instructions() -> dict[bytes, Callable[[PickleReader], None]]:
         pickle.BUILD: r._build,
         pickle.BINPERSID: r._persistent,
     }
-    for opcode, value in {
-        pickle.NONE: None,
-        pickle.NEWTRUE: True,
-        pickle.NEWFALSE: False,
-        pickle.EMPTY_TUPLE: (),
-    }.items():
+    constants = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False, pickle.EMPTY_TUPLE: ()}
+    for opcode, value in constants.items():
         table[opcode] = bind(r._push, value=value)
     for opcode, make in {pickle.EMPTY_LIST: list, pickle.EMPTY_DICT: dict, pickle.EMPTY_SET: set}.items():
         table[opcode] = bind(r._push_empty, make=make)
-    for opcode, layout in {
-        pickle.BININT: "<i",
-        pickle.BININT1: "<B",
-        pickle.BININT2: "<H",
-        pickle.BINFLOAT: ">d",
-    }.items():
+    numbers = {pickle.BININT: "<i", pickle.BININT1: "<B", pickle.BININT2: "<H", pickle.BINFLOAT: ">d"}
+    for opcode, layout in numbers.items():
         table[opcode] = bind(r._push_number, layout=layout)
     for opcode, layout in {pickle.SHORT_BINUNICODE: "<B", pickle.BINUNICODE: "<I", pickle.BINUNICODE8: "<Q"}.items():
         table[opcode] = bind(r._push_text, length_layout=layout)
-    for opcode, layout in {
-        pickle.SHORT_BINBYTES: "<B",
-        pickle.BINBYTES: "<I",
-        pickle.BINBYTES8: "<Q",
-        pickle.BYTEARRAY8: "<Q",
-    }.items():
+    binary = {pickle.SHORT_BINBYTES: "<B", pickle.BINBYTES: "<I", pickle.BINBYTES8: "<Q", pickle.BYTEARRAY8: "<Q"}
+    for opcode, layout in binary.items():
         table[opcode] = bind(r._push_bytes, length_layout=layout)
     for opcode, count in {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}.items():
         table[opcode] = bind(r._tuple, count=count)
@@ -419,14 +413,14 @@ def _opcode_name(opcode: bytes) -> str:
     return known.name if known else shorten(opcode)
 
 
-class _Tree:
-    """Unfolds what the stack machine left into a tree of plain values, within the bounds on nodes and depth."""
+class _TreeBuilder:
+    """Expands the machine's result into a tree of plain values, with bounds on the number of nodes and the depth."""
 
     def __init__(self, reader: PickleReader, max_nodes: int):
         self._reader = reader
         self._nodes_left = max_nodes
 
-    def plain(self, value: Any, depth: int = 0) -> Any:
+    def build(self, value: Any, depth: int = 0) -> Any:
         self._nodes_left -= 1
         if self._nodes_left < 0 or depth > _MAX_DEPTH:
             self._reader.refuse(f"unfolds to far more values than it has opcodes, or to more than {_MAX_DEPTH} levels")
@@ -434,14 +428,16 @@ class _Tree:
             self._reader.check(value.value is not None, "array")
             value = value.value
         if type(value) is dict:
-            return {key: self.plain(item, depth + 1) for key, item in value.items()}
+            return {key: self.build(item, depth + 1) for key, item in value.items()}
         if type(value) in (list, tuple):
-            return type(value)(self.plain(item, depth + 1) for item in value)
+            return type(value)(self.build(item, depth + 1) for item in value)
         if type(value) is Global:
             return Opaque(value.name)
         if value is None or isinstance(value, _PLAIN):
             return value
-        return self._reader.refuse(f"holds a bare {type(value).__name__.strip('_').lower()}, which stands for nothing")
+        return self._reader.refuse(
+            f"holds a bare {type(value).__name__.strip('_').lower()}, which is no value by itself"
+        )
 
 
 _PLAIN = (str, bytes, int, float, bool, set, frozenset, np.ndarray, np.generic, np.dtype, Opaque)

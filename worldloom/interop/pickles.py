@@ -1,8 +1,8 @@
-"""Pickles of arrays and plain containers, and the checkpoint folders that DreamerV3's reference program writes.
+"""Pickles of arrays and plain containers, and checkpoint folders of DreamerV3's reference program.
 
-What is admitted: ``dict``, ``OrderedDict``, ``list``, ``tuple``, ``set``, ``frozenset``, ``str``, ``bytes``, ``int``,
-``float``, ``bool``, ``None``, and numpy arrays and scalars of numbers and bools, bfloat16 included, in the forms that
-protocols 2 to 5 give them. Everything else is refused by name; see :mod:`worldloom.interop.pickle_machine` for how.
+Allowed are ``dict``, ``OrderedDict``, ``list``, ``tuple``, ``set``, ``frozenset``, ``str``, ``bytes``, ``int``,
+``float``, ``bool``, ``None``, and numpy arrays and scalars of numbers (bfloat16 included) and bools, as protocols 2 to
+5 write them. Anything else is refused by name; :mod:`worldloom.interop.pickle_machine` explains how.
 """
 
 from __future__ import annotations
@@ -19,27 +19,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import FileFormatError
+from worldloom.interop.archive import MAX_BYTES, array_from_bytes, file_size, shorten
 from worldloom.interop.pickle_machine import Call, Global, PickleReader, Unfinished, matches
-from worldloom.safe_npz import MAX_BYTES, array_from_bytes, file_size, shorten
 
 _DTYPES = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"})
 
 
 class _Dtype(Unfinished):
-    """``numpy.dtype(code, False, True)``, then version, byte order, and what only other kinds of dtype have."""
+    """``numpy.dtype(code, False, True)``, then BUILD with version, byte order, and fields of structured dtypes.
+
+    Source: ``arraydescr_reduce`` in numpy's ``descriptor.c``.
+    """
 
     def __init__(self, dtype: np.dtype):
         self._dtype = dtype
 
     def finish(self, reader: PickleReader, state: Any) -> None:
-        rest = (-1, -1, 0) if self._dtype.isbuiltin == 1 else (2, 2, 64)  # bfloat16 states its size, alignment, flags
+        rest = (-1, -1, 0) if self._dtype.isbuiltin == 1 else (2, 2, 64)  # bfloat16 gives its size, alignment and flags
         order = next((o for o in "<>|=" if matches(state, (3, o, None, None, None, *rest))), None)
         reader.check(order is not None, "dtype")
         self.value = self._dtype.newbyteorder(order)  # type: ignore[arg-type]
 
 
 class _Array(Unfinished):
-    """``numpy._core.multiarray._reconstruct(ndarray, (0,), b"b")``, then (version, shape, dtype, is Fortran, data)."""
+    """``numpy._core.multiarray._reconstruct(ndarray, (0,), b"b")``, then BUILD with its state.
+
+    The state is (version, shape, dtype, is Fortran order, data); source: ``array_reduce`` in numpy's ``methods.c``.
+    """
 
     def finish(self, reader: PickleReader, state: Any) -> None:
         reader.check(type(state) is tuple and len(state) == 5 and matches(state[0], 1), "array")
@@ -49,7 +55,7 @@ class _Array(Unfinished):
 
 
 def _array(reader: PickleReader, data: Any, dtype: Any, shape: Any, order: str) -> NDArray:
-    # A list in place of bytes would be the contents of an object array, which has no dtype here to begin with.
+    # Object arrays have a list instead of bytes; their dtype was refused before.
     reader.check(type(data) is bytes and type(shape) is tuple and isinstance(dtype, _Dtype), "array")
     reader.check(dtype.value is not None, "dtype")
     reader.charge(len(data))
@@ -63,7 +69,7 @@ def _call_dtype(reader: PickleReader, arguments: tuple[Any, ...]) -> object:
         return _Dtype(np.dtype(ml_dtypes.bfloat16))
     if type(code) is not str or code not in _DTYPES:
         what = shorten(code) if type(code) is str else f"a {type(code).__name__}"
-        return reader.refuse(f"has an array of type {what}; arrays of numbers and bools are read")
+        return reader.refuse(f"has an array of type {what}; only arrays of numbers and bools are read")
     return _Dtype(np.dtype(code))
 
 
@@ -74,6 +80,7 @@ def _call_reconstruct(reader: PickleReader, arguments: tuple[Any, ...]) -> objec
 
 
 def _call_frombuffer(reader: PickleReader, arguments: tuple[Any, ...]) -> object:
+    """``_frombuffer(data, dtype, shape, order)``: how protocol 5 (PEP 574) writes contiguous arrays."""
     reader.check(len(arguments) == 4, "array")
     data, dtype, shape, order = arguments
     reader.check(matches(order, "C") or matches(order, "F"), "array")
@@ -81,6 +88,7 @@ def _call_frombuffer(reader: PickleReader, arguments: tuple[Any, ...]) -> object
 
 
 def _call_scalar(reader: PickleReader, arguments: tuple[Any, ...]) -> object:
+    """``scalar(dtype, data)``: a numpy scalar."""
     reader.check(len(arguments) == 2, "numpy scalar")
     return _array(reader, arguments[1], arguments[0], (), "C")[()]
 
@@ -103,7 +111,7 @@ def _call_empty(make: Callable[[], object], reader: PickleReader, arguments: tup
 def _call_set(make: Callable[[Any], object], reader: PickleReader, arguments: tuple[Any, ...]) -> object:
     """``builtins.set([items])``: how protocols 2 and 3 write sets."""
     reader.check(len(arguments) == 1 and type(arguments[0]) is list, "set")
-    reader.charge(64 * len(arguments[0]))  # bytes of a set, roughly
+    reader.charge(64 * len(arguments[0]))  # about the bytes that a set takes per item
     return make(reader.key(item) for item in arguments[0])
 
 
@@ -118,18 +126,21 @@ PLAIN_CALLS: Mapping[str, Call] = {
     "numpy._core.numeric._frombuffer": _call_frombuffer,
     "numpy.dtype": _call_dtype,
 }
-"""The callables admitted in every pickle."""
+"""Replacements of the callables that are allowed in every pickle."""
 
 PLAIN_NAMES = frozenset({"numpy.ndarray", "ml_dtypes.bfloat16"})
-"""The globals admitted in every pickle as arguments of those."""
+"""Globals that are allowed in every pickle as arguments of those callables."""
 
 
 def read_pickle(path_or_bytes: str | Path | bytes, *, max_bytes: int = MAX_BYTES) -> Any:
-    """Read a pickle of plain containers and numpy arrays; nothing in it is imported, called or trusted.
+    """Read a pickle of plain containers and numpy arrays without importing or calling anything that it names.
 
-    Arrays come read-only, byte arrays as ``bytes``, ordered dicts as ``dict``. Memory stays in proportion to the
-    file's size, which may be ``max_bytes``. Raises ``FileFormatError`` when the file is larger, damaged, or holds
-    anything but what this module admits (the message names it); ``FileNotFoundError`` when there is no such file.
+    Arrays are read-only, byte arrays become ``bytes``, and ordered dicts ``dict``. Memory is proportional to the size
+    of the file, which may be at most ``max_bytes``.
+
+    Raises:
+      FileFormatError: the file is too large or damaged, or holds something that this module does not allow.
+      FileNotFoundError: the file does not exist.
     """
     if isinstance(path_or_bytes, bytes):
         if len(path_or_bytes) > max_bytes:
@@ -148,14 +159,18 @@ def _read(stream: BinaryIO, size: int, source: str) -> Any:
 def read_dreamerv3_checkpoint(path: str | Path, *, max_bytes: int = MAX_BYTES) -> dict[str, NDArray]:
     """The flat parameters, ``{"dyn/dyngru/kernel": array, …}``, of a checkpoint of DreamerV3's reference program.
 
-    ``path`` is the folder that it writes (``logdir/ckpt``, where the file ``latest`` names the newest save), one save
-    in it (``20250601T120000F000000``, complete when it holds the file ``done``), or an ``agent.pkl`` itself. All its
-    entries are returned: the optimizer's state (``opt/…``), slow and statistics variables too.
-    (Format: ``elements.Checkpoint`` 3.x and ``embodied.jax.Agent.save``, whose data are ``{"params", "counters"}``.)
+    All entries are returned, including the optimizer's state (``opt/…``), slow networks and statistics. Source of the
+    format: ``elements.Checkpoint`` 3.x and ``embodied.jax.Agent.save``, which writes ``{"params", "counters"}``.
 
-    Raises ``FileFormatError`` when a save is incomplete, leads out of its folder (through ``latest`` or a symbolic
-    link), is larger than ``max_bytes`` in total, or is anything :func:`read_pickle` refuses; ``FileNotFoundError`` when
-    ``path`` does not exist.
+    Args:
+      path: the checkpoint folder (``logdir/ckpt``, where the file ``latest`` names the newest save), one save in it
+        (``20250601T120000F000000``, complete when it holds the file ``done``), or an ``agent.pkl``.
+      max_bytes: largest total size of the files.
+
+    Raises:
+      FileFormatError: a save is incomplete or too large, points out of its folder (by ``latest`` or a symbolic link),
+        or is refused by :func:`read_pickle`.
+      FileNotFoundError: ``path`` does not exist.
     """
     params: dict[str, NDArray] = {}
     for file in _agent_files(Path(path)):
@@ -174,7 +189,7 @@ def read_dreamerv3_checkpoint(path: str | Path, *, max_bytes: int = MAX_BYTES) -
 
 
 def _agent_files(path: Path) -> list[Path]:
-    """The agent's pickle, or its shards in order, below ``path`` (see :func:`read_dreamerv3_checkpoint`)."""
+    """The agent's pickle, or its shards in order, in ``path`` (see :func:`read_dreamerv3_checkpoint`)."""
     if not path.is_dir():
         return [path]
     latest = path / "latest"
@@ -182,7 +197,7 @@ def _agent_files(path: Path) -> list[Path]:
     if not save.is_dir() or not (save / "done").is_file():
         raise FileFormatError(
             f"{save} is not a complete save: the file 'done' is missing. Give the folder that holds 'latest', "
-            "or a save in it that was finished."
+            "or a complete save in it."
         )
     if (save / "agent.pkl").is_file():
         files = [save / "agent.pkl"]
@@ -194,12 +209,14 @@ def _agent_files(path: Path) -> list[Path]:
         raise FileFormatError(f"{save} holds no agent.pkl, nor all its shards agent-0000.pkl, agent-0001.pkl, ….")
     for file in files:
         if not file.resolve().is_relative_to(path.resolve()):
-            raise FileFormatError(f"{file} is a link that leads out of {path}; give the folder that it points into.")
+            raise FileFormatError(
+                f"{file} is a link that leads out of {path}; give the folder that the link points to."
+            )
     return files
 
 
 def _single_name(latest: Path) -> str:
-    """The folder name in the file ``latest``; refuses what could lead elsewhere."""
+    """The folder name in the file ``latest``; refuses names that could point elsewhere."""
     if file_size(latest, max_bytes=256) and re.fullmatch(rb"\w[\w.-]*\n?", content := latest.read_bytes()):
         return content.decode("ascii").strip()
-    raise FileFormatError(f"{latest} does not hold the name of a folder beside it; give that folder instead.")
+    raise FileFormatError(f"{latest} does not hold the name of a folder next to it; give the path of a save instead.")

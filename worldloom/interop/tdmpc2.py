@@ -1,11 +1,13 @@
-"""Weights of ``nicklashansen/tdmpc2``, in and out.
+"""Import and export of the weights of TD-MPC2's reference program, ``nicklashansen/tdmpc2``.
 
-Its files come in three layouts (specification of the names in :func:`to_official_tdmpc2`):
+Its files have one of three layouts (:func:`to_official_tdmpc2` lists the names):
 
-- today's (since October 2024), which is the one written here;
-- the published files of 2023: the Q ensembles are flat lists, ``_Qs.params.0`` … ``_Qs.params.9``;
-- a few files from before the release: Linear and LayerNorm are separate modules with indices of their own. Those
-  models were trained on symlog observations, which ``symlog_obs`` turns on.
+- the current one (since October 2024), which is the one written here;
+- that of the published files of 2023: the Q ensembles are flat lists, ``_Qs.params.0`` … ``_Qs.params.9``;
+- that of a few files from before the release: Linear and LayerNorm are separate modules with their own indices. These
+  models were trained on symlog observations, for which the importer sets ``symlog_obs``.
+
+PyTorch kernels are (out, in) and (out, in, height, width); ours are (in, out) and (height, width, in, out).
 """
 
 from __future__ import annotations
@@ -22,19 +24,20 @@ from numpy.typing import NDArray
 
 from worldloom.config import nearest
 from worldloom.errors import ConfigError, WeightsError
+from worldloom.interop.archive import read_npz
 from worldloom.interop.torch_file import read_torch
 from worldloom.models.base import flatten, unflatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
-from worldloom.safe_npz import read_npz
 from worldloom.state import TrainState
 
 Arrays = dict[str, NDArray[Any]]
 
 _PARTS_OF_A_LAYER = ("weight", "bias", "ln.weight", "ln.bias")
-_OLDEST = "_dynamics.0.0.weight"  # There only in the layout from before the release.
+_PRERELEASE_KEY = "_dynamics.0.0.weight"  # only in the layout from before the release
 _BUFFERS = ("log_std_min", "log_std_dif", "_action_masks")
 
-# Of the tasks: decision steps per episode, and action dimensions of the domains in the multitask sets.
+# Facts about tasks that the weights do not hold: decision steps per episode and action dimensions of the domains in the
+# multitask sets. Sources: TASK_SET in common/__init__.py and the environments of the reference program.
 _DMCONTROL_STEPS, _OTHER_STEPS = 500, 100
 _MANISKILL = ("lift-cube", "pick-cube", "stack-cube", "pick-ycb", "turn-faucet")
 _ACTIONS = {
@@ -54,42 +57,43 @@ _METAWORLD_TASKS = 50
 def load_official_tdmpc2(
     path_or_state_dict: str | Path | Mapping[str, Any], *, task: str | None = None, **overrides: Any
 ) -> TDMPC2WorldModel:
-    """A world model with the weights of the reference program; sizes are inferred from the arrays.
+    """Build a world model with weights of the reference program; sizes are inferred from the arrays.
+
+    The value scale of the policy loss is not in these files; it starts at 1. Missing target networks are copied from
+    the online ones.
 
     Args:
       path_or_state_dict: a ``.pt`` file (read without PyTorch, tensors only), an ``.npz`` file, or a mapping of names
-        to arrays. The weights may lie under ``"model"``, and names may carry the prefix ``params/``.
-      task: what the weights were trained on, in the reference's names: one task such as ``"walker-run"`` or
-        ``"mw-assembly"``, or ``"mt30"`` or ``"mt80"``. Sets what the arrays do not tell: episode lengths, from which
-        the discount follows, and the action dimensions of each task.
+        to arrays or tensors. The weights may be nested under ``"model"``, and names may have the prefix ``params/``.
+      task: the task that the weights were trained on, by the reference's name: a single one such as ``"walker-run"``
+        or ``"mw-assembly"``, or ``"mt30"`` or ``"mt80"``. It determines what cannot be inferred from the arrays:
+        episode lengths, and thereby the discount, and the action dimensions of each task.
       **overrides: further config fields.
-
-    The value scale of the policy's loss is not in these files; it starts at 1. Missing target networks are copies.
 
     Raises:
       FileFormatError: the file is damaged or holds more than tensors and plain containers.
-      WeightsError: arrays are missing, unexpected or misshapen.
+      WeightsError: arrays are missing, unexpected or of another shape than the config needs.
       ConfigError: ``task`` is not known, or overrides contradict the arrays.
     """
-    oldest, arrays = _to_current_layout(_read(path_or_state_dict))
-    inferred = _infer(arrays) | {"symlog_obs": oldest}
-    config = TDMPC2Config(**{**inferred, **_facts_of(task), **overrides})
+    is_prerelease, arrays = _to_current_layout(_read(path_or_state_dict))
+    inferred = _infer_fields(arrays) | {"symlog_obs": is_prerelease}
+    config = TDMPC2Config(**{**inferred, **_task_fields(task), **overrides})
     if config.multitask and not config.action_dims:
         warnings.warn(
-            "These multitask weights do not tell which action dimensions each task has (files of 2023 do not), so all "
-            "count as valid; give task='mt30' or 'mt80', or action_dims=…",
+            "These multitask weights do not hold the action dimensions of each task (files of 2023 do not), so all "
+            "dimensions count as valid; give task='mt30' or 'mt80', or action_dims=…",
             stacklevel=2,
         )
     model = TDMPC2WorldModel(config)
-    expected = dict(_layout(config))
-    _check_fit(expected, flatten(model.params), arrays)
-    own = {ours: _ours(arrays[official], ours) for official, ours in expected.items()}
-    model.load_params(unflatten({**own, "scale.value": np.ones((), np.float32)}))
+    names = dict(_weight_names(config))
+    _check_shapes(names, flatten(model.params), arrays)
+    weights = {ours: _from_pytorch(arrays[official], ours) for official, ours in names.items()}
+    model.load_params(unflatten({**weights, "scale.value": np.ones((), np.float32)}))
     return model
 
 
 def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState) -> Arrays:
-    """All weights in the reference program's names, orientation and today's layout, target networks included.
+    """All weights, including target networks, with the reference program's names, orientation and current layout.
 
     ``_encoder.state.{i}``, ``_dynamics.{i}``, ``_reward.{i}``, ``_pi.{i}``, ``_termination.{i}``, ``_Qs.params.{i}``
     and ``_target_Qs_params.{i}`` with ``weight`` (out, in), ``bias``, ``ln.weight`` and ``ln.bias``;
@@ -98,17 +102,17 @@ def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState) -> Arrays:
     """
     config = model.config
     weights = flatten(jax.device_get(model.params))
-    arrays = {official: _official(weights[ours], ours) for official, ours in _layout(config)}
-    arrays["log_std_min"] = _exact(config.log_std_min)
-    arrays["log_std_dif"] = _exact(config.log_std_max - config.log_std_min)
+    arrays = {official: _to_pytorch(weights[ours], ours) for official, ours in _weight_names(config)}
+    arrays["log_std_min"] = _as_buffer(config.log_std_min)
+    arrays["log_std_dif"] = _as_buffer(config.log_std_max - config.log_std_min)
     if config.multitask:
         dimensions = np.arange(config.action_dim)
         arrays["_action_masks"] = (dimensions < np.array(config.valid_actions)[:, None]).astype(np.float32)
     return arrays
 
 
-def _layout(config: TDMPC2Config) -> Iterator[tuple[str, str]]:
-    """Pairs of official name (today's layout) and our flat name, for all weights but the value scale."""
+def _weight_names(config: TDMPC2Config) -> Iterator[tuple[str, str]]:
+    """Pairs (official name in the current layout, our flat name) of all weights except the value scale."""
 
     def mlp(official: str, ours: str, hidden: int, *, normed_head: bool = False) -> Iterator[tuple[str, str]]:
         for i in range(hidden + normed_head):
@@ -139,30 +143,33 @@ def _layout(config: TDMPC2Config) -> Iterator[tuple[str, str]]:
         yield "_task_emb.weight", "task_embedding.table"
 
 
-def _ours(array: NDArray[Any], name: str) -> NDArray[Any]:
+def _from_pytorch(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """A PyTorch weight in the orientation of our weight ``name``."""
     if not name.endswith("kernel"):
         return array
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.swapaxes(-1, -2)
 
 
-def _official(array: NDArray[Any], name: str) -> NDArray[Any]:
+def _to_pytorch(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Inverse of :func:`_from_pytorch`."""
     if name.endswith("kernel"):
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.swapaxes(-1, -2)
     return np.array(array, order="C")
 
 
-def _exact(number: float) -> NDArray[Any]:
-    # The reference makes these buffers from the integers of its config.
+def _as_buffer(number: float) -> NDArray[Any]:
+    # The reference creates these buffers from its config, whose values are integers by default.
     return np.array(int(number), np.int64) if float(number).is_integer() else np.array(number, np.float32)
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> Arrays:
+    """The arrays of a file or mapping by their official names, without bookkeeping and duplicates."""
     if isinstance(source, Mapping):
         values: Any = source
     elif Path(source).suffix == ".npz":
         values = read_npz(source)
     else:
-        # Multitask files keep the run's configuration beside the weights: objects that become inert stubs.
+        # Multitask files also hold the configuration of the run, objects that are replaced by stubs.
         values = read_torch(source, stub_unknown=True)
     if isinstance(values, Mapping) and isinstance(values.get("model"), Mapping):
         values = values["model"]
@@ -170,32 +177,33 @@ def _read(source: str | Path | Mapping[str, Any]) -> Arrays:
         raise WeightsError(f"{source} holds a {type(values).__name__}; a mapping of names to arrays is expected.")
     if any(str(name).startswith("params/") for name in values):
         values = {name.removeprefix("params/"): v for name, v in values.items() if str(name).startswith("params/")}
-    # Bookkeeping of tensordict, and copies of the online Q networks.
+    # Bookkeeping of tensordict, and duplicates of the online Q networks.
     ignored = re.compile(r"\.module\.|__|^_detach_Qs")
     return {str(name): _array(value) for name, value in values.items() if not ignored.search(str(name))}
 
 
 def _array(value: Any) -> NDArray[Any]:
     if hasattr(value, "detach"):
-        value = value.detach().cpu()  # a PyTorch tensor
+        value = value.detach().cpu()  # torch.Tensor
     return np.asarray(value)
 
 
 def _to_current_layout(arrays: Arrays) -> tuple[bool, Arrays]:
-    """Whether the arrays were in the layout from before the release, and the arrays in today's."""
-    oldest = _OLDEST in arrays
-    if oldest:
-        arrays = {_from_oldest(name): value for name, value in arrays.items()}
+    """Whether the arrays have the layout from before the release, and the arrays in the current layout."""
+    is_prerelease = _PRERELEASE_KEY in arrays
+    if is_prerelease:
+        arrays = {_from_prerelease(name): value for name, value in arrays.items()}
     arrays = {_from_2023(name): value for name, value in arrays.items()}
     for name in [name for name in arrays if name.startswith("_Qs.params.")]:
         arrays.setdefault(name.replace("_Qs.params.", "_target_Qs_params."), arrays[name])
-    return oldest, arrays
+    return is_prerelease, arrays
 
 
-def _from_oldest(name: str) -> str:
-    """Sequentials of (Linear, LayerNorm, activation): module 3i is layer i, module 3i + 1 its norm.
+def _from_prerelease(name: str) -> str:
+    """The current name of a weight in the layout from before the release.
 
-    The encoder starts with a module without weights (symlog); the dynamics nest the Sequential, its last norm outside.
+    An MLP is a Sequential of (Linear, LayerNorm, activation): module 3i is layer i, module 3i + 1 its norm. The encoder
+    starts with a module without weights (symlog); the dynamics nest the Sequential and have their last norm outside.
     """
     name = re.sub(r"^_dynamics\.1\.", "_dynamics.0.7.", name)
     found = re.fullmatch(r"(_encoder\.state|_dynamics\.0|_reward|_pi|_termination)\.(\d+)\.(weight|bias)", name)
@@ -207,7 +215,10 @@ def _from_oldest(name: str) -> str:
 
 
 def _from_2023(name: str) -> str:
-    """``_Qs.params.{4·layer + part}``, without the norm's two parts in the last layer."""
+    """The current name of a weight in the layout of 2023: Q networks are ``_Qs.params.{4·layer + part}``.
+
+    The parts are weight, bias, norm weight and norm bias; the last layer has no norm.
+    """
     found = re.fullmatch(r"(_Qs|_target_Qs)\.params\.(\d+)", name)
     if not found:
         return name
@@ -216,8 +227,8 @@ def _from_2023(name: str) -> str:
     return f"{prefix}.{layer}.{_PARTS_OF_A_LAYER[part]}"
 
 
-def _infer(arrays: Arrays) -> dict[str, Any]:
-    """Config fields that the arrays tell."""
+def _infer_fields(arrays: Arrays) -> dict[str, Any]:
+    """Config fields that follow from names and shapes of the arrays."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in arrays:
@@ -255,8 +266,8 @@ def _infer(arrays: Arrays) -> dict[str, Any]:
     }
 
 
-def _facts_of(task: str | None) -> dict[str, Any]:
-    """Config fields that follow from the name of a task or set of tasks."""
+def _task_fields(task: str | None) -> dict[str, Any]:
+    """Config fields that follow from the name of a task or task set."""
     if task is None:
         return {}
     if task in ("mt30", "mt80"):
@@ -280,8 +291,9 @@ def _episode_length(task: str) -> int:
     return _OTHER_STEPS if task.split("-")[0] in ("mw", "myo") or task in _MANISKILL else _DMCONTROL_STEPS
 
 
-def _check_fit(expected: Mapping[str, str], own: Mapping[str, Any], arrays: Arrays) -> None:
-    shapes = {official: _official_shape(own[ours].shape, ours) for official, ours in expected.items()}
+def _check_shapes(names: Mapping[str, str], own: Mapping[str, Any], arrays: Arrays) -> None:
+    """Raise ``WeightsError`` naming the arrays that are missing, unexpected or of another shape."""
+    shapes = {official: _pytorch_shape(own[ours].shape, ours) for official, ours in names.items()}
     problems = [f"{name} is missing" for name in shapes if name not in arrays]
     problems += [f"{name} is unexpected" for name in arrays if name not in shapes and name not in _BUFFERS]
     problems += [
@@ -294,7 +306,7 @@ def _check_fit(expected: Mapping[str, str], own: Mapping[str, Any], arrays: Arra
         raise WeightsError(f"These weights do not fit together: {'; '.join(problems[:5])}{more}.")
 
 
-def _official_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+def _pytorch_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     if not name.endswith("kernel"):
         return shape
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else (*shape[:-2], shape[-1], shape[-2])

@@ -1,12 +1,15 @@
-"""PyTorch's ``.pt`` files, read without PyTorch: tensors and plain containers, everything else refused by name.
+"""A reader of PyTorch's ``.pt`` files without PyTorch: tensors and plain containers; all else is refused by name.
 
-``torch.save`` (since PyTorch 1.6) writes a zip archive of uncompressed entries: ``NAME/data.pkl``, a pickle whose
-tensors refer to storages by persistent ids ``("storage", torch.FloatStorage, key, location, elements)``;
-``NAME/data/KEY``, the bytes of each storage; and ``NAME/byteorder``. A tensor is a storage, an offset, a shape and
-strides, all counted in elements. (Source of these facts: ``torch/serialization.py: _save``, ``torch/_utils.py``.)
+Layout, from ``_save`` in ``torch/serialization.py`` and from ``torch/_utils.py``: since PyTorch 1.6 ``torch.save``
+writes a zip archive of uncompressed entries,
 
-The pickle is interpreted by :mod:`worldloom.interop.pickle_machine`, the archive by :mod:`worldloom.safe_npz`: nothing
-in the file is imported or called, and its tensors may not take more memory than its size justifies.
+- ``NAME/data.pkl``: a pickle whose tensors refer to storages by persistent ids ``("storage", torch.FloatStorage, key,
+  location, elements)``. A tensor is a storage, an offset, a shape and strides, all counted in elements;
+- ``NAME/data/KEY``: the bytes of each storage;
+- ``NAME/byteorder``: ``little`` or ``big``.
+
+:mod:`worldloom.interop.pickle_machine` interprets the pickle, :mod:`worldloom.interop.archive` reads the zip archive:
+nothing that the file names is imported or called, and memory stays proportional to its size.
 """
 
 from __future__ import annotations
@@ -23,9 +26,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import FileFormatError
+from worldloom.interop.archive import (
+    MAX_BYTES,
+    Archive,
+    array_from_bytes,
+    check_values,
+    file_size,
+    open_archive,
+    shorten,
+)
 from worldloom.interop.pickle_machine import Call, Global, Opaque, PickleReader
 from worldloom.interop.pickles import PLAIN_CALLS, PLAIN_NAMES
-from worldloom.safe_npz import MAX_BYTES, Archive, array_from_bytes, check_values, file_size, open_archive, shorten
 
 _DTYPES: Mapping[str, np.dtype] = {
     **{f"torch.{name}": np.dtype(name) for name in ("bool", "uint8", "uint16", "uint32", "uint64")},
@@ -45,23 +56,29 @@ _STORAGES: Mapping[str, np.dtype | None] = {
     "torch.IntStorage": _DTYPES["torch.int32"],
     "torch.LongStorage": _DTYPES["torch.int64"],
     "torch.ShortStorage": _DTYPES["torch.int16"],
-    "torch.storage.UntypedStorage": None,  # bytes, whose type the tensor brings (_rebuild_tensor_v3)
+    "torch.storage.UntypedStorage": None,  # bytes; the dtype comes with the tensor (_rebuild_tensor_v3)
 }
 _RESAVE = "Load it in PyTorch with weights_only=True and save it again: torch.save(state_dict, path)."
 
 
 def read_torch(path: str | Path, *, max_bytes: int = MAX_BYTES, stub_unknown: bool = False) -> Any:
-    """Read what ``torch.save`` wrote: nested dicts, lists and tuples, whose tensors become numpy arrays.
+    """Read a file of ``torch.save``: nested dicts, lists and tuples, whose tensors become numpy arrays.
 
-    The arrays are read-only, keep their dtype (bfloat16 from ``ml_dtypes``), and share memory where the tensors share
-    storage. ``torch.Size`` becomes a tuple, a device its string; tensors without data (on the meta device), dtypes and,
-    with ``stub_unknown=True``, objects of classes that are not read become :class:`~.pickle_machine.Opaque`, inert and
-    empty. Use that for files that keep other objects beside the weights, such as TD-MPC2's multitask checkpoints with
-    their configuration. Globals of the standard library that are more than plain values, such as ``os.system`` or
-    ``builtins.eval``, are refused even then.
+    Arrays are read-only, keep their dtype (bfloat16 is that of ``ml_dtypes``), and share memory where tensors share
+    storage. ``torch.Size`` becomes a tuple and a device its string. Tensors on the meta device, which have no data, and
+    dtypes become :class:`~.pickle_machine.Opaque`.
 
-    Raises ``FileFormatError`` when the file or its contents exceed ``max_bytes``, when it is damaged, of the format
-    before PyTorch 1.6, TorchScript, or names any other global; ``FileNotFoundError`` when there is no such file.
+    Args:
+      path: the file.
+      max_bytes: largest size of the file, and of its contents.
+      stub_unknown: objects of other classes become :class:`~.pickle_machine.Opaque` too, instead of an error: for files
+        that hold more than weights, such as TD-MPC2's multitask checkpoints with their configuration. Globals of the
+        standard library other than plain values, such as ``os.system`` or ``builtins.eval``, are refused even then.
+
+    Raises:
+      FileFormatError: the file or its contents exceed ``max_bytes``, the file is damaged, of the format before PyTorch
+        1.6 or TorchScript, or it names any other global.
+      FileNotFoundError: the file does not exist.
     """
     path = Path(path)
     size = file_size(path, max_bytes)
@@ -84,16 +101,19 @@ def read_torch(path: str | Path, *, max_bytes: int = MAX_BYTES, stub_unknown: bo
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:
+    """Raise ``FileFormatError`` unless the first bytes of the file are those of a zip archive."""
     if start.startswith(b"PK\x03\x04"):
         return
-    legacy_magic = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # the first pickle of torch/serialization.py
+    legacy_magic = (0x1950A86A20F9469CFC6C).to_bytes(
+        10, "little"
+    )  # MAGIC_NUMBER of torch/serialization.py; tar is older still
     if legacy_magic in start[:32] or start[257:262] == b"ustar":
         raise FileFormatError(f"{path} has the format that PyTorch wrote before version 1.6. {_RESAVE}")
     raise FileFormatError(f"{path} is not a PyTorch file (a zip archive with a data.pkl). {_RESAVE}")
 
 
 def _folder(archive: Archive) -> str:
-    """The one folder that holds all of the archive; checks that its contents are of the kind that is read."""
+    """The top-level folder of all entries; refuses archives of another kind, byte order or compression."""
     folders = {name.split("/")[0] for name in archive.names}
     folder = folders.pop() if len(folders) == 1 else ""
     if f"{folder}/data.pkl" not in archive.names:
@@ -106,20 +126,20 @@ def _folder(archive: Archive) -> str:
         raise FileFormatError(f"{archive.source} has compressed entries, which torch.save never writes. {_RESAVE}")
     order = archive.read(f"{folder}/byteorder") if f"{folder}/byteorder" in archive.names else b"little"
     if order != b"little":
-        raise FileFormatError(f"{archive.source} has byte order {shorten(order)}; little-endian files are read.")
+        raise FileFormatError(f"{archive.source} has byte order {shorten(order)}; only little-endian files are read.")
     return folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Storage:
-    """The bytes of a storage; ``dtype`` is None if they are untyped."""
+    """The bytes of a storage; ``dtype`` is None for untyped storages."""
 
     data: bytes
     dtype: np.dtype | None
 
 
 class _Storages:
-    """The storages of an archive, each read when a tensor first needs it, and once."""
+    """The storages of an archive, each read once, when a tensor first refers to it."""
 
     def __init__(self, archive: Archive, folder: str):
         self._archive = archive
@@ -130,7 +150,7 @@ class _Storages:
         return self._archive.read(f"{self._folder}/{name}")
 
     def load(self, persistent_id: Any) -> _Storage:
-        """The storage that a persistent id of the pickle names."""
+        """The storage that a persistent id of the pickle refers to."""
         match persistent_id:
             case (str("storage"), Global(name), str(key), str(), int(elements)) if len(key) < 64:
                 pass
@@ -143,7 +163,7 @@ class _Storages:
         nbytes = elements * (dtype.itemsize if dtype else 1)
         if entry not in self._archive.names or self._archive.size(entry) != nbytes:
             raise FileFormatError(
-                f"{self._archive.source}: storage {shorten(key)} is missing, or not of the {nbytes} bytes declared."
+                f"{self._archive.source}: storage {shorten(key)} is missing or not of the declared {nbytes} bytes."
             )
         if key not in self._data:
             self._data[key] = self.read(f"data/{key}")
@@ -151,7 +171,7 @@ class _Storages:
 
 
 def _tensor(reader: PickleReader, storage: _Storage, dtype: np.dtype, offset: Any, shape: Any, strides: Any) -> NDArray:
-    """The elements ``offset + Σ index·stride`` of a storage, for all indices below ``shape``."""
+    """The read-only array of ``shape`` whose element [i, j, …] is at ``offset + i·strides[0] + j·strides[1] + …``."""
     reader.check(type(shape) is type(strides) is tuple and len(shape) == len(strides) <= 32, "tensor")
     reader.check(all(type(n) is int and 0 <= n < 1 << 48 for n in (offset, *shape, *strides)), "tensor")
     reader.check(len(storage.data) % dtype.itemsize == 0, "tensor")
@@ -159,7 +179,7 @@ def _tensor(reader: PickleReader, storage: _Storage, dtype: np.dtype, offset: An
         return array_from_bytes(b"", dtype, shape, source=reader.source)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     reader.check(last < len(storage.data) // dtype.itemsize, "tensor (it reaches beyond its storage)")
-    reader.charge(math.prod(shape) * dtype.itemsize)  # strides of 0 repeat elements, so that this has no other bound
+    reader.charge(math.prod(shape) * dtype.itemsize)  # strides of 0 repeat elements, so the storage bounds nothing
     flat = np.frombuffer(storage.data, dtype)[offset:]
     view = np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides], writeable=False)
     array = view if view.flags.c_contiguous else view.copy(order="C")
@@ -187,7 +207,7 @@ def _call_tensor_v3(reader: PickleReader, arguments: tuple[Any, ...]) -> NDArray
 
 
 def _refuse_metadata(reader: PickleReader, metadata: tuple[Any, ...]) -> None:
-    # Its entries "conj" and "neg" say that the stored numbers are not the tensor's.
+    # The entries "conj" and "neg" mean that the tensor is the conjugate or negative of the stored numbers.
     if metadata and not (type(metadata[0]) is dict and not metadata[0]):
         reader.refuse("has a tensor with a pending conjugation or negation; save it after resolve_conj().resolve_neg()")
 

@@ -17,6 +17,7 @@ import jax
 
 from worldloom.config import nearest, read_json_object
 from worldloom.errors import ConfigError, FileFormatError, MissingDependencyError, UnknownModelError, WeightsError
+from worldloom.files import write_atomically
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _CLASS = "model_class"
@@ -50,8 +51,8 @@ def write_model(folder: Path, config_json: str, arrays: Mapping[str, Any], cls: 
 
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "worldloom", _CLASS: class_name(cls)}
-    _write_atomically(folder / WEIGHTS_FILE, save(dict(arrays), metadata=metadata))
-    _write_atomically(folder / CONFIG_FILE, config_json.encode())
+    write_atomically(folder / WEIGHTS_FILE, save(dict(arrays), metadata=metadata))
+    write_atomically(folder / CONFIG_FILE, config_json)
 
 
 def read_model(folder: Path) -> SavedModel:
@@ -181,9 +182,3 @@ def _run_folder_hint(folder: Path) -> str:
         )
     return ""
 
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    # A reader never sees half a file: rename is atomic within a folder.
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

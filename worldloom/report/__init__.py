@@ -1,1 +1,1 @@
-"""Curves, open-loop pictures and videos."""
+"""Learning curves, open-loop plots and videos."""

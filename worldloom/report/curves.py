@@ -1,4 +1,4 @@
-"""Learning curves from the records of a run."""
+"""Learning curves from the metrics of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a last line that was cut off amid a write is left out."""
+    """Records of a ``metrics.jsonl`` file; lines that are not JSON objects (a truncated last line) are skipped."""
     records = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
@@ -31,22 +31,23 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def points(records: Iterable[Record], name: str) -> Points:
-    """x and y of a metric: x are environment steps online and updates offline; values that are not finite are NaN."""
+    """x and y of a metric, [N] each: x is environment steps online and updates offline; non-finite y are NaN."""
     found = [record for record in records if name in record]
     x = [record.get("env_steps") or record["step"] for record in found]
+    # LoggingCallback writes null for NaN and infinities, which JSON lacks.
     y = [np.nan if record[name] is None else record[name] for record in found]
     return np.array(x, float), np.array(y, float)
 
 
 def learning_curve(records: Sequence[Record], path: str | Path, *, title: str = "") -> Path:
-    """Draw how a run learned, and return the path of the PNG.
+    """Plot the learning curve of a run and return the path of the PNG.
 
-    With returns among the records: evaluation return (mean and a band of one standard deviation over episodes) and
-    return while collecting, against environment steps. Without: the loss on training and held-out data and every loss
-    term, against updates.
+    If the records hold returns: evaluation return (mean ± standard deviation over episodes) and return while
+    collecting, against environment steps. Otherwise: the loss and every loss term on training and held-out data,
+    against updates.
 
     Raises:
-      DataError: there is nothing to draw yet.
+      DataError: the records hold neither returns nor losses.
       MissingDependencyError: Matplotlib is missing.
     """
     if any("eval/return" in record or "collect/return" in record for record in records):
@@ -78,7 +79,7 @@ def _draw_returns(records: Sequence[Record], path: str | Path, title: str) -> Pa
 def _draw_losses(records: Sequence[Record], path: str | Path, title: str) -> Path:
     prefix = "train/loss/"
     terms = [name for name in _names(records) if name.startswith(prefix)]
-    rows = -(-(1 + len(terms)) // 3)
+    rows = -(-(1 + len(terms)) // 3)  # the total and its terms, three panels in a row
     figure, axes = new_figure(rows, 3, width=9.6, height=2.2 * rows + 0.3)
     for index, axis in enumerate(axes.flat):
         if index > len(terms):
@@ -104,5 +105,5 @@ def _is_online(records: Iterable[Record]) -> bool:
 
 
 def _names(records: Iterable[Record]) -> list[str]:
-    """Names of all metrics, in the order in which they first appear."""
+    """Names of all metrics in order of first appearance."""
     return list(dict.fromkeys(name for record in records for name in record))

@@ -1,4 +1,4 @@
-"""Figures without a window: Matplotlib's object interface, which neither opens displays nor keeps global state."""
+"""Matplotlib figures through its object interface: no display is opened and no global state is kept."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 from worldloom.errors import MissingDependencyError
+from worldloom.files import atomic_file
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db5", "#d9822b", "#3a8f4d", "#c23b3b", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#7d5ba6", "#5f9ea0")
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float = 3.4) -> tuple[Any, np.ndarray]:
-    """A figure of ``width`` by ``height`` inches and its axes [rows, columns].
+    """A figure of ``width`` × ``height`` inches and its axes [rows, columns].
 
-    Raises ``MissingDependencyError`` without Matplotlib.
+    Raises ``MissingDependencyError`` if Matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -33,7 +34,7 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 6.4, height: f
 
 
 def count_axis(axis: Any, label: str) -> None:
-    """Label an x-axis of counts, ``20 k`` instead of ``20000``."""
+    """Label an x-axis of counts and format its ticks: ``20 k`` instead of ``20000``."""
     from matplotlib.ticker import EngFormatter
 
     axis.set_xlabel(label, fontsize=9)
@@ -42,17 +43,16 @@ def count_axis(axis: Any, label: str) -> None:
 
 
 def whole_ticks(axis: Any) -> None:
-    """Put the marks of an x-axis at round whole numbers."""
+    """Place the ticks of an x-axis at round integers."""
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write a PNG, so that a reader never sees half of it."""
+    """Write a PNG atomically and return its path; missing folders are created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")
     return path

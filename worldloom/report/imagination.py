@@ -1,4 +1,4 @@
-"""Pictures of imagination beside what really happened: images, vectors, and errors by horizon."""
+"""Plots of imagination against recorded episodes: open-loop images and vectors, and errors by horizon."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import DataError
+from worldloom.models.base import compiled
 from worldloom.replay import ReplayBuffer
 from worldloom.report.figure import BLUE, COLOURS, ORANGE, RED, new_figure, save_figure, whole_ticks
-from worldloom.report.openloop import OpenLoop, open_loop
+from worldloom.report.openloop import OpenLoop, observe_sequence, open_loop, task_argument
 
-_SEQUENCES, _ENTRIES, _COLUMNS = 3, 12, 16
-_OBSERVED, _IMAGINED, _HORIZON = 8, 24, 15
+_MAX_SEQUENCES, _MAX_ENTRIES, _MAX_COLUMNS = 3, 12, 16  # of a plot: sequences, entries of a vector, images in a row
+_OBSERVED, _IMAGINED = 8, 24  # rows of an open-loop prediction
+_HORIZON, _HORIZON_SEQUENCES = 15, 256  # imagined steps and sequences behind the errors by horizon
+_METHODS = ("encode", "observe", "imagine", "decode")
 
 
 def draw_open_loop(report: OpenLoop, path: str | Path, *, name: str | None = None, title: str = "") -> Path:
-    """Draw one observation of an open-loop prediction and return the path of the PNG.
+    """Plot one observation of an open-loop prediction and return the path of the PNG.
 
-    Images become rows of truth, prediction and difference, time to the right, and what lies right of the red line was
-    imagined. Vectors become a panel per entry with what happened (solid) and what was predicted (dashed), imagined on
-    grey ground.
+    Images become strips of truth, prediction and difference with time to the right; those right of the red line are
+    imagined. Vectors become a panel per entry with the recorded (solid) and the predicted values (dashed); the imagined
+    steps have a grey background.
 
     Args:
       report: from :func:`worldloom.report.openloop.open_loop`.
-      path: the file; its folder is made.
-      name: which observation; None is the first image, or else the first.
-      title: above the picture.
+      path: the PNG file; its folder is created.
+      name: the observation to plot; None means the first image, or else the first observation.
+      title: text above the plot.
 
-    Raises ``MissingDependencyError`` without Matplotlib.
+    Raises:
+      MissingDependencyError: Matplotlib is missing.
     """
     name = name or next((n for n, x in report.truth.items() if x.ndim == 5), next(iter(report.truth)))
     draw = _draw_images if report.truth[name].ndim == 5 else _draw_vectors
@@ -40,12 +44,15 @@ def draw_open_loop(report: OpenLoop, path: str | Path, *, name: str | None = Non
 
 
 def _draw_images(report: OpenLoop, name: str, path: Path, title: str) -> Path:
-    truth, prediction = (_channels_last(x[name][:_SEQUENCES]) for x in (report.truth, report.prediction))
-    shown = np.arange(0, truth.shape[1], -(-truth.shape[1] // _COLUMNS))
+    truth, prediction = (_channels_last(x[name][:_MAX_SEQUENCES]) for x in (report.truth, report.prediction))
+    # Every k-th row, so that at most _MAX_COLUMNS fit side by side.
+    shown = np.arange(0, truth.shape[1], -(-truth.shape[1] // _MAX_COLUMNS))
+    # Three bands with white gaps; a difference of 0 is grey.
     bands = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)[:, :, shown]  # [B, 3, T, H, W, C]
     gap = max(1, bands.shape[3] // 32)
     bands = np.pad(bands, [(0, 0), (0, 0), (0, 0), (0, gap), (0, gap), (0, 0)], constant_values=1.0)
     sequences, kinds, columns, height, width, _ = bands.shape
+    # Inches: the strips are 9.2 wide, and 0.7 is left for labels.
     figure, axes = new_figure(
         sequences, 1, width=10.0, height=9.2 * sequences * kinds * height / (columns * width) + 0.7
     )
@@ -58,15 +65,15 @@ def _draw_images(report: OpenLoop, name: str, path: Path, title: str) -> Path:
         axis.set_yticks((np.arange(kinds) + 0.5) * height, ["truth", "model", "difference"], fontsize=8)
         axis.set_xticks((np.arange(columns) + 0.5) * width, [str(row) for row in shown], fontsize=8)
         axis.axvline(np.searchsorted(shown, report.observed) * width - gap / 2 - 0.5, color=RED, linewidth=2)
-    axes[-1, 0].set_xlabel("row (left of the line observed, right of it imagined)", fontsize=9)
+    axes[-1, 0].set_xlabel("row (observed left of the line, imagined right of it)", fontsize=9)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return save_figure(figure, path)
 
 
 def _draw_vectors(report: OpenLoop, name: str, path: Path, title: str) -> Path:
-    truth, prediction = (x[name][:_SEQUENCES] for x in (report.truth, report.prediction))
+    truth, prediction = (x[name][:_MAX_SEQUENCES] for x in (report.truth, report.prediction))
     truth, prediction = (x.reshape(*x.shape[:2], -1) for x in (truth, prediction))
-    entries, rows = min(truth.shape[2], _ENTRIES), np.arange(truth.shape[1])
+    entries, rows = min(truth.shape[2], _MAX_ENTRIES), np.arange(truth.shape[1])
     columns = 2 if entries in (2, 4) else min(entries, 3)
     lines = -(-entries // columns)
     figure, axes = new_figure(lines, columns, width=max(6.4, 3.4 * columns), height=2.1 * lines + 0.6)
@@ -84,18 +91,20 @@ def _draw_vectors(report: OpenLoop, name: str, path: Path, title: str) -> Path:
     for axis in axes[-1]:
         axis.set_xlabel("row", fontsize=9)
     more = "" if entries == truth.shape[2] else f"; the first {entries} of {truth.shape[2]} entries"
-    legend = f"solid: what happened; dashed: the model, on grey ground imagining{more}"
+    legend = f"solid: recorded; dashed: the model, imagining on grey background{more}"
     figure.suptitle(f"{title}\n{legend}" if title else legend, fontsize=9, x=0.01, ha="left")
     return save_figure(figure, path)
 
 
 class HorizonErrors(NamedTuple):
-    """Root mean square errors of imagination after 1 … H steps, by quantity, [H] each.
+    """Root mean square errors after 1 … H imagined steps by quantity, [H] each.
+
+    Quantities are ``reward`` and ``value``, in the units of the data, and ``latent``, as a fraction of the standard
+    deviation of the latents; those that the model has.
 
     Attributes:
-      imagined: of the model: ``reward`` and ``value`` in the units of the data, ``latent`` as a share of the latents'
-        own spread.
-      still: of the guess that nothing changes, likewise.
+      imagined: errors of imagination.
+      still: errors of a baseline that repeats row 0.
     """
 
     imagined: dict[str, NDArray[np.float64]]
@@ -103,61 +112,81 @@ class HorizonErrors(NamedTuple):
 
 
 def draw_imagination(model: Any, replay: ReplayBuffer, folder: str | Path, *, title: str = "") -> list[Path]:
-    """Draw how far the imagination of ``model`` can be trusted on recorded episodes, and return the paths of the PNGs.
+    """Plot how well ``model`` imagines recorded episodes, and return the paths of the PNGs.
 
-    For a model with a decoder (DreamerV3) ``open_loop.png``, or with several observations one ``open_loop_<name>.png``
-    each; for others (TD-MPC2) ``horizon.png``.
+    A model whose ``decode`` returns ``"obs"`` gets an open-loop prediction: ``open_loop.png``, or
+    ``open_loop_<name>.png`` for each of several observations. Any other model gets its errors by horizon:
+    ``horizon.png``.
 
     Raises:
+      TypeError: the model lacks a method that imagination needs.
       DataError: no episode has two rows.
       MissingDependencyError: Matplotlib is missing.
     """
+    _check_methods(model)
     folder, longest = Path(folder), int(max(replay.episode_lengths, default=0))
     if longest < 2:
         raise DataError("There is nothing to imagine: no recorded episode has two rows.")
-    if not hasattr(model, "decoder"):
-        errors = horizon_errors(model, replay.sample(256, min(_HORIZON + 1, longest)))
-        return [draw_horizon_errors(errors, folder / "horizon.png", title=title)]
     rows = min(_OBSERVED + _IMAGINED, longest)
-    report = open_loop(model, replay.sample(_SEQUENCES, rows), observed=min(_OBSERVED, rows // 2))
+    batch = replay.sample(_MAX_SEQUENCES, rows)
+    if not _decodes_observations(model, batch):
+        errors = horizon_errors(model, replay.sample(_HORIZON_SEQUENCES, min(_HORIZON + 1, longest)))
+        return [draw_horizon_errors(errors, folder / "horizon.png", title=title)]
+    report = open_loop(model, batch, observed=min(_OBSERVED, rows // 2))
     files = {name: "open_loop.png" if len(report.truth) == 1 else f"open_loop_{name}.png" for name in report.truth}
     return [
         draw_open_loop(report, folder / file.replace("/", "_"), name=name, title=title) for name, file in files.items()
     ]
 
 
-def horizon_errors(model: Any, batch: Mapping[str, Any]) -> HorizonErrors:
-    """How far a model without decoder, such as TD-MPC2, can imagine.
+def _check_methods(model: Any) -> None:
+    missing = [name for name in _METHODS if not hasattr(model, name)]
+    if missing:
+        raise TypeError(f"Imagination cannot be plotted: {type(model).__name__} has no method {' or '.join(missing)}.")
 
-    From the first row of every sequence it imagines with the recorded actions. Its latents and their values are
-    compared with those of the observations that really came, its rewards with the recorded ones.
+
+def _decodes_observations(model: Any, batch: Mapping[str, Any]) -> bool:
+    """Whether ``decode`` returns ``"obs"``, found by abstract evaluation: nothing is computed."""
+    task = task_argument(model, batch)
+    first = jax.tree.map(lambda x: np.asarray(x)[:, 0], batch["obs"])
+    return "obs" in jax.eval_shape(lambda obs: model.decode(model.encode(obs, **task), **task), first)
+
+
+def horizon_errors(model: Any, batch: Mapping[str, Any]) -> HorizonErrors:
+    """How the errors of imagination grow with the number of imagined steps.
+
+    The model imagines from the first row of every sequence with the recorded actions. Its latents and their values are
+    compared with those of the posterior states, which observe every row, and its rewards with the recorded ones.
 
     Args:
-      model: a world model whose states depend on one observation alone, with ``value`` among what it decodes.
-      batch: ``obs``, ``actions`` and ``rewards`` [B, T, ...] by the arrival rule, inside episodes; H is T − 1.
+      model: a world model.
+      batch: ``obs``, ``actions`` and ``rewards`` [B, T, ...] by the arrival rule, each sequence within one episode;
+        ``task`` [B] for multitask models. H is T − 1.
 
-    Raises ``DataError`` for sequences of a single row.
+    Returns:
+      Errors of ``reward``, of ``value`` if ``decode`` returns it, and of ``latent`` if states have ``features``.
+
+    Raises:
+      TypeError: the model lacks a method that imagination needs.
+      DataError: sequences have a single row.
     """
-    obs, actions = np.asarray(batch["obs"]), np.asarray(batch["actions"])
-    sequences, length = obs.shape[:2]
-    if length < 2:
+    _check_methods(model)
+    obs, actions = (
+        jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1), batch[name]) for name in ("obs", "actions")
+    )
+    if len(jax.tree.leaves(obs)[0]) < 2:
         raise DataError("Sequences need at least 2 rows to imagine a step.")
-    task = {"task": np.asarray(batch["task"])} if getattr(model.config, "num_tasks", 0) else {}
-    tasks = {name: np.repeat(value, length) for name, value in task.items()}
-    seen = model.encode(obs.reshape(-1, *obs.shape[2:]), **tasks)
-    dream = model.imagine(model.encode(obs[:, 0], **task), np.swapaxes(actions[:, :-1], 0, 1), **task)
-    by_time = lambda x: np.swapaxes(np.asarray(x, np.float64).reshape(sequences, length, *x.shape[1:]), 0, 1)  # noqa: E731
-    rewards = np.swapaxes(np.asarray(batch["rewards"], np.float64), 0, 1)
-    values = jax.device_get([model.decode(seen, **tasks)["value"], model.decode(dream.states, **task)["value"]])
-    latents = by_time(seen.features)
-    truth = {"reward": rewards, "value": by_time(values[0]), "latent": latents}
-    imagined = {
-        "reward": np.concatenate([rewards[:1], np.asarray(dream.rewards, np.float64)]),
-        "value": np.asarray(values[1], np.float64),
-        "latent": np.asarray(dream.states.features, np.float64),
-    }
-    spread = np.sqrt(latents.var((0, 1)).mean()) or 1.0
-    unit = {"reward": 1.0, "value": 1.0, "latent": spread}
+    actions = jax.tree.map(lambda x: x[:-1], actions)  # the last one leads to a row after the sequence
+    posterior, prior, rewards = jax.device_get(_predictions(model, obs, actions, task_argument(model, batch)))
+
+    # Row 0 counts as imagined without error; it is dropped below.
+    recorded = np.swapaxes(np.asarray(batch["rewards"], np.float64), 0, 1)
+    truth, imagined = ({name: np.asarray(x, np.float64) for name, x in values.items()} for values in (posterior, prior))
+    truth = {"reward": recorded, **truth}
+    imagined = {"reward": np.concatenate([recorded[:1], np.asarray(rewards, np.float64)]), **imagined}
+    unit = dict.fromkeys(truth, 1.0)
+    if "latent" in truth:
+        unit["latent"] = np.sqrt(truth["latent"].var((0, 1)).mean()) or 1.0
 
     def errors(guess: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
         return {name: _rms(guess[name] - truth[name])[1:] / unit[name] for name in truth}
@@ -165,17 +194,31 @@ def horizon_errors(model: Any, batch: Mapping[str, Any]) -> HorizonErrors:
     return HorizonErrors(errors(imagined), errors({name: x[:1] for name, x in truth.items()}))
 
 
+@compiled
+def _predictions(model: Any, obs: Any, actions: Any, task: Mapping[str, Any]) -> tuple[Any, Any, jax.Array]:
+    """``value`` and ``latent`` [T, B, ...] of posterior and of imagined states, and imagined rewards [T − 1, B]."""
+    posteriors = observe_sequence(model, obs, actions, task=task)
+    trajectory = model.imagine(jax.tree.map(lambda x: x[0], posteriors), actions, **task)
+
+    def quantities(states: Any) -> dict[str, Any]:
+        decoded = model.decode(states, **task)
+        found = {"value": decoded.get("value"), "latent": getattr(states, "features", None)}
+        return {name: x for name, x in found.items() if x is not None}
+
+    return quantities(posteriors), quantities(trajectory.states), trajectory.rewards
+
+
 def draw_horizon_errors(errors: HorizonErrors, path: str | Path, *, title: str = "") -> Path:
-    """Draw the errors against the number of imagined steps, and return the path of the PNG."""
+    """Plot the errors against the number of imagined steps and return the path of the PNG."""
     names = list(errors.imagined)
     figure, axes = new_figure(1, len(names), width=3.2 * len(names), height=2.8)
     for axis, name in zip(axes[0], names, strict=True):
         steps = np.arange(1, len(errors.imagined[name]) + 1)
         axis.plot(steps, errors.imagined[name], color=BLUE, linewidth=1.8, label="imagined")
-        axis.plot(steps, errors.still[name], color=ORANGE, linewidth=1.4, linestyle="--", label="nothing changes")
+        axis.plot(steps, errors.still[name], color=ORANGE, linewidth=1.4, linestyle="--", label="no change")
         axis.set_ylim(bottom=0)
         whole_ticks(axis)
-        axis.set_title(f"{name} (in its spread)" if name == "latent" else name, fontsize=9, loc="left")
+        axis.set_title(f"{name} (relative to its std)" if name == "latent" else name, fontsize=9, loc="left")
         axis.set_xlabel("imagined steps", fontsize=9)
     axes[0, 0].set_ylabel("root mean square error", fontsize=9)
     axes[0, 0].legend(frameon=False, fontsize=8)
@@ -184,11 +227,12 @@ def draw_horizon_errors(errors: HorizonErrors, path: str | Path, *, title: str =
 
 
 def _channels_last(images: NDArray[Any]) -> NDArray[Any]:
-    """[B, T, ...] images as [B, T, H, W, 1 or 3]; of other channel counts (stacked frames) the first."""
+    """Images [B, T, ...] as [B, T, H, W, 1 or 3]; other numbers of channels (stacked frames) keep the first only."""
     if images.shape[2] < images.shape[3]:
         images = np.moveaxis(images, 2, -1)
     return images if images.shape[-1] in (1, 3) else images[..., :1]
 
 
 def _rms(errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Root mean square of errors [T, ...] over all axes but time: [T]."""
     return np.sqrt(np.mean(np.square(errors), axis=tuple(range(1, errors.ndim))))

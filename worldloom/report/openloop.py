@@ -1,7 +1,8 @@
-"""How far imagination can be trusted: observe the first rows of recorded sequences, imagine the rest, compare."""
+"""Open-loop prediction: observe the first rows of recorded sequences, imagine the rest, compare with the record."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,17 +15,17 @@ from worldloom.errors import DataError
 from worldloom.models.base import WorldModel, compiled
 from worldloom.ops.keys import split_key, step_keys
 
-_OBSERVED, _IMAGINED = (0.2, 0.7, 0.3), (0.85, 0.25, 0.2)
+_GREEN, _RED = (0.2, 0.7, 0.3), (0.85, 0.25, 0.2)  # RGB of the line above observed and imagined rows
 
 
 class OpenLoop(NamedTuple):
     """An open-loop prediction of B recorded sequences of T rows.
 
     Attributes:
-      prediction: by name, [B, T, ...] in the units of the data (images from 0 to 1); the first ``observed`` rows are
-        reconstructions of what was seen, the others imagined.
-      truth: what was recorded, likewise.
-      observed: number of rows the model saw.
+      prediction: decoded observations by name, [B, T, ...] in the units of the data (images in [0, 1]); the first
+        ``observed`` rows are reconstructions, the others imagined.
+      truth: recorded observations by name, same shapes and units.
+      observed: number of rows that the model observed, 1 … T − 1.
     """
 
     prediction: dict[str, NDArray[Any]]
@@ -43,19 +44,22 @@ class OpenLoop(NamedTuple):
     def strip(self, name: str | None = None, *, sequences: int = 6) -> NDArray[np.uint8]:
         """A picture [height, width, 3] of one observation: time runs to the right.
 
-        For each sequence there are three bands: truth, prediction and error (grey is none). A line above marks
-        observed rows green and imagined rows red. A vector's entries are cells below each other, each scaled to the
-        range of its truth. ``name`` None takes the first image, or the first observation.
+        Each of the first ``sequences`` sequences has three bands: truth, prediction and error (grey is zero). A line
+        above them marks observed rows green and imagined rows red. The entries of a vector are stacked cells, each
+        scaled to the range of its truth. If ``name`` is None, the first image is shown, or else the first observation.
+
+        Source: ``Agent.report`` of danijar/dreamerv3 stacks the same three bands.
         """
         if name is None:
             name = next((n for n, x in self.truth.items() if x.ndim == 5), next(iter(self.truth)))
         truth, prediction = self.truth[name][:sequences], self.prediction[name][:sequences]
         if truth.ndim != 5:
-            truth, prediction = _as_pictures(truth, prediction)
+            truth, prediction = _vectors_as_images(truth, prediction)
         elif truth.shape[-1] not in (1, 3) and truth.shape[2] in (1, 3):
+            # Channel-first images.
             truth, prediction = np.moveaxis(truth, 2, -1), np.moveaxis(prediction, 2, -1)
         bands = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)  # [B, 3, T, H, W, C]
-        colours = np.where(np.arange(truth.shape[1])[:, None] < self.observed, _OBSERVED, _IMAGINED)
+        colours = np.where(np.arange(truth.shape[1])[:, None] < self.observed, _GREEN, _RED)
         return _tile(bands, colours)
 
 
@@ -65,59 +69,91 @@ def open_loop(
     """Let ``model`` observe the first rows of each sequence and imagine the others with the recorded actions.
 
     Args:
-      model: a world model that decodes observations.
-      batch: ``obs`` and ``actions`` [B, T, ...] by the arrival rule, each sequence inside one episode.
-      observed: rows to observe, 1 … T − 1; None is the first half.
-      key: for sampled latents; None takes modes.
+      model: a world model whose ``decode`` returns ``"obs"``.
+      batch: ``obs`` and ``actions`` [B, T, ...] by the arrival rule, each sequence within one episode; ``task`` [B] for
+        multitask models.
+      observed: rows to observe, 1 … T − 1; None means half of them.
+      key: samples the latents; None takes their modes.
 
     Raises:
-      DataError: sequences are too short, cross an episode's start, or ``observed`` leaves nothing to imagine.
+      DataError: a sequence is too short or spans two episodes, or ``observed`` leaves no row to imagine.
     """
     obs = jax.tree.map(np.asarray, batch["obs"])
     length = jax.tree.leaves(obs)[0].shape[1]
     observed = length // 2 if observed is None else observed
     if not 1 <= observed < length:
-        raise DataError(f"observed={observed} of {length} rows: give 1 to {length - 1}, so that rows are left.")
+        raise DataError(
+            f"observed={observed} of {length} rows: give 1 to {length - 1}, so that rows are left to imagine."
+        )
     if np.any(np.asarray(batch.get("is_first", np.zeros((1, 1))))[:, 1:]):
-        raise DataError("A sequence crosses the start of an episode; give windows that lie inside one.")
+        raise DataError("A sequence spans two episodes; give sequences inside one episode.")
     seen = jax.tree.map(lambda x: x[:, :observed], obs)
-    # The last action leads out of the window.
+    # The last action leads to a row after the sequence.
     actions = jax.tree.map(lambda x: np.asarray(x)[:, :-1], batch["actions"])
-    decoded = jax.device_get(_rollout(model, seen, actions, key))
+    decoded = jax.device_get(_rollout(model, seen, actions, key, task_argument(model, batch)))
     prediction, truth = (x if isinstance(x, Mapping) else {"obs": x} for x in (decoded, obs))
     return OpenLoop(
         {name: np.swapaxes(x, 0, 1) for name, x in prediction.items()},
-        {name: _in_units_of_predictions(x) for name, x in truth.items()},
+        {name: _as_decoded(x) for name, x in truth.items()},
         observed,
     )
 
 
-@compiled
-def _rollout(model: Any, obs: Any, actions: Any, key: jax.Array | None) -> Any:
-    first_key, observe_key, imagine_key = split_key(key, 3)
-    obs, actions = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (obs, actions))
-    observed = jax.tree.leaves(obs)[0].shape[0]
-    start = model.encode(jax.tree.map(lambda x: x[0], obs), first_key)
+def task_argument(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"task": [B]}`` if ``batch`` has tasks and the methods of ``model`` take them, else an empty dict."""
+    takes_task = "task" in inspect.signature(model.encode).parameters
+    return {"task": np.asarray(batch["task"])} if takes_task and "task" in batch else {}
+
+
+def observe_sequence(
+    model: Any, obs: Any, actions: Any, keys: tuple[Any, Any] = (None, None), task: Mapping[str, Any] | None = None
+) -> Any:
+    """Posterior states [T, B, ...] of all rows; row 0 is encoded as the first of an episode. May be traced.
+
+    Args:
+      model: a world model.
+      obs: observations [T, B, ...].
+      actions: actions [T − 1, B, ...]; entry t leads from row t to row t + 1.
+      keys: for the first row and for the others; None takes modes.
+      task: what :func:`task_argument` returned.
+    """
+    task = task or {}
+    first = model.encode(jax.tree.map(lambda x: x[0], obs), keys[0], **task)
 
     def step(state: Any, row: Any) -> tuple[Any, Any]:
         action, seen, key = row
-        state = model.observe(state, action, seen, key)
+        state = model.observe(state, action, seen, key, **task)
         return state, state
 
-    rows = (jax.tree.map(lambda x: x[: observed - 1], actions), jax.tree.map(lambda x: x[1:], obs))
-    last, states = jax.lax.scan(step, start, (*rows, step_keys(observe_key, observed - 1)))
-    imagined = model.imagine(last, jax.tree.map(lambda x: x[observed - 1 :], actions), imagine_key).states
-    # Row 0 of what was imagined is ``last``, the last observed state.
-    whole = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[1:]]), start, states, imagined)
-    return model.decode(whole)["obs"]
+    later_obs = jax.tree.map(lambda x: x[1:], obs)
+    _, later = jax.lax.scan(step, first, (actions, later_obs, step_keys(keys[1], len(jax.tree.leaves(obs)[0]) - 1)))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
 
 
-def _in_units_of_predictions(truth: NDArray[Any]) -> NDArray[np.float32]:
+@compiled
+def _rollout(model: Any, obs: Any, actions: Any, key: jax.Array | None, task: Mapping[str, Any]) -> Any:
+    """Decoded observations [T, B, ...] by name; ``obs`` [B, observed, ...], ``actions`` [B, T − 1, ...]."""
+    first_key, observe_key, imagine_key = split_key(key, 3)
+    obs, actions = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (obs, actions))
+    observed = jax.tree.leaves(obs)[0].shape[0]
+    taken, ahead = (
+        jax.tree.map(lambda x, part=part: x[part], actions) for part in np.s_[: observed - 1, observed - 1 :]
+    )
+    posteriors = observe_sequence(model, obs, taken, (first_key, observe_key), task)
+    imagined = model.imagine(jax.tree.map(lambda x: x[-1], posteriors), ahead, imagine_key, **task).states
+    # Row 0 of the imagined states is the last posterior.
+    states = jax.tree.map(lambda a, b: jnp.concatenate([a, b[1:]]), posteriors, imagined)
+    return model.decode(states, **task)["obs"]
+
+
+def _as_decoded(truth: NDArray[Any]) -> NDArray[np.float32]:
+    """Recorded observations in the units of decoded ones: uint8 images are divided by 255."""
     is_image = truth.dtype == np.uint8 and truth.ndim == 5
     return truth.astype(np.float32) / np.float32(255 if is_image else 1)
 
 
-def _as_pictures(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _vectors_as_images(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Vectors [B, T, ...] as images [B, T, 8 × entries, 8, 1]: a cell of 8×8 pixels for each entry."""
     batch, length = truth.shape[:2]
     truth, prediction = (x.reshape(batch, length, -1) for x in (truth, prediction))
     low, high = truth.min((0, 1)), truth.max((0, 1))
@@ -130,7 +166,10 @@ def _as_pictures(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[NDArray
 
 
 def _tile(bands: NDArray[Any], colours: NDArray[Any]) -> NDArray[np.uint8]:
-    # [B, 3, T, H, W, C] → one picture; a grey or many-channelled image shows its first channel.
+    """Bands [B, 3, T, H, W, C] under lines of ``colours`` [T, 3] → one picture [height, width, 3].
+
+    Only the first channel is shown unless there are three.
+    """
     bands = np.clip(bands, 0, 1)
     bands = bands if bands.shape[-1] == 3 else np.repeat(bands[..., :1], 3, -1)
     batch, kinds, length, height, width, _ = bands.shape

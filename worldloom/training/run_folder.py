@@ -18,6 +18,7 @@ import jax
 from worldloom.config import read_json_object
 from worldloom.envs import VectorEnv, make_env
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
+from worldloom.files import write_atomically
 from worldloom.training.callbacks import (
     CallbackResult,
     Callback,
@@ -251,6 +252,4 @@ def _starts(path: Path) -> list[Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

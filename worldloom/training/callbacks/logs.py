@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from worldloom.config import check
+from worldloom.files import write_atomically
 from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
 from worldloom.training.metrics import tag
 
@@ -127,9 +128,7 @@ def _make_room(path: Path, step: int) -> None:
         path.rename(aside)
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:

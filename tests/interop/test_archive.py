@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from worldloom.errors import FileFormatError
-from worldloom.safe_npz import open_archive, read_npz
+from worldloom.interop.archive import open_archive, read_npz
 
 ARRAYS = {
     "float": np.arange(6.0).reshape(2, 3),
@@ -88,7 +88,7 @@ def test_header_made_by_hand_is_read(npz, version):
     ],
     ids=lambda text: text[:50],
 )
-def test_header_that_does_not_fit_is_refused_before_allocation(npz, text):
+def test_a_header_that_contradicts_the_data_is_refused_before_allocation(npz, text):
     path = npz(text, b"\0" * 8)
     tracemalloc.start()
     try:
@@ -129,8 +129,8 @@ def test_a_deflate_bomb_is_refused_by_its_declared_size(npz):
         tracemalloc.stop()
 
 
-def test_a_bomb_that_lies_about_its_size_stops_there(npz):
-    """The table of contents says 1000 bytes; inflating until the input ends would give 20 MB."""
+def test_a_deflate_bomb_with_a_false_size_is_read_up_to_that_size(npz):
+    """The central directory declares 1000 bytes; inflating to the end of the input would give 20 MB."""
     path = npz(header(shape="(5000000,)"), b"\0" * 20_000_000, compress=zipfile.ZIP_DEFLATED)
     data = path.read_bytes()
     with zipfile.ZipFile(path) as file:
@@ -164,12 +164,12 @@ def test_overlapping_and_unreasonable_archives_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../a.npy", "/a.npy", "a/../../b.npy", "C:a.npy", "a.txt"])
-def test_names_that_lead_elsewhere_are_refused(npz, name):
+def test_names_that_point_out_of_the_archive_are_refused(npz, name):
     with pytest.raises(FileFormatError, match=r"leads out|not an array"):
         read_npz(npz(header(), b"\0" * 8, name=name))
 
 
-def test_size_and_kind_of_file_come_first(tmp_path):
+def test_size_and_kind_of_file_are_checked_first(tmp_path):
     np.savez(tmp_path / "arrays.npz", a=np.zeros(1000))
     with pytest.raises(FileFormatError, match="max_bytes=4000"):
         read_npz(tmp_path / "arrays.npz", max_bytes=4000)
@@ -196,7 +196,7 @@ def test_other_compressions_and_encryption_are_refused(tmp_path):
             read_npz(tmp_path / "made.npz")
 
 
-def test_an_archive_tells_sizes_before_reading(tmp_path):
+def test_an_archive_gives_sizes_before_reading(tmp_path):
     np.savez_compressed(tmp_path / "arrays.npz", a=np.zeros(1000))
     with open_archive(tmp_path / "arrays.npz") as archive:
         assert list(archive.names) == ["a.npy"]

@@ -1,7 +1,7 @@
-"""Zip archives of arrays, read as if a stranger had written them: ``.npz`` files, and the container of ``.pt`` files.
+"""A reader of zip archives of arrays from untrusted sources: ``.npz`` files and the container of ``.pt`` files.
 
-Every size that an archive declares is checked against bytes that are really there before memory is taken for it, so
-a reader never holds more than ``max_bytes``, and a damaged or malicious file ends in one
+Every size that an archive declares is compared with the bytes that exist before memory is allocated for it, so a reader
+never holds more than ``max_bytes``, and every damaged or malicious file raises one
 :class:`~worldloom.errors.FileFormatError`. Nothing is unpacked to disk and nothing is unpickled.
 """
 
@@ -24,11 +24,11 @@ from numpy.typing import DTypeLike, NDArray
 from worldloom.errors import FileFormatError
 
 MAX_BYTES = 1 << 34
-"""Default bound of the readers, bytes: 16 GiB, three times the largest published checkpoint."""
+"""Default limit of the readers in bytes: 16 GiB, three times the largest published checkpoint."""
 
 _MAX_DIMS = 32
-_MAX_DIRECTORY_BYTES = 1 << 20  # of a zip's table of contents: some 10,000 entries
-_MAX_DEFLATE_RATIO = 1032  # deflate codes at most 258 bytes in 2 bits; a larger declared ratio is a lie
+_MAX_DIRECTORY_BYTES = 1 << 20  # of a zip's central directory: about 10,000 entries
+_MAX_DEFLATE_RATIO = 1032  # RFC 1951: at best 258 bytes in 2 bits; a larger declared ratio is false
 _ZIP_DAMAGE = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
@@ -46,8 +46,8 @@ _ZIP_DAMAGE = (
 def file_size(path: Path, max_bytes: int) -> int:
     """Size in bytes of the regular file at ``path``.
 
-    Raises ``FileFormatError`` for a folder, pipe or device, and when the file has more than ``max_bytes``;
-    ``FileNotFoundError`` when there is none.
+    Raises ``FileFormatError`` for a folder, pipe or device and for a file of more than ``max_bytes``, and
+    ``FileNotFoundError`` if nothing exists at ``path``.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -62,15 +62,15 @@ def file_size(path: Path, max_bytes: int) -> int:
 def array_from_bytes(
     data: bytes, dtype: DTypeLike, shape: Sequence[int], *, order: str = "C", offset: int = 0, source: str = "the file"
 ) -> NDArray:
-    """A read-only array of ``shape`` over ``data[offset:]``, which must have exactly its bytes; nothing is copied
-    unless the bytes are in foreign order.
+    """A read-only array of ``shape`` over ``data[offset:]``, which must have exactly as many bytes.
 
-    Raises ``FileFormatError`` when the sizes differ, when a bool is neither 0 nor 1, or a character is not Unicode.
+    Nothing is copied unless the byte order is foreign. Raises ``FileFormatError`` if the sizes differ, a bool is
+    neither 0 nor 1, or a character is not Unicode.
     """
     dtype = np.dtype(dtype)
     if len(shape) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in shape):
         raise FileFormatError(f"{source} declares an array whose shape is not that of an array.")
-    # Zeros count as one: numpy wants the product of the other axes to fit an integer as well.
+    # Zeros count as one: numpy requires the product of the other axes to fit an integer too.
     fits = math.prod(max(n, 1) for n in shape) * max(dtype.itemsize, 1) < 1 << 62
     if not fits or math.prod(shape) * dtype.itemsize != len(data) - offset:
         raise FileFormatError(
@@ -86,7 +86,7 @@ def array_from_bytes(
 
 
 def check_values(array: NDArray, source: str) -> None:
-    """Raise ``FileFormatError`` if bools or characters have bit patterns that numpy never writes (and misreads)."""
+    """Raise ``FileFormatError`` for bit patterns of bools or characters that numpy never writes, and misreads."""
     if array.size == 0:
         return
     if array.dtype.kind == "b" and array.view(np.uint8).max() > 1:
@@ -96,13 +96,13 @@ def check_values(array: NDArray, source: str) -> None:
 
 
 def shorten(value: object, length: int = 100) -> str:
-    """``repr`` of something small from a hostile file, for a message: printable ASCII and not endless."""
+    """``repr`` of an untrusted value for a message, in printable ASCII and at most ``length`` characters."""
     text = ascii(value[: length + 1] if isinstance(value, str | bytes) else value)
     return text if len(text) <= length else text[:length] + "…"
 
 
 class Archive:
-    """An open zip archive whose table of contents has been checked; made by :func:`open_archive`."""
+    """An open zip archive whose central directory has been checked; created by :func:`open_archive`."""
 
     def __init__(self, file: zipfile.ZipFile, source: str):
         self.source = source
@@ -111,11 +111,11 @@ class Archive:
 
     @property
     def names(self) -> KeysView[str]:
-        """Names of all entries, in the order of the table of contents."""
+        """Names of all entries in the order of the central directory."""
         return self._entries.keys()
 
     def size(self, name: str) -> int:
-        """Unpacked size of entry ``name`` in bytes, as declared; :meth:`read` holds it to that."""
+        """Declared unpacked size of entry ``name`` in bytes; :meth:`read` enforces it."""
         return self._entries[name].file_size
 
     def is_compressed(self, name: str) -> bool:
@@ -123,10 +123,10 @@ class Archive:
         return self._entries[name].compress_type != zipfile.ZIP_STORED
 
     def read(self, name: str) -> bytes:
-        """The bytes of entry ``name``, exactly as many as declared and with the right checksum."""
+        """The bytes of entry ``name``; their number is the declared one and their checksum is right."""
         size = self.size(name)
-        with _damage_reported(self.source), self._file.open(self._entries[name]) as entry:
-            # Not ZipFile.read: without a size it inflates up to 2 GiB before it looks at the declared one.
+        with _zip_errors(self.source), self._file.open(self._entries[name]) as entry:
+            # Not ZipFile.read: without a size it inflates up to 2 GiB before it compares the declared one.
             data = entry.read(size)
         if len(data) != size:
             raise FileFormatError(f"{self.source}: entry {shorten(name)} is truncated; fetch or save the file again.")
@@ -135,24 +135,24 @@ class Archive:
 
 @contextlib.contextmanager
 def open_archive(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Iterator[Archive]:
-    """Open a zip archive after checking its table of contents.
+    """Open a zip archive after checking its central directory.
 
-    Raises ``FileFormatError`` when the file is no zip archive, when the file or all its entries together exceed
-    ``max_bytes``, when entries overlap, are encrypted or repeat a name, or when a name leads out of the archive.
+    Raises ``FileFormatError`` if the file is not a zip archive, if the file or its unpacked entries together exceed
+    ``max_bytes``, if entries overlap, are encrypted or repeat a name, or if a name leads out of the archive.
     """
     path = Path(path)
     size = file_size(path, max_bytes)
     with contextlib.ExitStack() as stack:
-        raw = stack.enter_context(_TableOfContentsFirst(io.FileIO(path)))
-        with _damage_reported(str(path)):
+        raw = stack.enter_context(_LimitedReader(io.FileIO(path)))
+        with _zip_errors(str(path)):
             file = stack.enter_context(zipfile.ZipFile(raw))
-        raw.limit = size
+        raw.limit = size  # the central directory has been read
         _check_entries(file.infolist(), size, max_bytes, str(path))
         yield Archive(file, str(path))
 
 
-class _TableOfContentsFirst(io.BufferedReader):
-    """Refuses the one large read with which :mod:`zipfile` takes in a table of contents of unreasonable size."""
+class _LimitedReader(io.BufferedReader):
+    """Refuses large reads: :mod:`zipfile` reads a central directory of any declared size at once."""
 
     limit = _MAX_DIRECTORY_BYTES
 
@@ -163,7 +163,8 @@ class _TableOfContentsFirst(io.BufferedReader):
 
 
 @contextlib.contextmanager
-def _damage_reported(source: str) -> Iterator[None]:
+def _zip_errors(source: str) -> Iterator[None]:
+    """Turn the exceptions of :mod:`zipfile` on damaged input into ``FileFormatError``."""
     try:
         yield
     except FileFormatError:
@@ -184,10 +185,10 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int, max_bytes: int, so
             raise FileFormatError(f"{source} has two entries named {name}.")
         seen.add(entry.filename)
         if entry.flag_bits & 0x1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise FileFormatError(f"{source}: entry {name} is encrypted or compressed by something other than deflate.")
+            raise FileFormatError(f"{source}: entry {name} is encrypted, or compressed by another method than deflate.")
         ratio = 1 if entry.compress_type == zipfile.ZIP_STORED else _MAX_DEFLATE_RATIO
         if entry.file_size > entry.compress_size * ratio:
-            raise FileFormatError(f"{source}: entry {name} declares more bytes than its contents can give.")
+            raise FileFormatError(f"{source}: entry {name} declares more bytes than its compressed data can hold.")
     if sum(entry.compress_size for entry in entries) > size:
         raise FileFormatError(f"{source}: its entries overlap or reach beyond the end of the file.")
     unpacked = sum(entry.file_size for entry in entries)
@@ -206,9 +207,12 @@ _NPY_SIZES = {"b": (1,), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "f": (2, 4, 8), "
 def read_npz(path: str | Path, *, max_bytes: int = MAX_BYTES) -> dict[str, NDArray]:
     """Read all arrays of an ``.npz`` file (``numpy.savez``, compressed or not) as read-only arrays.
 
-    Numbers, bools and fixed-length text are read; object arrays, which are pickles, and structured arrays are not.
-    The file and all its arrays together may each take at most ``max_bytes``. Raises ``FileFormatError`` otherwise,
-    or when the file is damaged; ``FileNotFoundError`` when there is none.
+    Arrays of numbers, bools and fixed-length text are read; object arrays, which are pickles, and structured arrays are
+    refused. The file, and all its arrays together, may have at most ``max_bytes``.
+
+    Raises:
+      FileFormatError: the file is damaged or too large, or holds anything else.
+      FileNotFoundError: the file does not exist.
     """
     with open_archive(path, max_bytes=max_bytes) as archive:
         arrays = {}
@@ -220,17 +224,17 @@ def read_npz(path: str | Path, *, max_bytes: int = MAX_BYTES) -> dict[str, NDArr
 
 
 def _parse_npy(data: bytes, source: str) -> NDArray:
-    """The array in the bytes of a ``.npy`` file (numpy's format versions 1 to 3)."""
-    # The header is a Python literal; this pattern of what numpy writes needs no evaluation, and no limit on nesting.
+    """The array in the bytes of a ``.npy`` file, versions 1 to 3 of the format of ``numpy.lib.format``."""
+    # The header is a Python literal. Matching what numpy writes needs no evaluation, and no limit on nesting.
     width = {1: 2, 2: 4, 3: 4}.get(data[6], 0) if data[:6] == b"\x93NUMPY" and len(data) >= 12 else 0
     if not width:
-        raise FileFormatError(f"{source} does not start as a .npy file of version 1 to 3 does.")
+        raise FileFormatError(f"{source} does not start like a .npy file of version 1 to 3.")
     start = 8 + width
     stop = start + int.from_bytes(data[8:start], "little")
     header = _NPY_HEADER.fullmatch(data, start, min(stop, start + 10_000, len(data)))
     if header is None:
         raise FileFormatError(
-            f"{source} is truncated, or neither numbers nor text (object and structured arrays are not read)."
+            f"{source} is truncated, or holds neither numbers nor text (object and structured arrays are not read)."
         )
     order, kind, size, fortran, shape = (part.decode() for part in header.groups())
     if int(size) not in _NPY_SIZES.get(kind, range(1 << 20)):
@@ -240,6 +244,6 @@ def _parse_npy(data: bytes, source: str) -> NDArray:
     except ValueError:
         raise FileFormatError(f"{source} has the malformed shape ({shorten(shape)}).") from None
     dtype = np.dtype(f"{order}{kind}{size}")
-    if dtype.itemsize == 0:  # the numpy type of empty text has no bytes, so its header could claim any length
-        raise FileFormatError(f"{source} has elements without bytes.")
+    if dtype.itemsize == 0:  # numpy's type of empty text has no bytes, so any length could be declared
+        raise FileFormatError(f"{source} has elements of zero bytes.")
     return array_from_bytes(data, dtype, dims, order="F" if fortran == "True" else "C", offset=stop, source=source)
