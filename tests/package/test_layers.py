@@ -15,7 +15,7 @@ PACKAGE = Path(worldloom.__file__).parent
 
 # A module may import from its own layer's package and from layers before it.
 LAYERS = [
-    ("errors", "config", "devices", "state", "safe_npz", "_version"),
+    ("errors", "config", "spaces", "devices", "state", "safe_npz", "_version"),
     ("ops",),
     ("nn",),
     ("optim",),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.errors import CheckpointError, FileFormatError
-from worldloom.replay.store import Pending, ReplayStore
+from worldloom.replay.store import PendingWrite, ReplayStore
 from worldloom.state import TrainState
 from worldloom.training.checkpoint_files import (
     Snapshot,
@@ -132,7 +132,7 @@ class Checkpointer:
                     warnings.warn(f"{error} Going back to the checkpoint before it.", stacklevel=2)
         raise CheckpointError(f"No checkpoint in {self.folder} can be read. {' '.join(problems)}")
 
-    def _write(self, snapshot: Snapshot, value: float | None, replay: Pending | None) -> None:
+    def _write(self, snapshot: Snapshot, value: float | None, replay: PendingWrite | None) -> None:
         try:
             judged = {"value": value, "mode": self._mode, "monitor": self._monitor}
             further = {"replay": replay.write() if replay else None}

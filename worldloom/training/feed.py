@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from worldloom.errors import DataError
-from worldloom.replay.device import SLOTS, DeviceReplay, Ring, draws_windows
-from worldloom.replay.schema import by_key
+from worldloom.replay.device import SLOTS, DeviceReplay, Ring, supports_device_storage
+from worldloom.spaces import OBS, named
 from worldloom.training.config import TrainingConfig
 from worldloom.training.step import Batch, Outcome
 
@@ -153,7 +153,7 @@ class Windows:
         self.rows = spec.rows if self.latents or not spec.latents else config.sequence_length
         self.buffer, self._batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
         self.on_device: DeviceReplay | None = None
-        self._shapes = list(by_key(model.config.obs_shape).values())
+        self._shapes = list(named(model.config.obs_shape, OBS).values())
 
     @property
     def ring(self) -> Ring | None:
@@ -167,7 +167,7 @@ class Windows:
 
     def bytes_on_device(self, *, growing: bool) -> float:
         """What :meth:`hold_on` would take; without end if it cannot be done."""
-        if not draws_windows(self.buffer):
+        if not supports_device_storage(self.buffer):
             return math.inf
         # Images have three axes and stay uint8.
         width = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in self._shapes)
@@ -188,7 +188,7 @@ class Windows:
         """``batches`` as an update takes them, after ``due`` has been written where they will be looked up."""
         if self.on_device is None:
             return batches
-        self.on_device.follow()
+        self.on_device.copy_new_rows()
         for fresh in due:
             fresh.write(self.on_device)
         return batches | {SLOTS: self.on_device.slots(row_ids, updates)}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from worldloom.replay.device import Ring, with_rows
+from worldloom.replay.device import Ring, gather_rows
 from worldloom.state import TrainState
 
 Batch = dict[str, Any]
@@ -163,7 +163,7 @@ def copy(tree: Any) -> Any:
 
 
 def _complete(ring: Ring | None, batch: Batch) -> Batch:
-    return with_rows(ring, batch) if ring else batch
+    return gather_rows(ring, batch) if ring else batch
 
 
 def _choose(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
