@@ -13,8 +13,7 @@ import numpy as np
 
 from worldloom import create_world_model
 from worldloom.envs import make_env
-from worldloom.replay import ReplayBuffer
-from worldloom.replay import rows as tables
+from worldloom.replay import ReplayBuffer, table
 from worldloom.training import Trainer, TrainingConfig
 from worldloom.training.callbacks import (
     CheckpointCallback,
@@ -38,7 +37,7 @@ _ENVS = {"tdmpc2": "Pendulum-v1", "dreamerv3": "CartPole-v1", "toy": "MountainCa
 
 def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=()):
     """A trainer and what it trains from; ``name`` is one of ``RUNS``."""
-    tables.BLOCK_BYTES = 1 << 10
+    table.BLOCK_BYTES = 1 << 10
     family, _, kind = name.partition("-")
     env = make_env(_ENVS[family], num_envs=2, seed=5, time_limit=30)
     shapes = {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}

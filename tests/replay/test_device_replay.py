@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from worldloom.errors import ConfigError
 from worldloom.replay import ReplayBuffer
-from worldloom.replay.device import SLOTS, DeviceReplay, with_rows
+from worldloom.replay.device import SLOTS, DeviceReplay, gather_rows
 
 DETER = 3
 
@@ -24,7 +24,7 @@ def look_up(device, ids):
     small = device._buffer.take(ids, observations=False)
     assert "obs" not in small
     row_ids = small.pop("row_ids")
-    return jax.jit(with_rows)(device.ring, small | {SLOTS: device.slots([row_ids], 1)[0]})
+    return jax.jit(gather_rows)(device.ring, small | {SLOTS: device.slots([row_ids], 1)[0]})
 
 
 def assert_same(device, buffer, *, latents, update=0):
@@ -44,7 +44,7 @@ def test_a_batch_is_that_of_the_buffer(kind):
         obs = {"eyes": episode(draw, steps, picture=True)[0], "joints": obs} if kind == "both" else obs
         buffer.add_episode(obs, actions, rewards, terminated=True)
     device = DeviceReplay(buffer, latents=False, device=jax.devices()[0], capacity=len(buffer))
-    device.follow()
+    device.copy_new_rows()
     assert_same(device, buffer, latents=False)
     images = [rows for rows in jax.tree.leaves(device.ring) if rows.ndim == 4]
     assert all(rows.dtype == np.uint8 for rows in images)
@@ -75,7 +75,7 @@ def test_it_follows_whatever_happens(steps, capacity, room):
             for one in (truth, buffer):
                 one.add_episode(*data, terminated=True)
         elif what == "write":
-            device.follow()
+            device.copy_new_rows()
             # Windows that overlap, and the ones drawn before rows were evicted.
             old.append(truth.draw(6, 4, update=number, cross_episodes=True))
             latents = draw.normal(size=(6, 4, DETER)).astype(np.float32)
@@ -84,7 +84,7 @@ def test_it_follows_whatever_happens(steps, capacity, room):
                 truth.write_latents(old[0], {"deter": latents})
             old = old[-2:]
         elif what == "read":
-            device.follow()
+            device.copy_new_rows()
             assert_same_latents(device, truth, number)
         else:
             device.write_back()
@@ -105,10 +105,10 @@ def test_new_rows_are_written_in_place():
     draw, buffer = np.random.default_rng(0), ReplayBuffer(100)
     buffer.add_episode(*episode(draw, 9), terminated=True)
     device = DeviceReplay(buffer, latents=False, device=jax.devices()[0], capacity=100)
-    device.follow()
+    device.copy_new_rows()
     before, address = device.ring["obs"], device.ring["obs"].unsafe_buffer_pointer()
     buffer.add_episode(*episode(draw, 9), terminated=True)
-    device.follow()
+    device.copy_new_rows()
     assert before.is_deleted()
     assert device.ring["obs"].unsafe_buffer_pointer() == address
 

@@ -10,7 +10,7 @@ import pytest
 
 from worldloom.errors import FileFormatError
 from worldloom.replay import ReplayBuffer
-from worldloom.replay.buffer import uniform
+from worldloom.replay.sampling import uniform
 
 
 def mixed_buffer(capacity=37):
@@ -81,9 +81,9 @@ def test_saving_twice_gives_the_same_bytes_and_numpy_can_read_them(saved, tmp_pa
 
 def test_small_blocks_change_nothing(saved, monkeypatch):
     expected = ReplayBuffer.load(saved)
-    monkeypatch.setattr("worldloom.replay.rows.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("worldloom.replay.table.BLOCK_BYTES", 1000)
     buffer = ReplayBuffer.load(saved)
-    assert len(buffer._rows._blocks) > 3
+    assert len(buffer.content().rows._blocks) > 3
     assert_equal_content(buffer, expected)
     assert buffer.save(saved.with_name("small.npz")).read_bytes() == saved.read_bytes()
 
@@ -108,7 +108,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_litter(saved, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("worldloom.replay.files._write_npy", full)
+    monkeypatch.setattr("worldloom.replay.npz._write_npy", full)
     with pytest.raises(OSError, match="No space"):
         mixed_buffer().save(saved)
     assert saved.read_bytes() == before

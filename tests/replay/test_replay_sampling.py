@@ -10,7 +10,7 @@ from scipy import stats
 
 from worldloom.errors import ConfigError, DataError
 from worldloom.replay import ReplayBuffer
-from worldloom.replay.buffer import uniform
+from worldloom.replay.sampling import uniform
 
 
 def numbered(lengths, capacity=100_000, **described):
@@ -200,26 +200,26 @@ def test_an_episode_longer_than_the_buffer_keeps_its_end():
 
 def test_blocks_do_not_show(monkeypatch):
     whole = numbered([7, 30, 11, 25], capacity=50)
-    monkeypatch.setattr("worldloom.replay.rows.BLOCK_BYTES", 100)  # four rows
+    monkeypatch.setattr("worldloom.replay.table.BLOCK_BYTES", 100)  # four rows
     pieces = numbered([7, 30, 11, 25], capacity=50)
-    assert pieces._rows.block_rows == 4
-    assert len(pieces._rows._blocks) <= 50 / 4 + 2
+    assert pieces.content().rows.block_rows == 4
+    assert len(pieces.content().rows._blocks) <= 50 / 4 + 2
     for crossing in (False, True):
         same(*(b.sample(32, 9, cross_episodes=crossing) for b in (whole, pieces)))
 
 
 def test_rows_forgotten_at_either_end_free_their_blocks(monkeypatch):
-    monkeypatch.setattr("worldloom.replay.rows.BLOCK_BYTES", 1)
+    monkeypatch.setattr("worldloom.replay.table.BLOCK_BYTES", 1)
     buffer = numbered([20])
     buffer.load_state_dict({"first_row": 5, "next_row": 12})
-    assert sorted(buffer._rows._blocks) == list(range(5, 12))
+    assert sorted(buffer.content().rows._blocks) == list(range(5, 12))
     assert buffer.episode_lengths.tolist() == [7]
 
 
 def test_memory_is_taken_for_rows_not_for_capacity():
     buffer = ReplayBuffer(10**12)
     buffer.add_episode(np.zeros((3, 64, 64, 3), np.uint8), np.zeros((2, 1)), np.zeros(2))
-    assert sum(a.nbytes for block in buffer._rows._blocks.values() for a in block.values()) <= 2**25
+    assert sum(a.nbytes for block in buffer.content().rows._blocks.values() for a in block.values()) <= 2**25
 
 
 # ---- latents ------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_latents_are_zero_until_written_and_belong_to_row_0():
 
 
 def test_writing_latents_of_overlapping_windows_and_evicted_rows(monkeypatch):
-    monkeypatch.setattr("worldloom.replay.rows.BLOCK_BYTES", 1)  # evicted rows leave memory at once
+    monkeypatch.setattr("worldloom.replay.table.BLOCK_BYTES", 1)  # evicted rows leave memory at once
     buffer = latent_buffer(capacity=8)  # rows 4 … 11 are left
     ids = np.array([[2, 3, 4, 5], [4, 5, 6, 7]])
     buffer.write_latents(ids, {"deter": np.arange(8.0).reshape(2, 4, 1) * np.ones(3)})

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from worldloom.errors import CheckpointError, FileFormatError
 from worldloom.replay import ReplayBuffer, ReplayStore
-from worldloom.replay.buffer import uniform
+from worldloom.replay.sampling import uniform
 
 
 def add(buffer, values, first=None, streams=None):
@@ -36,7 +36,7 @@ def add(buffer, values, first=None, streams=None):
 def filled(rows=60, *, capacity=45, block_bytes=256, episode=9):
     """Several blocks (of 8 rows, latents of 32), eviction amid one, unfinished blocks, an episode in progress."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worldloom.replay.rows.BLOCK_BYTES", block_bytes)
+        patch.setattr("worldloom.replay.table.BLOCK_BYTES", block_bytes)
         buffer = ReplayBuffer(capacity, action_dim=3, latents={"deter": (2,)})
         for value in range(rows):
             add(buffer, [value], [value % episode == 0])
@@ -109,7 +109,7 @@ class Moments:
         for _ in range(self.data.draw(st.integers(1, 12))):
             streams = self.data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=2, unique=True))
             crash = self.data.draw(st.integers(0, 5)) == 0
-            first = [crash or not self.buffer._index.in_progress(stream) for stream in streams]
+            first = [crash or not self.buffer._storage.index.in_progress(stream) for stream in streams]
             add(self.buffer, [self.value + n for n in range(len(streams))], first, streams)
             self.value += len(streams)
 
@@ -162,7 +162,7 @@ class Moments:
 def test_any_moment_saved_comes_back(data, block, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worldloom.replay.rows.BLOCK_BYTES", block)
+        patch.setattr("worldloom.replay.table.BLOCK_BYTES", block)
         patch.setattr("worldloom.replay.chunks.PIECE_BYTES", 64)
         patch.setattr(os, "fsync", lambda descriptor: None)
         run = Moments(folder, data)
@@ -282,8 +282,8 @@ def test_files_are_deleted_when_nothing_refers_to_them(tmp_path):
 
 def test_a_store_of_many_blocks_takes_little_memory_and_few_descriptors(tmp_path, monkeypatch):
     """12 MB in 192 files: loading and sampling stay within a few blocks, and 8 descriptors."""
-    monkeypatch.setattr("worldloom.replay.rows.BLOCK_BYTES", 1 << 16)
-    monkeypatch.setattr("worldloom.replay.chunks.MAPS.most", 8)
+    monkeypatch.setattr("worldloom.replay.table.BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr("worldloom.replay.chunks.MAP_CACHE.max_open", 8)
     buffer, episode = ReplayBuffer(3072), np.zeros((256, 64, 21, 3), np.uint8)
     for number in range(12):
         episode[:] = number
@@ -472,7 +472,7 @@ def test_what_breaks_the_rules_is_refused_though_its_checksum_is_right(tmp_path)
     """A chunk file whose writer did not go through the door."""
     for column, value in (("rewards", np.nan), ("actions", 7), ("flags", 6), ("obs/vector", np.inf)):
         buffer = filled()
-        buffer._rows.put(column, np.array([30]), np.array([value]))
+        buffer.content().rows.put(column, np.array([30]), np.array([value]))
         reference = ReplayStore(tmp_path).write(buffer)
         with pytest.raises(FileFormatError, match="makes no sense"):
             ReplayStore(tmp_path).load(reference)

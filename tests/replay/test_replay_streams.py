@@ -81,7 +81,7 @@ def assert_holds(buffer, model):
 @settings(max_examples=200, deadline=None)
 def test_any_history_leaves_what_the_lists_hold(history, capacity, rows, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worldloom.replay.rows.BLOCK_BYTES", block)
+        patch.setattr("worldloom.replay.table.BLOCK_BYTES", block)
         buffer, model = ReplayBuffer(capacity), Lists(capacity)
         for call in history:
             add(buffer, *call)

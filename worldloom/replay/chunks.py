@@ -1,8 +1,8 @@
 """Chunk files: the rows of one block, written once and never changed.
 
-A file is a line of JSON that says what follows, then each column as plain little-endian numbers at a multiple of 64
-bytes, which can be mapped into memory as it is. Its name holds the first row, the number of rows and the beginning of
-its SHA-256: other content never gets the same name, so writing cannot harm a file that something refers to.
+A file is a line of JSON that describes the columns, then each column as plain little-endian numbers at a multiple of 64
+bytes, so that it can be memory-mapped. Its name contains the first row, the number of rows and the beginning of its
+SHA-256: different content gets a different name, so writing never overwrites a file that is still referenced.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from worldloom.errors import FileFormatError, WorldloomError
-from worldloom.replay.rows import Column, Part
+from worldloom.replay.table import BlockSlice, Column
 
 FORMAT, VERSION = "worldloom.replay.chunk", 1
 ALIGNMENT = 64
 PIECE_BYTES = 1 << 20
-"""Read and checked at a time."""
+"""How much is read and checked at a time."""
 
 CHUNK_NAME = re.compile(r"(rows|latents)-\d{12,}-\d+-[0-9a-f]{16}\.chunk")
 PARTIAL = ".partial"
 
 
 class Chunk(NamedTuple):
-    """What a reference says of one chunk file; the file's name and size follow from it.
+    """Identity of a chunk file, from which its name and size follow.
 
     Attributes:
       kind: ``"rows"`` or ``"latents"``.
       first: number of the first row.
-      rows: how many rows.
-      sha256: of the whole file, hexadecimal.
+      rows: number of rows.
+      sha256: checksum of the whole file, hexadecimal.
     """
 
     kind: str
@@ -56,17 +56,17 @@ class Chunk(NamedTuple):
 
 
 class Layout:
-    """Where things are in a chunk file.
+    """The byte layout of a chunk file.
 
     Args:
       kind: ``"rows"`` or ``"latents"``.
-      columns: of the rows, in order.
+      columns: columns of the rows, in order.
       first: number of the first row.
-      rows: how many rows.
+      rows: number of rows.
 
     Attributes:
       header: the bytes before the first column.
-      offsets: position of each column.
+      offsets: byte offset of each column.
       size: bytes of the whole file.
     """
 
@@ -77,25 +77,28 @@ class Layout:
             "kind": kind,
             "first_row": first,
             "rows": rows,
-            "columns": [[name, column.shape, _stored(column).str] for name, column in columns.items()],
+            "columns": [[name, column.shape, _file_dtype(column).str] for name, column in columns.items()],
         }
         line = json.dumps(described).encode()
-        self.header = line.ljust(_aligned(len(line) + 1) - 1) + b"\n"
+        self.header = line.ljust(_align(len(line) + 1) - 1) + b"\n"
         self.columns, self.rows = columns, rows
         self.offsets: dict[str, int] = {}
         self.size = len(self.header)
         for name, column in columns.items():
-            self.offsets[name] = _aligned(self.size)
+            self.offsets[name] = _align(self.size)
             self.size = self.offsets[name] + rows * column.nbytes
 
 
-def write_chunk(folder: Path, kind: str, columns: Mapping[str, Column], part: Part, mask: Mapping[str, Any]) -> Chunk:
-    """Write the rows of ``part`` as a file that appears under its name only when complete and on the disk.
+def write_chunk(
+    folder: Path, kind: str, columns: Mapping[str, Column], block_slice: BlockSlice, bit_masks: Mapping[str, Any]
+) -> Chunk:
+    """Write the rows of ``block_slice`` as a chunk file, which gets its name only when complete and synced to disk.
 
-    Of the columns in ``mask`` only those bits are written. Raises ``OSError`` if it cannot be done.
+    Columns in ``bit_masks`` are written after a bitwise "and" with their mask. Raises ``OSError`` if it cannot be
+    written.
     """
-    layout, digest = Layout(kind, columns, part.first, part.rows), hashlib.sha256()
-    partial = folder / f"{kind}-{part.first:012}{PARTIAL}"
+    layout, digest = Layout(kind, columns, block_slice.first, block_slice.rows), hashlib.sha256()
+    partial = folder / f"{kind}-{block_slice.first:012}{PARTIAL}"
     try:
         with partial.open("wb") as file:
 
@@ -106,14 +109,14 @@ def write_chunk(folder: Path, kind: str, columns: Mapping[str, Column], part: Pa
             write(layout.header)
             position = len(layout.header)
             for name, column in columns.items():
-                values = part.column(name)
-                values = values & mask[name] if name in mask else values
+                values = block_slice.column(name)
+                values = values & bit_masks[name] if name in bit_masks else values
                 write(bytes(layout.offsets[name] - position))
-                write(np.ascontiguousarray(values, _stored(column)).reshape(-1).view(np.uint8))
-                position = layout.offsets[name] + part.rows * column.nbytes
+                write(np.ascontiguousarray(values, _file_dtype(column)).reshape(-1).view(np.uint8))
+                position = layout.offsets[name] + block_slice.rows * column.nbytes
             file.flush()
             os.fsync(file.fileno())
-        chunk = Chunk(kind, part.first, part.rows, digest.hexdigest())
+        chunk = Chunk(kind, block_slice.first, block_slice.rows, digest.hexdigest())
         partial.replace(folder / chunk.name)
     finally:
         partial.unlink(missing_ok=True)
@@ -121,18 +124,18 @@ def write_chunk(folder: Path, kind: str, columns: Mapping[str, Column], part: Pa
 
 
 def read_chunk(
-    folder: Path, chunk: Chunk, columns: Mapping[str, Column], look: Callable[[str, int, np.ndarray], None]
+    folder: Path, chunk: Chunk, columns: Mapping[str, Column], on_piece: Callable[[str, int, np.ndarray], None]
 ) -> None:
     """Read a chunk file once, in small pieces, and verify its checksum.
 
-    ``look(name, start, values)`` sees every piece: rows ``start …`` of the chunk, of column ``name``. What it has seen
-    counts only once this function has returned.
+    ``on_piece(name, start, values)`` is called with every piece: column ``name`` of rows ``start …`` of the chunk. The
+    pieces can be trusted only once this function has returned.
 
-    Raises ``FileFormatError`` if the file is missing or damaged; what ``look`` raises, if it is not.
+    Raises ``FileFormatError`` if the file is missing or damaged, else the first ``WorldloomError`` of ``on_piece``.
     """
     layout = Layout(chunk.kind, columns, chunk.first, chunk.rows)
     path, digest, problem = folder / chunk.name, hashlib.sha256(), None
-    with _opened(path, layout.size) as file:
+    with _open_checked(path, layout.size) as file:
 
         def read(size: int) -> bytes:
             data = file.read(size)
@@ -150,40 +153,40 @@ def read_chunk(
                 if len(data) < count * column.nbytes:
                     intact = False
                     break
-                values = np.frombuffer(data, _stored(column)).reshape(count, *column.shape)
+                values = np.frombuffer(data, _file_dtype(column)).reshape(count, *column.shape)
                 try:
-                    look(name, start, values.astype(column.dtype, copy=False))
+                    on_piece(name, start, values.astype(column.dtype, copy=False))
                 except WorldloomError as error:
-                    # Damage is the better explanation of nonsense, if the checksum says so.
+                    # Deferred: if the checksum is wrong, damage is the better explanation of invalid values.
                     problem = problem or error
             position = layout.offsets[name] + chunk.rows * column.nbytes
     if not intact or digest.hexdigest() != chunk.sha256:
-        raise FileFormatError(f"The replay file {path} is damaged: its checksum is not that of what was written.")
+        raise FileFormatError(f"The replay file {path} is damaged: its checksum differs from the one recorded.")
     if problem is not None:
         raise problem
 
 
 class MappedBlock(Mapping[str, np.ndarray]):
-    """The rows of a chunk file as a block of read-only arrays, without reading them.
+    """The rows of a chunk file as a block of read-only, memory-mapped arrays.
 
     Args:
-      folder: where the file is.
+      folder: the folder of the file.
       chunk: the file.
       columns: its columns.
-      held: columns that are kept in memory instead, and can be changed there.
+      in_memory: columns that are kept in memory instead, where they can be changed.
     """
 
-    def __init__(self, folder: Path, chunk: Chunk, columns: Mapping[str, Column], held: Mapping[str, np.ndarray]):
+    def __init__(self, folder: Path, chunk: Chunk, columns: Mapping[str, Column], in_memory: Mapping[str, np.ndarray]):
         self.chunk, self.path = chunk, folder / chunk.name
         self.layout = Layout(chunk.kind, columns, chunk.first, chunk.rows)
-        self._held = dict(held)
+        self._in_memory = dict(in_memory)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name in self._held:
-            return self._held[name]
+        if name in self._in_memory:
+            return self._in_memory[name]
         column, rows = self.layout.columns[name], self.layout.rows
         values: np.ndarray = np.ndarray(
-            (rows, *column.shape), _stored(column), MAPS.of(self), self.layout.offsets[name]
+            (rows, *column.shape), _file_dtype(column), MAP_CACHE.get(self), self.layout.offsets[name]
         )
         return values
 
@@ -193,42 +196,43 @@ class MappedBlock(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.layout.columns)
 
-    # Two blocks are the same if they are the same object.
+    # By identity, as weak dictionary keys; Mapping would compare the arrays.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
 
-class Maps:
-    """The files that are mapped into memory at present: the ones used last, of blocks that are still in use.
+class MapCache:
+    """The most recently used memory maps, of blocks that still exist.
 
-    Every map costs a file descriptor, and the disk space of a deleted file.
+    Every open map costs a file descriptor, and the disk space of its file even if that is deleted.
 
     Args:
-      most: how many at a time.
+      max_open: largest number of maps open at a time.
     """
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, max_open: int):
+        self.max_open = max_open
         self._maps: weakref.WeakKeyDictionary[MappedBlock, mmap.mmap] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def of(self, block: MappedBlock) -> mmap.mmap:
-        """The file of ``block``, mapped. Raises ``FileFormatError`` if it is not there any more."""
+    def get(self, block: MappedBlock) -> mmap.mmap:
+        """The memory map of the file of ``block``. Raises ``FileFormatError`` if the file is gone."""
         with self._lock:
             memory = self._maps.pop(block, None) or _map_file(block.path, block.layout.size)
             self._maps[block] = memory
-            while len(self._maps) > self.most:
+            # A dict keeps the order of insertion: the least recently used map is the first.
+            while len(self._maps) > self.max_open:
                 del self._maps[next(iter(self._maps))]
         return memory
 
 
-MAPS = Maps(128)
-"""Of this process. Some systems allow 256 descriptors."""
+MAP_CACHE = MapCache(128)
+"""Shared by the process. Some systems allow only 256 file descriptors."""
 
 
 def _map_file(path: Path, size: int) -> mmap.mmap:
-    """Map a file of ``size`` bytes into memory, read-only."""
-    with _opened(path, size) as file:
+    """Memory-map a file of ``size`` bytes, read-only."""
+    with _open_checked(path, size) as file:
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
 
@@ -243,7 +247,7 @@ def check_size(path: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, size: int) -> Iterator[Any]:
+def _open_checked(path: Path, size: int) -> Iterator[Any]:
     check_size(path, size)
     try:
         with path.open("rb") as file:
@@ -252,9 +256,9 @@ def _opened(path: Path, size: int) -> Iterator[Any]:
         raise FileFormatError(f"The replay file {path} cannot be read: {error.strerror}.") from error
 
 
-def _stored(column: Column) -> np.dtype:
+def _file_dtype(column: Column) -> np.dtype:
     return column.dtype.newbyteorder("<")
 
 
-def _aligned(position: int) -> int:
+def _align(position: int) -> int:
     return -(-position // ALIGNMENT) * ALIGNMENT

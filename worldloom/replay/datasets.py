@@ -1,4 +1,4 @@
-"""Readers of recorded datasets. Their packages are extras and imported when a reader is called."""
+"""Readers of recorded datasets. The packages they need are extras, imported only when a reader is called."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def from_minari(dataset: Any, *, capacity: int | None = None, download: bool = T
     Args:
       dataset: its name, such as ``"mujoco/pusher/expert-v0"``, or a loaded (and perhaps filtered) ``MinariDataset``.
       capacity: rows of the buffer; None is as many as the dataset has.
-      download: whether a dataset that is not on this machine may be downloaded.
+      download: whether a missing dataset may be downloaded.
 
     Raises:
       MissingDependencyError: Minari is not installed.
-      DataError: the episodes hold something a buffer cannot, such as unbounded actions beyond [−1, 1].
+      DataError: the episodes hold something that a buffer refuses, such as unbounded actions beyond [−1, 1].
     """
     if isinstance(dataset, str):
-        dataset = _extra("minari").load_dataset(dataset, download=download)
-    described, prepare = _actions_of(dataset.action_space)
+        dataset = _import_extra("minari").load_dataset(dataset, download=download)
+    described, convert = _convert_actions(dataset.action_space)
     episodes = (
         {
             "obs": episode.observations,
-            "actions": prepare(episode.actions),
+            "actions": convert(episode.actions),
             "rewards": episode.rewards,
             "terminated": episode.terminations,
             "truncated": episode.truncations,
@@ -46,8 +46,8 @@ def from_minari(dataset: Any, *, capacity: int | None = None, download: bool = T
     return ReplayBuffer.from_episodes(episodes, capacity, **described)
 
 
-def _actions_of(space: Any) -> tuple[dict[str, Any], Callable[[Any], np.ndarray]]:
-    """What to tell the buffer about actions of a Gymnasium space, and how to bring them into its form."""
+def _convert_actions(space: Any) -> tuple[dict[str, Any], Callable[[Any], np.ndarray]]:
+    """The buffer's arguments for actions of a Gymnasium space, and the function that converts such actions."""
     if hasattr(space, "n"):
         start = int(getattr(space, "start", 0))
         return {"action_type": "discrete", "action_dim": int(space.n)}, lambda actions: np.asarray(actions) - start
@@ -63,9 +63,9 @@ def _actions_of(space: Any) -> tuple[dict[str, Any], Callable[[Any], np.ndarray]
 def from_hdf5(path: str | Path, *, capacity: int | None = None) -> ReplayBuffer:
     """A buffer with the episodes of a D4RL file: flat ``observations, actions, rewards, terminals, timeouts``.
 
-    Steps are cut into episodes after each terminal or timeout. The observation an episode's last action led to is
-    taken from ``next_observations``. Where the file has none, it was not recorded: that step is left out and the
-    episode ends, not terminal, one row earlier. Actions must lie in [−1, 1].
+    Each terminal or timeout ends an episode. The observation after an episode's last action is read from
+    ``next_observations``. If the file has none, that observation is unknown: the step is left out, and the episode ends
+    one row earlier, not terminal. Actions must lie in [−1, 1].
 
     Args:
       path: the file.
@@ -73,11 +73,13 @@ def from_hdf5(path: str | Path, *, capacity: int | None = None) -> ReplayBuffer:
 
     Raises:
       MissingDependencyError: h5py is not installed.
-      FileFormatError: this is not an HDF5 file, or not laid out like this.
-      DataError: the episodes hold something a buffer cannot.
+      FileFormatError: this is not an HDF5 file, or its layout is another.
+      DataError: the episodes hold something that a buffer refuses.
     """
-    h5py = _extra("h5py")
-    Path(path).open("rb").close()  # an absent file is an OSError of its own, not a damaged one
+    h5py = _import_extra("h5py")
+    Path(path).open(
+        "rb"
+    ).close()  # raises the usual OSError for a missing file, which h5py would not distinguish from a damaged one
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -87,7 +89,7 @@ def from_hdf5(path: str | Path, *, capacity: int | None = None) -> ReplayBuffer:
 
 
 def flat_episodes(file: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
-    """Cut flat D4RL arrays into the arguments of ``ReplayBuffer.add_episode``; see :func:`from_hdf5`."""
+    """Split flat D4RL arrays into the arguments of ``ReplayBuffer.add_episode``; see :func:`from_hdf5`."""
     missing = [key for key in HDF5_KEYS if key not in file]
     if missing:
         raise FileFormatError(f"{name} has no {', '.join(missing)}; a D4RL file has {', '.join(HDF5_KEYS)}.")
@@ -97,7 +99,7 @@ def flat_episodes(file: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
         raise FileFormatError(f"The arrays of {name} have different lengths: {lengths}.")
     ends = np.flatnonzero(terminals | timeouts) + 1
     for start, stop in zip([0, *ends], [*ends, len(terminals)], strict=True):
-        # Without the last step's outcome, two steps give the shortest episode there is: one action, two rows.
+        # Without next_observations the last step is lost: two steps make the shortest episode, one action and two rows.
         steps = stop - start if "next_observations" in file else stop - start - 1
         if steps < 1:
             continue
@@ -115,7 +117,7 @@ def flat_episodes(file: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
         }
 
 
-def _extra(module: str) -> ModuleType:
+def _import_extra(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:

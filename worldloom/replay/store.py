@@ -1,4 +1,4 @@
-"""Replay on disk: what has arrived goes to chunk files now and then, and a resumed run maps them into memory."""
+"""Replay on disk: new rows are appended to chunk files at each checkpoint, and a resumed run memory-maps them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy as np
 
 from worldloom.config import is_integer
 from worldloom.errors import CheckpointError, FileFormatError
-from worldloom.replay import door
-from worldloom.replay.buffer import GIVEN, ReplayBuffer
+from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.chunks import (
     CHUNK_NAME,
     PARTIAL,
@@ -25,13 +24,16 @@ from worldloom.replay.chunks import (
     read_chunk,
     write_chunk,
 )
-from worldloom.replay.rows import MAX_BLOCK_ROWS, Column, Part, Rows
+from worldloom.replay.index import GIVEN_FLAGS
 from worldloom.replay.schema import Schema
+from worldloom.replay.serialization import BufferContent, BufferDescription
+from worldloom.replay.table import MAX_BLOCK_ROWS, BlockSlice, Column, RowTable
+from worldloom.replay.validation import check_stored_column
 
 FORMAT, VERSION = "worldloom.replay.store", 1
 
 MAX_BLOCK_BYTES = 1 << 28
-"""Largest block that is taken memory for when reading, and largest row."""
+"""Largest block that is allocated when reading, and largest row."""
 
 ROWS, LATENTS = "rows", "latents"
 Reference = dict[str, Any]
@@ -41,45 +43,46 @@ class ReplayStore:
     """A folder of chunk files that hold the content of one :class:`~worldloom.replay.ReplayBuffer`.
 
     Each block of 32 MiB of rows becomes one file, written once. A block that is not full yet, or whose latents have
-    been written to since, is written to a new file; the old one stays for whoever refers to it. So a checkpoint costs
-    the rows since the last one, at most one block more, and of latents all blocks that training has touched: as a rule
-    *all* latents, because it draws windows from everywhere.
+    changed since, is written to a new file; the old file stays as long as a reference names it. So a checkpoint writes
+    the rows added since the last one, plus at most one block, and all blocks of latents that training has changed:
+    usually *all* of them, because windows are drawn from everywhere.
 
-    A *reference* is a JSON-serialisable dict that names the files of one moment, with checksums. A checkpoint keeps it;
-    :meth:`load` gives back the buffer of that moment, bit for bit.
+    A *reference* is a JSON-serialisable dict that names the files of one moment, with checksums. A checkpoint keeps it,
+    and :meth:`load` returns the buffer of that moment, bit for bit.
 
     Args:
-      folder: where the files are; created by the first write. It belongs to one run.
+      folder: folder of the files, created by the first write. It belongs to one run.
 
     Files may be written and collected in another thread than the one that uses the buffer.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        # Block version → its file, so that an unchanged block is not written again.
         self._written: dict[int, Chunk] = {}
         self._newest: set[str] = set()
         self._lock = threading.Lock()
 
-    def snapshot(self, buffer: ReplayBuffer) -> Pending:
-        """What ``buffer`` holds now, to be written later; cheap.
+    def snapshot(self, buffer: ReplayBuffer) -> PendingWrite:
+        """The content that ``buffer`` has now, to be written later; cheap.
 
-        Nothing is copied now: rows never change, and a block of latents is copied when it is next written to. While
-        :meth:`Pending.write` goes on, latents may therefore take up to twice their memory.
+        Nothing is copied yet: rows never change, and a block of latents is copied before it is next changed. Until
+        :meth:`PendingWrite.write` is done, latents may therefore use up to twice their memory.
         """
-        buffer._latent_rows.freeze()
-        tables = {ROWS: buffer._rows, LATENTS: buffer._latent_rows}
-        return Pending(self, buffer._description(), {kind: _Table(kind, rows) for kind, rows in tables.items()})
+        content = buffer.content()
+        content.latents.freeze()
+        return PendingWrite(self, content)
 
     def write(self, buffer: ReplayBuffer) -> Reference:
         """Write what is not on disk yet, and return the reference: ``snapshot(buffer).write()``."""
         return self.snapshot(buffer).write()
 
     def load(self, reference: Mapping[str, Any]) -> ReplayBuffer:
-        """The buffer at the moment of ``reference``: the same rows under the same numbers, hence the same batches.
+        """The buffer at the moment of ``reference``: the same rows with the same numbers, hence the same batches.
 
-        Every file is read once, in small pieces, to verify its checksum and content. Full blocks then stay on disk
-        and are mapped into memory; what is appended or written goes to memory as ever. Files of later moments are left
-        alone.
+        Every file is read once, in small pieces, to verify its checksum and content. Full blocks then stay on disk and
+        are memory-mapped; new rows and changed latents are kept in memory as usual. Files of later moments are not
+        touched.
 
         Raises:
           FileFormatError: a file is missing or damaged, or ``reference`` is not one.
@@ -90,45 +93,46 @@ class ReplayStore:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FileFormatError(
-                f"What a checkpoint says of the replay in {self.folder} makes no sense: {repr(error)[:300]}."
+                f"A checkpoint's description of the replay in {self.folder} makes no sense: {repr(error)[:300]}."
             ) from error
 
     def collect(self, references: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Delete the files that none of ``references`` names, nor the newest one written or loaded here.
+        """Delete the files named neither by ``references`` nor by the reference last written or loaded here.
 
         Returns:
           Names of the files deleted.
 
         Raises:
-          FileFormatError: a reference is none; then nothing is deleted.
+          FileFormatError: one of ``references`` is not a reference; then nothing is deleted.
         """
         keep = set().union(*(self.names(reference) for reference in references))
         with self._lock:
             keep |= self._newest
-            found = [path for path in self.folder.iterdir() if _ours(path)] if self.folder.is_dir() else []
-            doomed = [path for path in found if path.name not in keep]
-            for path in doomed:
+            found = [path for path in self.folder.iterdir() if _is_store_file(path)] if self.folder.is_dir() else []
+            unreferenced = [path for path in found if path.name not in keep]
+            for path in unreferenced:
                 path.unlink(missing_ok=True)
-            self._written = {stamp: chunk for stamp, chunk in self._written.items() if chunk.name in keep}
-        return [path.name for path in doomed]
+            self._written = {version: chunk for version, chunk in self._written.items() if chunk.name in keep}
+        return [path.name for path in unreferenced]
 
     @staticmethod
     def names(reference: Mapping[str, Any]) -> set[str]:
-        """Names of the files that ``reference`` needs; raises ``FileFormatError`` if it is none."""
-        return {chunk.name for chunks in _chunks(reference).values() for chunk in chunks}
+        """Names of the files that ``reference`` needs; raises ``FileFormatError`` if it is not one."""
+        return {chunk.name for chunks in _referenced_chunks(reference).values() for chunk in chunks}
 
     # ---- writing --------------------------------------------------------------------------------------------------
 
-    def _write(self, description: dict[str, Any], tables: Mapping[str, _Table]) -> Reference:
+    def _write(self, description: dict[str, Any], tables: Mapping[str, _PendingTable]) -> Reference:
+        """Write the chunk files of ``tables`` that are not there yet; see :meth:`PendingWrite.write`."""
         with self._lock:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for table in tables.values():
-                    while table.parts:
-                        table.chunks.append(self._chunk(table, table.parts[0]))
-                        # Lets go of the memory of latents that have been written to since.
-                        del table.parts[0]
-                _flush_folder(self.folder)
+                    while table.slices:
+                        table.chunks.append(self._chunk(table, table.slices[0]))
+                        # Frees the old copy of latents that have been changed since the snapshot.
+                        del table.slices[0]
+                _fsync_folder(self.folder)
             except (OSError, FileFormatError) as error:
                 raise CheckpointError(
                     f"The replay rows could not be written to {self.folder}: {error}. "
@@ -149,110 +153,117 @@ class ReplayStore:
             self._newest = self.names(reference)
         return reference
 
-    def _chunk(self, table: _Table, part: Part) -> Chunk:
-        """The file that holds ``part``, written if it is not there."""
-        mapped = part.block.chunk if isinstance(part.block, MappedBlock) else None
-        known = self._written.get(part.stamp, mapped)
-        if known and known.first <= part.first and known.first + known.rows == part.first + part.rows:
+    def _chunk(self, table: _PendingTable, block_slice: BlockSlice) -> Chunk:
+        """The file that holds ``block_slice``, written unless it is there already."""
+        mapped = block_slice.block.chunk if isinstance(block_slice.block, MappedBlock) else None
+        known = self._written.get(block_slice.version, mapped)
+        end = block_slice.first + block_slice.rows
+        # A file may begin with rows that have been dropped since.
+        if known and known.first <= block_slice.first and known.first + known.rows == end:
             path, layout = self.folder / known.name, Layout(table.kind, table.columns, known.first, known.rows)
             if path.is_file() and path.stat().st_size == layout.size:
                 return known
-        chunk = write_chunk(self.folder, table.kind, table.columns, part, {"flags": GIVEN})
-        self._written[part.stamp] = chunk
+        chunk = write_chunk(self.folder, table.kind, table.columns, block_slice, {"flags": GIVEN_FLAGS})
+        self._written[block_slice.version] = chunk
         return chunk
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
     def _load(self, reference: Mapping[str, Any]) -> ReplayBuffer:
-        chunks = _chunks(reference)
-        buffer, schema, first, count = ReplayBuffer._described(reference)
+        chunks = _referenced_chunks(reference)
+        description = BufferDescription.from_json(reference)
+        schema, first, end = description.schema, description.first_row, description.next_row
         if schema is None:
             if chunks[ROWS] or chunks[LATENTS]:
                 raise FileFormatError("The replay of a checkpoint has files but no rows.")
-            buffer._rows = Rows({}, first=first)
-            return buffer
-        columns = {ROWS: schema.columns, LATENTS: buffer._latent_columns()}
-        tables = {}
+            return ReplayBuffer.from_content(BufferContent.empty(description))
+        columns = {ROWS: description.row_columns, LATENTS: description.latent_columns}
+        # All sizes are checked before any memory is allocated.
         for kind, files in chunks.items():
-            # Everything before memory is taken for anything.
-            _check_tiling(files, reference["chunks"][kind]["block_rows"], columns[kind], first, first + count)
+            _check_tiling(files, reference["chunks"][kind]["block_rows"], columns[kind], first, end)
             for chunk in files:
                 check_size(self.folder / chunk.name, Layout(kind, columns[kind], chunk.first, chunk.rows).size)
-        for kind, files in chunks.items():
-            tables[kind] = self._table(files, columns[kind], reference["chunks"][kind]["block_rows"], first, schema)
+        tables = {
+            kind: self._read_table(files, columns[kind], reference["chunks"][kind]["block_rows"], first, schema)
+            for kind, files in chunks.items()
+        }
         if not columns[LATENTS]:
-            tables[LATENTS].extend(count)
+            tables[LATENTS].extend(description.num_rows)
+        # Blocks that do not change need not be written again.
         with self._lock:
             for kind, files in chunks.items():
-                parts = zip(tables[kind].parts(), files, strict=bool(columns[kind]))
-                self._written |= {part.stamp: chunk for part, chunk in parts}
+                slices = zip(tables[kind].block_slices(), files, strict=bool(columns[kind]))
+                self._written |= {block_slice.version: chunk for block_slice, chunk in slices}
             self._newest = self.names(reference)
-        # Mapped files cannot be written to: their blocks are copied first.
+        # Memory-mapped blocks are read-only: they are copied before latents change.
         tables[LATENTS].freeze()
-        buffer._take_over(schema, tables[ROWS], tables[LATENTS])
-        return buffer
+        return ReplayBuffer.from_content(BufferContent(description, tables[ROWS], tables[LATENTS]))
 
-    def _table(
+    def _read_table(
         self, files: list[Chunk], columns: Mapping[str, Column], block_rows: int, first: int, schema: Schema
-    ) -> Rows:
-        table = Rows(columns, first=files[0].first if files else first, block_rows=block_rows)
+    ) -> RowTable:
+        """The rows of ``files`` from number ``first`` on, whole blocks memory-mapped."""
+        table = RowTable(columns, first=files[0].first if files else first, block_rows=block_rows)
         for chunk in files:
             if chunk.rows == block_rows:
-                table.attach(self._mapped(chunk, columns, schema))
+                table.append_block(self._map_block(chunk, columns, schema))
             else:
-                self._read(chunk, table, schema)
+                self._read_rows(chunk, table, schema)
         table.drop_before(first)
         return table
 
-    def _mapped(self, chunk: Chunk, columns: Mapping[str, Column], schema: Schema) -> MappedBlock:
-        # Flags change when a crashed episode is closed.
-        held = {name: np.zeros(chunk.rows, column.dtype) for name, column in columns.items() if name == "flags"}
+    def _map_block(self, chunk: Chunk, columns: Mapping[str, Column], schema: Schema) -> MappedBlock:
+        """A whole block, memory-mapped after its checksum and content have been verified."""
+        # Flags are kept in memory, because they change when an episode is interrupted.
+        in_memory = {name: np.zeros(chunk.rows, column.dtype) for name, column in columns.items() if name == "flags"}
 
-        def look(name: str, start: int, values: np.ndarray) -> None:
-            door.check_stored(schema, name, values)
-            if name in held:
-                held[name][start : start + len(values)] = values
+        def on_piece(name: str, start: int, values: np.ndarray) -> None:
+            check_stored_column(schema, name, values)
+            if name in in_memory:
+                in_memory[name][start : start + len(values)] = values
 
-        read_chunk(self.folder, chunk, columns, look)
-        return MappedBlock(self.folder, chunk, columns, held)
+        read_chunk(self.folder, chunk, columns, on_piece)
+        return MappedBlock(self.folder, chunk, columns, in_memory)
 
-    def _read(self, chunk: Chunk, table: Rows, schema: Schema) -> None:
+    def _read_rows(self, chunk: Chunk, table: RowTable, schema: Schema) -> None:
+        """Append the rows of a file to ``table``, in memory."""
         ids = table.extend(chunk.rows)
 
-        def look(name: str, start: int, values: np.ndarray) -> None:
-            door.check_stored(schema, name, values)
+        def on_piece(name: str, start: int, values: np.ndarray) -> None:
+            check_stored_column(schema, name, values)
             table.put(name, ids[start : start + len(values)], values)
 
-        read_chunk(self.folder, chunk, table.columns, look)
+        read_chunk(self.folder, chunk, table.columns, on_piece)
 
 
-class Pending:
-    """The content of a buffer at one moment, yet to be written; see :meth:`ReplayStore.snapshot`."""
+class PendingWrite:
+    """The content of a buffer at one moment, not written yet; see :meth:`ReplayStore.snapshot`."""
 
-    def __init__(self, store: ReplayStore, description: dict[str, Any], tables: Mapping[str, _Table]):
-        self._store, self._tables = store, tables
-        # As it will be read back, and nobody else's.
-        self._description = json.loads(json.dumps(description))
+    def __init__(self, store: ReplayStore, content: BufferContent):
+        self._store = store
+        # A copy, in the form in which it is read back.
+        self._description = json.loads(json.dumps(content.description.to_json()))
+        self._tables = {ROWS: _PendingTable(ROWS, content.rows), LATENTS: _PendingTable(LATENTS, content.latents)}
 
     def write(self) -> Reference:
-        """Write what is not on disk yet, in any thread, and return the reference.
+        """Write what is not on disk yet, and return the reference; may be called in any thread.
 
-        Raises ``CheckpointError`` if it cannot be written; everything written before stays as it is, and what this call
-        has written is not written again by the next.
+        Raises ``CheckpointError`` if it cannot be written. Everything written before stays as it is, and the files
+        written by this call are not written again by the next.
         """
         return self._store._write(self._description, self._tables)
 
 
-class _Table:
-    """What is to be written of a table."""
+class _PendingTable:
+    """The rows of a table that are still to be written (``slices``), and the files already there (``chunks``)."""
 
-    def __init__(self, kind: str, rows: Rows):
-        self.kind, self.columns, self.block_rows = kind, dict(rows.columns), rows.block_rows
-        self.parts = rows.parts() if rows.columns else []
+    def __init__(self, kind: str, table: RowTable):
+        self.kind, self.columns, self.block_rows = kind, dict(table.columns), table.block_rows
+        self.slices = table.block_slices() if table.columns else []
         self.chunks: list[Chunk] = []
 
 
-def _chunks(reference: Mapping[str, Any]) -> dict[str, list[Chunk]]:
+def _referenced_chunks(reference: Mapping[str, Any]) -> dict[str, list[Chunk]]:
     """The files that a reference names, by kind, in order of their rows; raises ``FileFormatError``."""
     try:
         if reference["format"] != FORMAT or reference["version"] != VERSION:
@@ -264,12 +275,15 @@ def _chunks(reference: Mapping[str, Any]) -> dict[str, list[Chunk]]:
             for kind in (ROWS, LATENTS)
         }
     except (LookupError, TypeError) as error:
-        raise FileFormatError(f"What a checkpoint says of its replay makes no sense: {repr(error)[:300]}.") from error
+        raise FileFormatError(
+            f"A checkpoint's description of its replay makes no sense: {repr(error)[:300]}."
+        ) from error
     for chunk in (chunk for found in chunks.values() for chunk in found):
         counts = (chunk.first, chunk.rows)
         plain = all(is_integer(count) and 0 <= count < 1 << 62 for count in counts) and isinstance(chunk.sha256, str)
+        # The name is checked too, since it becomes a path.
         if not plain or not CHUNK_NAME.fullmatch(chunk.name) or len(chunk.sha256) != 64:
-            raise FileFormatError(f"What a checkpoint says of its replay makes no sense: {str(chunk)[:200]}.")
+            raise FileFormatError(f"A checkpoint's description of its replay makes no sense: {str(chunk)[:200]}.")
     return chunks
 
 
@@ -295,13 +309,14 @@ def _check_tiling(files: list[Chunk], block_rows: Any, columns: Mapping[str, Col
         raise FileFormatError(f"The replay of a checkpoint lacks some of the rows {first} … {end - 1}.")
 
 
-def _ours(path: Path) -> bool:
+def _is_store_file(path: Path) -> bool:
+    """Whether ``path`` is a chunk file, or one that was never finished."""
     written = CHUNK_NAME.fullmatch(path.name) or path.name.endswith(PARTIAL)
     return bool(written) and path.name.startswith((ROWS, LATENTS)) and path.is_file()
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make new names as durable as what they name, where the system knows how."""
+def _fsync_folder(folder: Path) -> None:
+    """Sync the directory entries of new files to disk, where the system supports it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""``.npz`` files written atomically, and read without trusting them.
+"""``.npz`` files, written atomically and read as untrusted input.
 
-A ``.npz`` is a zip of ``.npy`` members. NumPy's own reader allocates whatever a header asks for; here every size in a
-header is compared with the bytes really in the file before anything is allocated, and pickled members are refused.
+A ``.npz`` is a zip of ``.npy`` members. NumPy's own reader allocates whatever a header declares; here every size in a
+header is compared with the bytes in the file before anything is allocated, and pickled members are refused.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ import numpy as np
 from numpy.lib import format as npy
 
 from worldloom.errors import FileFormatError
-from worldloom.replay.rows import Column
+from worldloom.replay.table import Column
 
 
 class Member(NamedTuple):
-    """One array to write: its name, length of the first axis, type of a row, and pieces ``[k, ...]`` in order."""
+    """One array to write.
+
+    Attributes:
+      name: without ``.npy``.
+      length: size of the first axis.
+      column: shape and dtype of the other axes.
+      pieces: arrays ``[k, ...]`` that follow each other along the first axis.
+    """
 
     name: str
     length: int
@@ -30,7 +37,7 @@ class Member(NamedTuple):
 
 
 def write_npz(path: Path, members: Iterable[Member]) -> None:
-    """Write an uncompressed ``.npz`` that ``numpy.load`` reads too; on any failure ``path`` is what it was before."""
+    """Write an uncompressed ``.npz``, which ``numpy.load`` can read too; on any failure ``path`` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -57,7 +64,10 @@ def _write_npy(out: IO[bytes], member: Member) -> None:
 
 
 class NpzFile:
-    """An open ``.npz`` whose members' true sizes are known. Use as made by :func:`open_npz`."""
+    """An open ``.npz`` file; :func:`open_npz` opens one.
+
+    Raises ``FileFormatError``, or whatever :mod:`zipfile` and NumPy raise on damaged bytes.
+    """
 
     def __init__(self, file: IO[bytes]):
         self._archive = zipfile.ZipFile(file)
@@ -77,12 +87,12 @@ class NpzFile:
         return set(self._infos)
 
     def check(self, name: str, length: int, column: Column) -> None:
-        """Refuse the member ``name`` unless it holds exactly ``[length, *column.shape]`` of that dtype."""
+        """Raise ``FileFormatError`` unless the member ``name`` is exactly ``[length, *column.shape]`` of that dtype."""
         with self._open(name) as stream:
             self._read_header(stream, name, length, column)
 
     def pieces(self, name: str, length: int, column: Column, rows: int) -> Iterator[np.ndarray]:
-        """Read the member in pieces of at most ``rows`` rows; zipfile verifies its checksum with the last."""
+        """Read a member in pieces of at most ``rows`` rows; zipfile verifies its checksum at the last one."""
         with self._open(name) as stream:
             self._read_header(stream, name, length, column)
             for start in range(0, length, rows):
@@ -90,8 +100,8 @@ class NpzFile:
                 data = stream.read(shape[0] * column.nbytes)
                 yield np.frombuffer(data, column.dtype).reshape(shape)
 
-    def small(self, name: str, max_bytes: int) -> bytes:
-        """The member ``name``, a one-dimensional uint8 array of at most ``max_bytes``, as bytes."""
+    def read_bytes(self, name: str, max_bytes: int) -> bytes:
+        """The bytes of a member that is a one-dimensional uint8 array of at most ``max_bytes``."""
         if name in self._infos and self._infos[name].file_size > max_bytes:
             raise FileFormatError(f"its member '{name}' is larger than {max_bytes} bytes")
         with self._open(name) as stream:
@@ -111,7 +121,7 @@ class NpzFile:
             raise FileFormatError(
                 f"its member '{name}' is {dtype} {shape}, where {column.dtype} {(length, *column.shape)} is expected"
             )
-        # A ZipExtFile knows its position only among uncompressed bytes, which is what counts here.
+        # The position of a ZipExtFile counts uncompressed bytes, and so does file_size.
         if stream.tell() + length * column.nbytes != self._infos[name].file_size:
             raise FileFormatError(f"its member '{name}' has another size than its header says")
 
@@ -128,9 +138,10 @@ class NpzFile:
 
 @contextlib.contextmanager
 def open_npz(path: Path, kind: str) -> Iterator[NpzFile]:
-    """Open ``path`` for reading. Whatever is wrong inside leaves as ``FileFormatError`` naming the file.
+    """Open ``path``, a ``kind`` of file, for reading.
 
-    An absent or unreadable path raises the ``OSError`` it is.
+    Any exception inside the ``with`` block but ``MemoryError`` becomes a ``FileFormatError`` naming the file; a missing
+    or unreadable path raises ``OSError`` as usual.
     """
     with path.open("rb") as file:
         try:
@@ -140,7 +151,7 @@ def open_npz(path: Path, kind: str) -> Iterator[NpzFile]:
         except FileFormatError as error:
             raise FileFormatError(f"{path} is not a {kind} that can be read: {error}.") from error
         except Exception as error:
-            # zipfile and NumPy answer damaged bytes with a dozen kinds of exception; all mean the same here.
+            # zipfile and NumPy raise a dozen kinds of exception on damaged bytes; here all mean the same.
             raise FileFormatError(
                 f"{path} is not a {kind}, or it is damaged: {type(error).__name__}: {str(error)[:300]}."
             ) from error
