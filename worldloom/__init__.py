@@ -1,4 +1,4 @@
-"""World models for reinforcement learning in JAX: DreamerV3 and TD-MPC2.
+"""World models for reinforcement learning in JAX: DreamerV3, TD-MPC2, and families of your own.
 
 The public names below are imported when first used, so that ``import worldloom`` costs little more than Python.
 """
@@ -25,6 +25,7 @@ from worldloom.errors import (
 )
 
 if TYPE_CHECKING:
+    from worldloom.families import register_family
     from worldloom.models.base import WorldModel
     from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
     from worldloom.models.registry import create_world_model, from_pretrained, get_config, list_models
@@ -40,6 +41,7 @@ _LAZY = {
     "from_pretrained": "worldloom.models.registry",
     "get_config": "worldloom.models.registry",
     "list_models": "worldloom.models.registry",
+    "register_family": "worldloom.families",
 }
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "from_pretrained",
     "get_config",
     "list_models",
+    "register_family",
 ]
 
 

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from worldloom.errors import ConfigError, UnknownFieldError
-from worldloom.models.base import abstract_params, count_parameters
+from worldloom.models.base import abstract_params
+from worldloom.models.params import count_parameters
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 
 PARTS = ("rssm", "encoder", "decoder", "reward", "continuation", "actor", "critic")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from worldloom.interop.dreamerv3 import load_official_dreamerv3, official_name, to_official_dreamerv3
-from worldloom.models.base import flatten, merge
+from worldloom.models.base import merge
+from worldloom.models.params import flatten
 from worldloom.models.dreamer import DreamerV3WorldModel, init_state, update
 from worldloom.models.dreamer.loss import LOSS_TERMS, loss
 from worldloom.models.dreamer.spaces import prepare_observations

@@ -9,7 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worldloom.models.base import flatten
+from worldloom.models.params import flatten
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.dreamer.loss import normalise, replay_return
 from worldloom.nn.linear import MLP, BlockLinear, Linear, OneDraw, RMSNorm, truncated_normal

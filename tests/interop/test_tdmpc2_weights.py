@@ -10,7 +10,7 @@ import pytest
 
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop import load_official_tdmpc2, to_official_tdmpc2
-from worldloom.models.base import flatten
+from worldloom.models.params import flatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel, init_state
 from worldloom.training.config import TrainingConfig
 

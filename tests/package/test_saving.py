@@ -22,7 +22,7 @@ from worldloom import (
     list_models,
 )
 from worldloom.devices import compute_dtype, resolve_device
-from worldloom.models.base import flatten
+from worldloom.models.params import flatten
 
 SIZES = {"encoder_dim": 16, "hidden_dim": 16, "latent_dim": 16, "num_q": 2}
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop.archive import read_npz
 from worldloom.interop.pickles import read_dreamerv3_checkpoint
-from worldloom.models.base import abstract_params, flatten, unflatten
+from worldloom.models.base import abstract_params
+from worldloom.models.params import flatten, unflatten
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
-from worldloom.state import TrainState
+from worldloom.algorithm import TrainState
 
 # The reference has 32 latents at every size; its arrays determine only the product latents × classes.
 _LATENTS = 32

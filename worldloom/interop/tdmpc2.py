@@ -26,9 +26,9 @@ from worldloom.config import nearest
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop.archive import read_npz
 from worldloom.interop.torch_file import read_torch
-from worldloom.models.base import flatten, unflatten
+from worldloom.models.params import flatten, unflatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
-from worldloom.state import TrainState
+from worldloom.algorithm import TrainState
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -85,6 +85,15 @@ class WorldModel(nnx.Module):
         placed = {name: jax.device_put(jnp.asarray(given[name], own[name].dtype), own[name].sharding) for name in own}
         nnx.update(self, unflatten(placed))
 
+    @classmethod
+    def rebuild(cls, config: Any, params: Params) -> Self:
+        """The model of ``config`` that holds ``params``, for use inside traced code."""
+        return merge(cls, config, params)
+
+    def check_trainable(self, device: jax.Device) -> None:
+        """Raise ``ConfigError`` unless training on ``device`` trains exactly this model, see :func:`check_trainable`."""
+        check_trainable(self, device)
+
     def num_parameters(self) -> int:
         """Trainable scalars; slow or target copies and statistics are not counted."""
         return count_parameters({k: v for k, v in self.params.items() if k not in self.untrained})
