@@ -1,4 +1,14 @@
-"""What every config has in common: frozen dataclasses that are checked at the door and round-trip through JSON."""
+"""The base of all configs: frozen dataclasses that validate their fields and round-trip through JSON.
+
+A field's type and limits stand in its annotation, and :func:`config_dataclass` checks them on construction::
+
+    batch_size: Annotated[int, Ge(1)] = 16
+    learning_rate: Annotated[float, Gt(0)] = 3e-4
+    precision: Annotated[str, OneOf("auto", "float32", "bfloat16")] = "auto"
+    iterations: Annotated[int | None, Ge(1)] = None  # limits hold for values other than None
+
+``__post_init__`` is left with what relates several fields.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +16,95 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
+import types
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, Self, TypeVar, dataclass_transform
 
 from worldloom.errors import ConfigError, FileFormatError, UnknownFieldError
 from worldloom.files import write_atomically
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ge:
+    """Limit of a number: at least ``bound``, and finite."""
+
+    bound: float
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value`` is within the limit."""
+        return bool(value >= self.bound)
+
+    def __str__(self) -> str:
+        return f"≥ {self.bound}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gt:
+    """Limit of a number: above ``bound``, and finite."""
+
+    bound: float
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value`` is within the limit."""
+        return bool(value > self.bound)
+
+    def __str__(self) -> str:
+        return f"above {self.bound}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lt:
+    """Limit of a number: below ``bound``, and finite."""
+
+    bound: float
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value`` is within the limit."""
+        return bool(value < self.bound)
+
+    def __str__(self) -> str:
+        return f"below {self.bound}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """Limit of a number: from ``low`` to ``high``, both included. An infinite end admits that infinity."""
+
+    low: float
+    high: float
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value`` is within the limits."""
+        return bool(self.low <= value <= self.high)
+
+    def __str__(self) -> str:
+        return f"from {self.low} to {self.high}"
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class OneOf:
+    """The values that a field admits."""
+
+    values: tuple[Any, ...]
+
+    def __init__(self, *values: Any):
+        object.__setattr__(self, "values", values)
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value`` is one of them."""
+        return value in self.values
+
+    def __str__(self) -> str:
+        *others, last = map(repr, self.values)
+        return f"{', '.join(others)} or {last}" if others else last
+
+
+_LIMITS = (Ge, Gt, Lt, Between, OneOf)
 
 
 class FrozenMapping(Mapping[str, Any]):
@@ -89,12 +180,74 @@ def is_number(value: object) -> bool:
     return abs(value) < 2**1023
 
 
+class _FieldRule(NamedTuple):
+    """What a scalar field admits: values of one of ``kinds`` within all ``limits``."""
+
+    kinds: tuple[type, ...]
+    limits: tuple[Any, ...]
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value`` is of an admitted type and within the limits."""
+        if value is None:
+            return types.NoneType in self.kinds
+        if not any(_is_a(value, kind) for kind in self.kinds):
+            return False
+        # Only `Between` with an infinite end admits an infinity; nothing admits NaN.
+        finite = not isinstance(value, float) or math.isfinite(value)
+        may_be_infinite = any(isinstance(limit, Between) for limit in self.limits)
+        return (finite or may_be_infinite) and all(limit.allows(value) for limit in self.limits)
+
+    def __str__(self) -> str:
+        if any(isinstance(limit, OneOf) for limit in self.limits):
+            allowed = " and ".join(map(str, self.limits))
+        else:
+            names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+            allowed = " or ".join(name for kind, name in names.items() if kind in self.kinds)
+            allowed = f"{allowed} {' and '.join(map(str, self.limits))}".rstrip()
+        return f"{allowed} or None" if types.NoneType in self.kinds else allowed
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """``isinstance``, but a bool is no number and an int is a float."""
+    if kind is int:
+        return is_integer(value)
+    return is_number(value) if kind is float else isinstance(value, kind)
+
+
+@functools.cache
+def _field_rules(cls: type) -> dict[str, _FieldRule]:
+    """Rules of the fields of ``cls`` by name, read off the annotations of scalars (tuples and mappings have none)."""
+    rules = {}
+    for name, annotation in typing.get_type_hints(cls, include_extras=True).items():
+        limits: tuple[Any, ...] = ()
+        if typing.get_origin(annotation) is typing.Annotated:
+            annotation, *extras = typing.get_args(annotation)
+            limits = tuple(extra for extra in extras if isinstance(extra, _LIMITS))
+        is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(annotation) if is_union else (annotation,)
+        if all(kind in (int, float, bool, str, types.NoneType) for kind in kinds):
+            rules[name] = _FieldRule(kinds, limits)
+    return rules
+
+
+def check_fields(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` for the first of ``values`` that the annotation of that field of ``cls`` excludes."""
+    rules = _field_rules(cls)
+    for name, value in values.items():
+        if name in rules and not rules[name].allows(value):
+            raise ConfigError(f"{name} must be {rules[name]}, not {value!r}.")
+
+
 @dataclass_transform(frozen_default=True)
 def config_dataclass(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose constructor answers unknown fields with the nearest known one.
+    """A frozen dataclass that checks its fields' types and limits and names the nearest field for an unknown one.
 
-    Fields given as lists or dicts are frozen first, so that every instance is hashable (configs are static
-    arguments of compiled functions).
+    Lists and dicts are frozen first, so that every instance is hashable: configs are static arguments of compiled
+    functions. Each field given is checked by itself (:func:`check_fields`) before ``__post_init__`` runs.
+
+    Raises (by the constructor):
+      UnknownFieldError: a field does not exist, or a required one is missing.
+      ConfigError: a value is of another type than its field or outside its limits.
     """
     new = dataclasses.dataclass(frozen=True)(cls)
     generated = new.__init__
@@ -120,6 +273,7 @@ def config_dataclass(cls: type[T]) -> type[T]:
             frozen, named = [freeze(value) for value in args], {k: freeze(v) for k, v in kwargs.items()}
         except RecursionError as error:
             raise ConfigError(f"A field of {cls.__name__} is nested too deeply to be one.") from error
+        check_fields(type(self), {**dict(zip(names, frozen, strict=False)), **named})
         generated(self, *frozen, **named)
 
     new.__init__ = __init__  # type: ignore[method-assign]

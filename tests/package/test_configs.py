@@ -3,15 +3,18 @@
 import dataclasses
 import inspect
 import json
+import math
 import re
 import types
 import typing
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 import worldloom
 from worldloom import ConfigError, DreamerV3Config, TDMPC2Config, UnknownFieldError
+from worldloom.config import BaseConfig, Between, Ge, Gt, Lt, OneOf, config_dataclass
 from worldloom.training import TrainingConfig
 from worldloom.training.callbacks import CheckpointCallback, EarlyStoppingCallback, LoggingCallback
 
@@ -240,3 +243,56 @@ def test_configs_of_the_earlier_library_load():
             {"model_type": "tdmpc2", "obs_shape": [4], "action_dim": 2, "num_q_networks": 3, "gate_type": "x"}
         )
     assert config.num_q == 3
+
+
+@config_dataclass
+class EveryLimit(BaseConfig):
+    count: Annotated[int, Ge(1)] = 1
+    below: Annotated[int, Ge(0), Lt(8)] = 0
+    positive: Annotated[float, Gt(0)] = 1.0
+    share: Annotated[float, Between(0, 1)] = 0.5
+    weight: Annotated[float, Between(0, math.inf)] = 1.0
+    maybe: Annotated[int | None, Ge(1)] = None
+    kind: Annotated[str, OneOf("a", "b", "c")] = "a"
+    plain: float = 0.0
+    name: str = ""
+    switch: bool = False
+    shape: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"count": 0}, "count must be an integer ≥ 1, not 0."),
+        ({"count": 1.0}, "count must be an integer ≥ 1, not 1.0."),
+        ({"count": True}, "count must be an integer ≥ 1, not True."),
+        ({"count": None}, "count must be an integer ≥ 1, not None."),
+        ({"below": 8}, "below must be an integer ≥ 0 and below 8, not 8."),
+        ({"positive": 0}, "positive must be a number above 0, not 0."),
+        ({"positive": math.inf}, "positive must be a number above 0, not inf."),
+        ({"positive": 10**400}, "positive must be a number above 0"),
+        ({"share": math.nan}, "share must be a number from 0 to 1, not nan."),
+        ({"weight": -math.inf}, "weight must be a number from 0 to inf, not -inf."),
+        ({"maybe": 0}, "maybe must be an integer ≥ 1 or None, not 0."),
+        ({"kind": "d"}, "kind must be 'a', 'b' or 'c', not 'd'."),
+        ({"kind": ["a"]}, "kind must be 'a', 'b' or 'c', not ('a',)."),
+        ({"plain": math.inf}, "plain must be a number, not inf."),
+        ({"plain": False}, "plain must be a number, not False."),
+        ({"name": 3}, "name must be a string, not 3."),
+        ({"switch": 1}, "switch must be True or False, not 1."),
+    ],
+)
+def test_a_value_outside_its_annotation_is_refused_with_a_sentence(values, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        EveryLimit(**values)
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        EveryLimit().replace(**values)
+
+
+def test_values_within_their_annotations_are_kept():
+    values = {"count": 3, "below": 7, "positive": 2, "share": 1, "weight": math.inf, "maybe": 2, "kind": "c"}
+    config = EveryLimit(**values, plain=-1, name="x", switch=True, shape=[1, 2])
+    assert config.to_dict() == values | {"plain": -1, "name": "x", "switch": True, "shape": [1, 2]}
+    assert EveryLimit(1, 7, 2).positive == 2
+    with pytest.raises(ConfigError, match="below must be"):
+        EveryLimit(1, 8)

@@ -124,7 +124,7 @@ def test_unknown_field_names_the_nearest():
         ({"num_q": 1}, "num_q"),
         ({"num_elites": 600}, "num_samples"),
         ({"num_pi_trajs": 512}, "num_samples"),
-        ({"action_type": "both"}, "continuous, discrete"),
+        ({"action_type": "both"}, "'continuous' or 'discrete'"),
         ({"precision": "float16"}, "bfloat16"),
         ({"model_type": "dreamerv3"}, "tdmpc2"),
         ({"obs_shape": (3, 84, 84)}, "64×64"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from worldloom.config import BaseConfig, check, config_dataclass, is_integer, is_number
+from typing import Annotated
+
+from worldloom.config import BaseConfig, Ge, Gt, Lt, OneOf, check, config_dataclass
 from worldloom.devices import check_device_name
 
 
@@ -14,50 +16,50 @@ class TrainingConfig(BaseConfig):
     what else its optimizer needs (AGC, epsilon, groups) belongs to the model's config.
     """
 
-    total_steps: int = 50_000
+    total_steps: Annotated[int, Ge(1)] = 50_000
     """Updates in all."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Ge(1)] = 16
     """Windows per update."""
-    sequence_length: int = 50
+    sequence_length: Annotated[int, Ge(1)] = 50
     """Rows per window that gradients run through."""
-    learning_rate: float = 3e-4
+    learning_rate: Annotated[float, Gt(0)] = 3e-4
     """Step size after warm-up; the reference programs use 4e-5 (DreamerV3) and 3e-4 (TD-MPC2)."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0
     """Decoupled decay of kernels, multiplied by the learning rate; 0 is off."""
-    grad_clip: float = 100.0
+    grad_clip: Annotated[float, Ge(0)] = 100.0
     """Largest global gradient norm; 0 is off. DreamerV3's adaptive clipping is a field of its own config."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Ge(0)] = 0
     """Updates over which the learning rate rises linearly from 0."""
-    log_interval: int = 1_000
+    log_interval: Annotated[int, Ge(1)] = 1_000
     """Updates between two log records."""
-    eval_interval: int = 5_000
+    eval_interval: Annotated[int, Ge(0)] = 5_000
     """Updates between two evaluations; 0 is never."""
-    save_interval: int = 10_000
+    save_interval: Annotated[int, Ge(0)] = 10_000
     """Updates between two checkpoints; 0 is only at the end."""
     device: str = "cuda"
     """``auto cpu cuda gpu tpu`` or numbered (``cuda:1``); ``cuda`` without a GPU trains on what JAX has."""
-    seed: int = 42
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 42
     """Root of all randomness of the run: batches, sampling, dropout."""
-    env_steps: int = 0
+    env_steps: Annotated[int, Ge(0)] = 0
     """Environment steps in all, action repeat counted, at which online training ends; 0: ``total_steps`` decides."""
-    prefill: int = 1_000
+    prefill: Annotated[int, Ge(1)] = 1_000
     """Decision steps before the first online update: TD-MPC2 takes random actions, DreamerV3 its initial policy's."""
-    prefill_updates: int = 0
+    prefill_updates: Annotated[int, Ge(0)] = 0
     """Updates done in a burst when the prefill is there; the TD-MPC2 reference does as many as prefill steps."""
-    train_ratio: float = 0.0
+    train_ratio: Annotated[float, Ge(0)] = 0.0
     """Rows replayed per decision step, of which an update replays ``batch_size`` × ``sequence_length`` (TD-MPC2:
     rows of its window); 0 is one update per decision step."""
-    replay_capacity: int = 1_000_000
+    replay_capacity: Annotated[int, Ge(1)] = 1_000_000
     """Rows that online training keeps; ignored for a buffer of your own."""
-    updates_per_call: int = 0
+    updates_per_call: Annotated[int, Ge(0)] = 0
     """Most updates in one compiled call (it holds as many batches on the device); 0 is 1 on a CPU and 8 elsewhere.
     Models of images do one on a CPU, where convolutions are slow in loops. The result does not depend on it."""
-    microbatches: int = 1
+    microbatches: Annotated[int, Ge(1)] = 1
     """Parts in which a batch is worked through, one after the other, with one optimizer step at the end. Gradients are
     those of the whole batch, memory that of ``batch_size / microbatches`` windows. Divides ``batch_size``."""
     remat: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
-    replay_storage: str = "auto"
+    replay_storage: Annotated[str, OneOf("auto", "host", "device")] = "auto"
     """Where batches are put together. ``host``: in the computer's memory, and sent to the device. ``device``: rows are
     copied to the device once, which takes memory for ``replay_capacity`` of them (of recorded data: for those there
     are). ``auto``: on a GPU or TPU if they take at most half of what is free there. Batches are the same."""
@@ -65,39 +67,9 @@ class TrainingConfig(BaseConfig):
     """Leave out updates whose loss or gradient is NaN or infinite and count them, instead of stopping."""
 
     def __post_init__(self) -> None:
-        positive = ("total_steps", "batch_size", "sequence_length", "log_interval", "prefill", "replay_capacity")
-        for name in (*positive, "microbatches"):
-            check(
-                is_integer(getattr(self, name)) and getattr(self, name) >= 1,
-                f"{name} must be an integer ≥ 1, not {getattr(self, name)!r}.",
-            )
-        counts = ("warmup_steps", "eval_interval", "save_interval", "updates_per_call", "env_steps", "prefill_updates")
-        for name in counts:
-            check(
-                is_integer(getattr(self, name)) and getattr(self, name) >= 0,
-                f"{name} must be an integer ≥ 0, not {getattr(self, name)!r}.",
-            )
-        check(
-            is_integer(self.seed) and 0 <= self.seed < 2**63,
-            f"seed must be an integer in [0, 2^63), not {self.seed!r}.",
-        )
-        check(
-            is_number(self.learning_rate) and 0 < self.learning_rate < float("inf"),
-            f"learning_rate must be a number above 0, not {self.learning_rate!r}.",
-        )
-        for name in ("weight_decay", "grad_clip", "train_ratio"):
-            value = getattr(self, name)
-            check(is_number(value) and 0 <= value < float("inf"), f"{name} must be a number ≥ 0, not {value!r}.")
-        for name in ("remat", "skip_nonfinite"):
-            value = getattr(self, name)
-            check(isinstance(value, bool), f"{name} must be True or False, not {value!r}.")
         check(
             self.batch_size % self.microbatches == 0,
             f"microbatches={self.microbatches} must divide batch_size={self.batch_size}.",
-        )
-        check(
-            self.replay_storage in ("auto", "host", "device"),
-            f"replay_storage must be 'auto', 'host' or 'device', not {self.replay_storage!r}.",
         )
         check_device_name(self.device)
 

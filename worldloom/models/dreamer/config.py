@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self, cast
+from math import inf
+from typing import Annotated, Any, NamedTuple, Self, cast
 
-from worldloom.config import BaseConfig, check, config_dataclass, is_integer, is_number
+from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer
 from worldloom.errors import ConfigError
 
 LEVELS = 4
@@ -72,93 +72,89 @@ class DreamerV3Config(BaseConfig):
     action_type: str | Mapping[str, str] = "continuous"
     """``continuous`` or ``discrete``; a mapping of names where ``action_dim`` is one and they differ."""
 
-    deter_dim: int = 2048
+    deter_dim: Annotated[int, Ge(1)] = 2048
     """Width of the deterministic state h (``deter``), a multiple of ``blocks``."""
-    stoch_dim: int = 1024
+    stoch_dim: Annotated[int, Ge(1)] = 1024
     """Flat width of the stochastic state z: latents × ``num_categories``."""
-    num_categories: int = 32
+    num_categories: Annotated[int, Ge(1)] = 32
     """Classes of each latent (``classes``)."""
-    hidden_dim: int = 640
+    hidden_dim: Annotated[int, Ge(1)] = 640
     """Width of the hidden layers inside the RSSM (``hidden``)."""
-    units: int | None = None
+    units: Annotated[int | None, Ge(1)] = None
     """Width of the MLPs of encoder, decoder, actor, critic and heads; None is ``hidden_dim``."""
-    cnn_depth: int = 48
+    cnn_depth: Annotated[int, Ge(1)] = 48
     """Channel unit of the image networks (``depth``): levels have 2, 3, 4 and 4 times as many."""
-    mlp_layers: int = 5
+    mlp_layers: Annotated[int, Ge(1)] = 5
     """Hidden layers of encoder and decoder MLP, actor and critic (3 in the reference program and all presets)."""
-    reward_layers: int = 1
+    reward_layers: Annotated[int, Ge(1)] = 1
     """Hidden layers of the reward head."""
-    continue_layers: int = 1
+    continue_layers: Annotated[int, Ge(1)] = 1
     """Hidden layers of the continue head."""
-    blocks: int = 8
+    blocks: Annotated[int, Ge(1)] = 8
     """Diagonal blocks of the recurrent layer and of the image decoder's first layer."""
-    unimix: float = 0.01
+    unimix: Annotated[float, Ge(0), Lt(1)] = 0.01
     """Uniform part of every latent distribution, in [0, 1)."""
-    bins: int = 255
+    bins: Annotated[int, Ge(3)] = 255
     """Classes of the reward and value distributions, odd."""
 
-    kl_scale: float = 1.0
+    kl_scale: Annotated[float, Between(0, inf)] = 1.0
     """Weight of both KL terms together; the reference program's (1.0, 0.1) are ``1.1`` with balance ``1/1.1``."""
-    kl_balance: float = 0.8
+    kl_balance: Annotated[float, Between(0, 1)] = 0.8
     """Share of the dynamics loss in the KL terms; the representation loss has the rest."""
-    kl_free: float = 1.0
+    kl_free: Annotated[float, Between(0, inf)] = 1.0
     """Free nats: each KL, summed over latents, counts as at least this."""
-    reconstruction_scale: float = 1.0
+    reconstruction_scale: Annotated[float, Between(0, inf)] = 1.0
     """Weight of the decoder's loss."""
-    reward_scale: float = 1.0
+    reward_scale: Annotated[float, Between(0, inf)] = 1.0
     """Weight of the reward loss."""
-    continue_scale: float = 1.0
+    continue_scale: Annotated[float, Between(0, inf)] = 1.0
     """Weight of the continue loss."""
-    actor_scale: float = 1.0
+    actor_scale: Annotated[float, Between(0, inf)] = 1.0
     """Weight of the actor's loss."""
-    critic_scale: float = 1.0
+    critic_scale: Annotated[float, Between(0, inf)] = 1.0
     """Weight of the critic's loss on imagined states."""
-    replay_critic_scale: float = 0.3
+    replay_critic_scale: Annotated[float, Between(0, inf)] = 0.3
     """Weight of the critic's loss on replayed states."""
 
-    imagination_horizon: int = 15
+    imagination_horizon: Annotated[int, Ge(1)] = 15
     """Steps imagined from every replayed state (``imag_length``)."""
-    imagination_starts: int = 0
+    imagination_starts: Annotated[int, Ge(0)] = 0
     """States K of a window, its last ones, from which imagination starts and on whose rows the critic learns from
     replay (``imag_last``); at least 2, or 0 for all, as published."""
-    return_horizon: float = 333.0
+    return_horizon: Annotated[float, Between(1, inf)] = 333.0
     """Discount horizon in steps: γ = 1 − 1 / horizon, learned into the continue head."""
-    return_lambda: float = 0.95
+    return_lambda: Annotated[float, Between(0, 1)] = 0.95
     """λ of imagined and replayed returns."""
-    entropy_scale: float = 3e-4
+    entropy_scale: Annotated[float, Between(0, inf)] = 3e-4
     """Weight η of the policy's entropy (``actent``)."""
-    min_std: float = 0.1
+    min_std: Annotated[float, Between(0, inf)] = 0.1
     """Smallest standard deviation of a continuous action."""
-    max_std: float = 1.0
+    max_std: Annotated[float, Between(0, inf)] = 1.0
     """Largest standard deviation of a continuous action."""
-    slow_critic_scale: float = 1.0
+    slow_critic_scale: Annotated[float, Between(0, inf)] = 1.0
     """Weight of the critic's regression to its slow copy (``slowreg``)."""
-    slow_critic_rate: float = 0.02
+    slow_critic_rate: Annotated[float, Between(0, 1)] = 0.02
     """Part of the new critic mixed into its slow copy after every update."""
-    return_range_rate: float = 0.01
+    return_range_rate: Annotated[float, Between(0, 1)] = 0.01
     """Rate of the moving 5th and 95th percentiles that scale the advantages."""
 
-    agc: float = 0.3
+    agc: Annotated[float, Between(0, inf)] = 0.3
     """Adaptive gradient clipping: largest ‖gradient‖ / ‖parameter‖ of a tensor; 0 is off."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Between(0, 1)] = 0.9
     """LaProp's decay of the first moment."""
-    beta2: float = 0.999
+    beta2: Annotated[float, Between(0, 1)] = 0.999
     """LaProp's decay of the second moment."""
-    eps: float = 1e-20
+    eps: Annotated[float, Between(0, 1)] = 1e-20
     """LaProp's ε."""
     replay_context: bool = True
     """Windows start from the latent stored with the row before them, and fresh latents are written back;
     False starts every window from zeros."""
-    precision: str = "auto"
+    precision: Annotated[str, OneOf("auto", "float32", "bfloat16")] = "auto"
     """``auto`` (bfloat16 on GPU and TPU), ``float32`` or ``bfloat16`` activations; weights are float32."""
-    model_type: str = "dreamerv3"
+    model_type: Annotated[str, OneOf("dreamerv3")] = "dreamerv3"
     """Family name in ``config.json``."""
 
     def __post_init__(self) -> None:
-        check(
-            self.model_type == "dreamerv3",
-            f"model_type={self.model_type!r} is not a DreamerV3 config; it must be 'dreamerv3'.",
-        )
         check(
             self.obs_shape not in ((), {}),
             "obs_shape is empty; give a shape like (24,) or a mapping of names to shapes.",
@@ -168,14 +164,7 @@ class DreamerV3Config(BaseConfig):
         sides = {self.image_layout(name)[:2] for name in self.image_keys}
         check(len(sides) <= 1, f"All images must have the same sides, not {sorted(sides)}; resize them to one size.")
         self._check_actions()
-        for name in ("deter_dim", "stoch_dim", "num_categories", "hidden_dim", "cnn_depth", "blocks", "mlp_layers"):
-            _check_integer(name, getattr(self, name), 1)
-        for name in ("reward_layers", "continue_layers", "imagination_horizon"):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("imagination_starts", self.imagination_starts, 0)
         check(self.imagination_starts != 1, "imagination_starts=1 leaves no replayed transition; use 0 (all) or ≥ 2.")
-        if self.units is not None:
-            _check_integer("units", self.units, 1)
         check(
             self.deter_dim % self.blocks == 0,
             f"deter_dim={self.deter_dim} must be a multiple of blocks={self.blocks}.",
@@ -189,14 +178,12 @@ class DreamerV3Config(BaseConfig):
             not self.image_keys or (4 * self.cnn_depth) % self.blocks == 0,
             f"4 · cnn_depth={4 * self.cnn_depth} must be a multiple of blocks={self.blocks} to decode images.",
         )
-        _check_integer("bins", self.bins, 3)
         check(self.bins % 2 == 1, f"bins={self.bins} must be odd, so that one bin is 0.")
-        self._check_numbers()
         check(
-            self.precision in ("auto", "float32", "bfloat16"),
-            f"precision={self.precision!r} must be 'auto', 'float32' or 'bfloat16'.",
+            0 < self.min_std <= self.max_std,
+            f"min_std={self.min_std} and max_std={self.max_std} must satisfy 0 < min_std ≤ max_std.",
         )
-        check(isinstance(self.replay_context, bool), f"replay_context={self.replay_context!r} must be True or False.")
+        check(self.return_horizon > 1, f"return_horizon={self.return_horizon} must be more than 1 step.")
 
     @property
     def observations(self) -> dict[str, tuple[int, ...]]:
@@ -302,31 +289,6 @@ class DreamerV3Config(BaseConfig):
             )
         for name, space in self.actions.items():
             _check_integer("action_dim" if name == "action" else f"action_dim['{name}']", space.dim, 1)
-
-    def _check_numbers(self) -> None:
-        limits = {
-            "unimix": (0, 1),
-            "kl_balance": (0, 1),
-            "return_lambda": (0, 1),
-            "slow_critic_rate": (0, 1),
-            "return_range_rate": (0, 1),
-            "beta1": (0, 1),
-            "beta2": (0, 1),
-            "eps": (0, 1),
-            "return_horizon": (1, math.inf),
-        }
-        non_negative = ("kl_scale", "kl_free", "entropy_scale", "slow_critic_scale", "agc", "min_std", "max_std")
-        scales = ("reconstruction", "reward", "continue", "actor", "critic", "replay_critic")
-        limits |= dict.fromkeys(non_negative, (0, math.inf)) | {f"{name}_scale": (0, math.inf) for name in scales}
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            check(is_number(value) and low <= value <= high, f"{name}={value!r} must be a number from {low} to {high}.")
-        check(self.unimix < 1, f"unimix={self.unimix} must be below 1.")
-        check(
-            0 < self.min_std <= self.max_std,
-            f"min_std={self.min_std} and max_std={self.max_std} must satisfy 0 < min_std ≤ max_std.",
-        )
-        check(self.return_horizon > 1, f"return_horizon={self.return_horizon} must be more than 1 step.")
 
 
 def _check_shape(name: str, shape: Any) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from worldloom.config import BaseConfig, check, config_dataclass, is_integer, is_number, nearest
+from worldloom.config import BaseConfig, Between, Ge, OneOf, check, config_dataclass, is_integer, nearest
 from worldloom.errors import ConfigError
 
 IMAGE_SIZE = 64
@@ -50,80 +49,80 @@ class TDMPC2Config(BaseConfig):
 
     obs_shape: tuple[int, ...]
     """Shape of one observation: ``(D,)`` for vectors; ``(C, 64, 64)`` or ``(64, 64, C)`` for (stacked) images."""
-    action_dim: int
+    action_dim: Annotated[int, Ge(1)]
     """Width A of a continuous action in [−1, 1], or number of discrete actions."""
-    latent_dim: int = 512
+    latent_dim: Annotated[int, Ge(1)] = 512
     """Latent size L, a multiple of ``simnorm_dim``; images need 512."""
-    num_q: int = 5
+    num_q: Annotated[int, Ge(2)] = 5
     """Q networks N, at least 2: two are drawn for each use."""
-    mlp_layers: int = 2
+    mlp_layers: Annotated[int, Ge(1)] = 2
     """Hidden layers of dynamics, reward, termination, policy and Q networks."""
-    hidden_dim: int = 512
+    hidden_dim: Annotated[int, Ge(1)] = 512
     """Width M of these hidden layers (``mlp_dim``)."""
-    encoder_dim: int = 256
+    encoder_dim: Annotated[int, Ge(1)] = 256
     """Width of the vector encoder's hidden layers (``enc_dim``)."""
-    encoder_layers: int = 2
+    encoder_layers: Annotated[int, Ge(1)] = 2
     """Layers of the vector encoder including its last; below 2 counts as 2 (``num_enc_layers``)."""
-    simnorm_dim: int = 8
+    simnorm_dim: Annotated[int, Ge(1)] = 8
     """Features V per simplex of the latent."""
-    num_bins: int = 101
+    num_bins: Annotated[int, Ge(2)] = 101
     """Bins K of reward and value."""
     vmin: float = -10.0
     """Symlog of the lowest bin: returns below −(e¹⁰ − 1) = −22025 saturate."""
     vmax: float = 10.0
     """Symlog of the highest bin."""
-    dropout: float = 0.01
+    dropout: Annotated[float, Between(0, 0.99)] = 0.01
     """Dropout rate in the first layer of the Q networks; on in value and policy loss."""
-    action_type: str = "continuous"
+    action_type: Annotated[str, OneOf("continuous", "discrete")] = "continuous"
     """``continuous`` or ``discrete``; the latter has no counterpart in the reference, see ``networks``."""
     symlog_obs: bool = False
     """Feed symlog of vector observations to the encoder (what the oldest published checkpoints expect)."""
     episodic: bool = False
     """Learn terminations: a head, its loss, and plans that end. Without it episodes only ever hit time limits."""
 
-    num_tasks: int = 0
+    num_tasks: Annotated[int, Ge(0)] = 0
     """Tasks of a multitask model; 0 is a single-task model, without embedding."""
-    task_dim: int = 96
+    task_dim: Annotated[int, Ge(0)] = 96
     """Width E of the task embedding (the reference: 96, or 64 for the 30-task models 5m, 19m and 48m)."""
     action_dims: tuple[int, ...] = ()
     """Valid action dimensions per task; further ones are masked. Empty: all ``action_dim``."""
     episode_lengths: tuple[int, ...] = ()
     """Decision steps of an episode per task; empty: ``episode_length`` for all."""
 
-    episode_length: int = 500
+    episode_length: Annotated[int, Ge(1)] = 500
     """Decision steps T of an episode, from which the discount follows."""
-    discount: float | None = None
+    discount: Annotated[float | None, Between(0, 1)] = None
     """γ; None follows from the episode length: clip((f − 1) / f, discount_min, discount_max) with f = T / 5."""
-    discount_denom: float = 5.0
+    discount_denom: Annotated[float, Ge(1e-6)] = 5.0
     """The 5 of that rule."""
-    discount_min: float = 0.95
+    discount_min: Annotated[float, Between(0, 1)] = 0.95
     """Lower end of that rule."""
-    discount_max: float = 0.995
+    discount_max: Annotated[float, Between(0, 1)] = 0.995
     """Upper end of that rule."""
 
-    horizon: int = 3
+    horizon: Annotated[int, Ge(1)] = 3
     """Steps H of the latent rollout, in the loss and in plans."""
-    rho: float = 0.5
+    rho: Annotated[float, Between(0, 1)] = 0.5
     """ρ: weight ρᵗ of step t in the losses."""
-    tau: float = 0.01
+    tau: Annotated[float, Between(0, 1)] = 0.01
     """Step of the target Q networks and of the value scale towards their newest values."""
-    consistency_coef: float = 20.0
+    consistency_coef: Annotated[float, Ge(0)] = 20.0
     """Weight of the latent consistency loss."""
-    reward_coef: float = 0.1
+    reward_coef: Annotated[float, Ge(0)] = 0.1
     """Weight of the reward loss."""
-    value_coef: float = 0.1
+    value_coef: Annotated[float, Ge(0)] = 0.1
     """Weight of the value loss."""
-    termination_coef: float = 1.0
+    termination_coef: Annotated[float, Ge(0)] = 1.0
     """Weight of the termination loss."""
-    entropy_coef: float = 1e-4
+    entropy_coef: Annotated[float, Ge(0)] = 1e-4
     """Weight β of the policy's (scaled) entropy beside its normalised value; for discrete actions the temperature of
     the Boltzmann policy that the prior is fitted to."""
-    advantage_coef: float | None = None
+    advantage_coef: Annotated[float | None, Between(0, 0.999)] = None
     """Weight α of the regret taken off TD targets, for discrete actions: widens the gap between them 1 / (1 − α) times.
     None is 0.9 for discrete and 0 for continuous actions. See ``advantage_weight``."""
-    encoder_lr_scale: float = 0.3
+    encoder_lr_scale: Annotated[float, Ge(0)] = 0.3
     """Factor on the learning rate of the encoder."""
-    pi_adam_eps: float = 1e-5
+    pi_adam_eps: Annotated[float, Ge(0)] = 1e-5
     """Adam's ε of the policy; the model's is 1e-8."""
     log_std_min: float = -10.0
     """Lower bound of the policy's log standard deviation."""
@@ -132,32 +131,30 @@ class TDMPC2Config(BaseConfig):
 
     mpc: bool = True
     """Act by planning; False acts by the policy prior alone."""
-    iterations: int | None = None
+    iterations: Annotated[int | None, Ge(1)] = None
     """Refinements of a plan; None is 6, or 8 from 20 action dimensions on. See ``planner_iterations``."""
-    num_samples: int = 512
+    num_samples: Annotated[int, Ge(1)] = 512
     """Candidate action sequences per iteration, policy trajectories included."""
-    num_elites: int = 64
+    num_elites: Annotated[int, Ge(1)] = 64
     """Best candidates that the next distribution is fitted to."""
-    num_pi_trajs: int = 24
+    num_pi_trajs: Annotated[int, Ge(0)] = 24
     """Candidates drawn from the policy prior, kept in every iteration."""
-    temperature: float = 0.5
+    temperature: Annotated[float, Ge(0)] = 0.5
     """Elite i weighs exp(temperature · (valueᵢ − best value))."""
-    planner_lambda: float | None = None
+    planner_lambda: Annotated[float | None, Between(0, 1)] = None
     """λ of a candidate's value: 1 counts on the last latent alone (the reference); below, Q values along the way count
     too. None is 1 for continuous and 0.5 for discrete actions. See ``value_lambda``."""
-    min_std: float = 0.05
+    min_std: Annotated[float, Ge(0)] = 0.05
     """Lower bound of the plan's standard deviation; for discrete actions, the share of uniform candidates."""
-    max_std: float = 2.0
+    max_std: Annotated[float, Ge(0)] = 2.0
     """Initial and largest standard deviation of the plan (continuous actions)."""
 
-    precision: str = "auto"
+    precision: Annotated[str, OneOf("auto", "float32", "bfloat16")] = "auto"
     """Dtype of matrix products: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on GPU and TPU."""
-    model_type: str = "tdmpc2"
+    model_type: Annotated[str, OneOf("tdmpc2")] = "tdmpc2"
     """Always ``tdmpc2``; says in a ``config.json`` which family it belongs to."""
 
     def __post_init__(self) -> None:
-        check(self.model_type == "tdmpc2", f"model_type must be 'tdmpc2', not {self.model_type!r}.")
-        self._check_numbers()
         self._check_observations()
         self._check_tasks()
         check(
@@ -180,24 +177,6 @@ class TDMPC2Config(BaseConfig):
             self.action_type == "discrete" or not self.advantage_coef,
             f"advantage_coef={self.advantage_coef} is for discrete actions; leave it out for continuous ones.",
         )
-        for name, allowed in (("action_type", ("continuous", "discrete")), ("precision", _PRECISIONS)):
-            value = getattr(self, name)
-            check(value in allowed, f"{name}={value!r} is not known; use one of {', '.join(allowed)}.")
-
-    def _check_numbers(self) -> None:
-        for name, least in _LEAST_INTEGERS.items():
-            value = getattr(self, name)
-            if name == "iterations" and value is None:
-                continue
-            check(is_integer(value) and value >= least, f"{name} must be an integer ≥ {least}, not {value!r}.")
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if name in _OPTIONAL_NUMBERS and value is None:
-                continue
-            good = is_number(value) and math.isfinite(value) and low <= value <= high
-            check(good, f"{name} must be a number in [{low}, {high}], not {value!r}.")
-        for name in ("symlog_obs", "episodic", "mpc"):
-            check(isinstance(getattr(self, name), bool), f"{name} must be True or False, not {getattr(self, name)!r}.")
 
     def _check_observations(self) -> None:
         shape = self.obs_shape
@@ -339,23 +318,3 @@ class TDMPC2Config(BaseConfig):
         if dropped:
             warnings.warn(f"Fields without meaning in TDMPC2Config were dropped: {', '.join(dropped)}.", stacklevel=2)
         return cls(**{name: value for name, value in renamed.items() if name in known})
-
-
-_PRECISIONS = ("auto", "float32", "bfloat16")
-_OPTIONAL_NUMBERS = ("discount", "advantage_coef", "planner_lambda")
-_LEAST_INTEGERS = {
-    "action_dim": 1, "latent_dim": 1, "num_q": 2, "mlp_layers": 1, "hidden_dim": 1, "encoder_dim": 1,
-    "encoder_layers": 1, "simnorm_dim": 1, "num_bins": 2, "num_tasks": 0, "task_dim": 0, "episode_length": 1,
-    "horizon": 1, "iterations": 1, "num_samples": 1, "num_elites": 1, "num_pi_trajs": 0,
-}  # fmt: skip
-_UNBOUNDED = float("inf")
-_RANGES = {
-    "vmin": (-_UNBOUNDED, _UNBOUNDED), "vmax": (-_UNBOUNDED, _UNBOUNDED), "dropout": (0.0, 0.99),
-    "discount": (0.0, 1.0), "discount_denom": (1e-6, _UNBOUNDED), "discount_min": (0.0, 1.0),
-    "discount_max": (0.0, 1.0), "rho": (0.0, 1.0), "tau": (0.0, 1.0), "consistency_coef": (0.0, _UNBOUNDED),
-    "reward_coef": (0.0, _UNBOUNDED), "value_coef": (0.0, _UNBOUNDED), "termination_coef": (0.0, _UNBOUNDED),
-    "entropy_coef": (0.0, _UNBOUNDED), "advantage_coef": (0.0, 0.999), "planner_lambda": (0.0, 1.0),
-    "encoder_lr_scale": (0.0, _UNBOUNDED), "pi_adam_eps": (0.0, _UNBOUNDED),
-    "log_std_min": (-_UNBOUNDED, _UNBOUNDED), "log_std_max": (-_UNBOUNDED, _UNBOUNDED),
-    "temperature": (0.0, _UNBOUNDED), "min_std": (0.0, _UNBOUNDED), "max_std": (0.0, _UNBOUNDED),
-}  # fmt: skip
