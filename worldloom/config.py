@@ -21,7 +21,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 from worldloom.errors import ConfigError, FileFormatError, UnknownFieldError
 from worldloom.files import write_atomically
@@ -282,6 +282,19 @@ def config_dataclass(cls: type[T]) -> type[T]:
 
 class BaseConfig:
     """Methods that every config has; subclasses are decorated with :func:`config_dataclass`."""
+
+    example_shapes: ClassVar[Mapping[str, Any]] = {"obs_shape": (24,), "action_dim": 6}
+    """Shapes for a look at a model without an environment (``worldloom info``)."""
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Sizes that :meth:`from_size` takes; none unless a config defines some."""
+        return ()
+
+    @classmethod
+    def from_size(cls, size: str, *, obs_shape: Any, action_dim: Any, **overrides: Any) -> Self:
+        """The config of a preset; ``overrides`` win. Raises ``ConfigError`` for a size that does not exist."""
+        raise ConfigError(f"size={size!r} is not known; {cls.__name__} has no presets.")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with ``changes``, validated like a new one."""

@@ -3,8 +3,7 @@
 It meets the contract of a family, so the tests of training need none of the real ones.
 """
 
-import sys
-import types
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +13,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+from worldloom.algorithm import Algorithm, ReplaySpec, TrainState
 from worldloom.config import BaseConfig, config_dataclass
+from worldloom.families import register_family
 from worldloom.models.base import WorldModel, compiled, merge
 from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
-from worldloom.state import TrainState, WindowSpec
 
 LOSS_TERMS = ("loss", "prediction", "reward")
 MATRIX = np.array([[0.9, 0.2], [-0.2, 0.9]], np.float32)
@@ -44,10 +44,6 @@ class ToyWorldModel(WorldModel):
             "reward": nnx.Linear(2, 1, rngs=rngs, dtype=dtype),
         }
 
-    @property
-    def algorithm(self):
-        return sys.modules[__name__]
-
     @compiled
     def compute_loss(self, batch, key=None):
         """Rewards that are NaN or infinite make the loss so."""
@@ -59,14 +55,6 @@ class ToyWorldModel(WorldModel):
         error = jnp.where(batch["is_first"], 0.0, self.reward(place)[..., 0] - batch["rewards"])
         reward = jnp.mean(error**2)
         return {"loss": prediction + reward, "prediction": prediction, "reward": reward}
-
-
-class PrefillingToy(ToyWorldModel):
-    """Begins with random actions, as TD-MPC2 does."""
-
-    @property
-    def algorithm(self):
-        return PREFILLING
 
 
 def features(obs):
@@ -84,49 +72,49 @@ def optimizer(training: Any) -> optax.GradientTransformation:
 
 
 def init_state(model, training, key):
-    params = model.params
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(training).init(params), key, model.config, training)
+    params = jax.tree.map(jnp.copy, model.params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(training).init(params), key)
 
 
-def update(state, batch, key):
-    def objective(params):
-        terms = merge(ToyWorldModel, state.config, params).compute_loss(batch, key)
-        return terms["loss"], terms
+def make_update(config, training, *, model_class):
+    def update(state, batch, key):
+        def objective(params):
+            terms = merge(model_class, config, params).compute_loss(batch, key)
+            return terms["loss"], terms
 
-    grads, terms = jax.grad(objective, has_aux=True)(state.params)
-    steps, opt_state = optimizer(state.training).update(grads, state.opt_state, state.params)
-    metrics = {
-        **terms,
-        "grad_norm": optax.tree.norm(grads),
-        "lr": jnp.asarray(warmup_schedule(state.training.learning_rate, state.training.warmup_steps)(state.step)),
-        "update_norm": optax.tree.norm(steps),
-        "first_row": features(batch["obs"])[0, 0, 0],
-    }
-    if state.config.latents:
-        metrics["replay"] = {"memory": features(batch["obs"])[..., :1] + batch["context"]["memory"][:, None]}
-    params = optax.apply_updates(state.params, steps)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        grads, terms = jax.grad(objective, has_aux=True)(state.params)
+        steps, opt_state = optimizer(training).update(grads, state.opt_state, state.params)
+        metrics = {
+            **terms,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(warmup_schedule(training.learning_rate, training.warmup_steps)(state.step)),
+            "update_norm": optax.tree.norm(steps),
+            "first_row": features(batch["obs"])[0, 0, 0],
+        }
+        if config.latents:
+            metrics["replay"] = {"memory": features(batch["obs"])[..., :1] + batch["context"]["memory"][:, None]}
+        params = optax.apply_updates(state.params, steps)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return update
 
 
-def window(config, training):
+def replay_spec(config, training):
     latents = {"memory": (1,)} if config.latents else {}
-    return WindowSpec(training.sequence_length + config.latents, False, latents)
+    return ReplaySpec(training.sequence_length + config.latents, False, latents)
 
 
-RANDOM_PREFILL = False
-
-
-def act(state, carry, obs, key, *, is_first=None):
+def policy(model, carry, obs, key, *, is_first=None):
     """Random turns around what the reward's weights say; the carry sums up the first feature since the episode began.
 
     The action depends on all that must survive a resume: weights, carry, key and observation.
     """
-    config = state.config
+    config = model.config
     dims = config.action_dim if isinstance(config.action_dim, Mapping) else {"": config.action_dim}
     kinds = config.action_type if isinstance(config.action_type, Mapping) else dict.fromkeys(dims, config.action_type)
     place = features(obs)
     carry = jnp.where(is_first[:, None], 0.0, carry) + place[:, :1]
-    wish = place @ state.params["reward"]["kernel"] + 0.1 * carry
+    wish = place @ model.reward.kernel[...] + 0.1 * carry
     actions = {}
     for number, (name, dim) in enumerate(dims.items()):
         noise = 0.0 if key is None else jax.random.normal(jax.random.fold_in(key, number), (len(place), dim))
@@ -135,8 +123,8 @@ def act(state, carry, obs, key, *, is_first=None):
     return carry, actions if isinstance(config.action_dim, Mapping) else actions[""]
 
 
-def act_in_evaluation(state, carry, obs, key, *, is_first=None):
-    return act(state, carry, obs, None, is_first=is_first)
+def eval_policy(model, carry, obs, key, *, is_first=None):
+    return policy(model, carry, obs, None, is_first=is_first)
 
 
 def initial_carry(config, batch_size):
@@ -145,6 +133,26 @@ def initial_carry(config, batch_size):
 
 def stored_latents(carry):
     return {"memory": carry}
+
+
+ALGORITHM = Algorithm(
+    init_state=init_state,
+    make_update=make_update,
+    replay_spec=replay_spec,
+    loss_terms=LOSS_TERMS,
+    policy=policy,
+    eval_policy=eval_policy,
+    initial_carry=initial_carry,
+    stored_latents=stored_latents,
+    random_prefill=False,
+)
+register_family("toy", ToyConfig, ToyWorldModel, ALGORITHM)
+
+
+class PrefillingToy(ToyWorldModel):
+    """Begins with random actions, as TD-MPC2 does."""
+
+    algorithm = dataclasses.replace(ALGORITHM, random_prefill=True)
 
 
 def fill(buffer, episodes=6, steps=12, seed=0, poison=None):
@@ -160,6 +168,3 @@ def fill(buffer, episodes=6, steps=12, seed=0, poison=None):
             rewards[poison] = 1e30
         buffer.add_episode(obs, np.zeros((steps, 1), np.float32), rewards, np.arange(steps) == steps - 1)
     return buffer
-
-
-PREFILLING = types.SimpleNamespace(**{**globals(), "RANDOM_PREFILL": True})
