@@ -193,7 +193,8 @@ def checkpoint_arrays(rng, source, path):
 def read_run(path):
     from worldloom.training.checkpoint_files import read_checkpoint
 
-    return read_checkpoint(path, template())
+    run = template()
+    return read_checkpoint(path, run.state, run.identity())
 
 
 def template():
@@ -202,9 +203,9 @@ def template():
 
     from worldloom.training import Trainer
 
-    if not hasattr(template, "state"):
-        template.state = Trainer(ToyWorldModel(ToyConfig()), TrainingConfig(device="cpu"), []).state
-    return template.state
+    if not hasattr(template, "run"):
+        template.run = Trainer(ToyWorldModel(ToyConfig()), TrainingConfig(device="cpu"), []).run
+    return template.run
 
 
 def write_sources(folder: Path) -> None:
@@ -227,11 +228,11 @@ def write_sources(folder: Path) -> None:
     filled.save(folder / "replay.npz")
     (folder / "store" / "reference.json").parent.mkdir()
     (folder / "store" / "reference.json").write_text(json.dumps(ReplayStore(folder / "store").write(filled)))
-    state = template()
+    run = template()
     record = {"format": 1, "run_id": "x", "step": 0, "skipped": 0, "callbacks": {"states": {}}, "versions": {}}
-    record |= {"config": state.config.to_dict(), "training": state.training.to_dict()}
+    record |= run.identity()
     around = {"fresh/row_ids": np.arange(12).reshape(3, 4), "empty": np.zeros((0, 3))}
-    write_checkpoint(folder / "checkpoint", Snapshot(state, record, around))
+    write_checkpoint(folder / "checkpoint", Snapshot(run.state, record, around))
 
 
 CASES = [

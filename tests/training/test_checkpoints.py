@@ -138,14 +138,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, buffer, config
 
 def test_any_damaged_file_is_noticed(saved, buffer, config):
     """Each file of the newest checkpoint in turn: an earlier good state, never a wrong one."""
-    template = Trainer(ToyWorldModel(ToyConfig()), config, []).state
+    run = Trainer(ToyWorldModel(ToyConfig()), config, []).run
     for path in sorted(p for p in (saved / "15").rglob("*") if p.is_file()):
         data = path.read_bytes()
         damage(path, "flipped byte" if data else "missing")
         with pytest.warns(UserWarning, match="Going back"):
-            assert Checkpointer(saved).restore(template).step == 10
+            assert Checkpointer(saved).restore(run.state, run.identity()).step == 10
         path.write_bytes(data)
-    assert Checkpointer(saved).restore(template).step == 15
+    assert Checkpointer(saved).restore(run.state, run.identity()).step == 15
 
 
 def test_when_none_is_left_it_says_so(saved, buffer, config):

@@ -17,6 +17,7 @@ from worldloom.training.callbacks import CheckpointCallback
 from worldloom.training.checkpoint import load_weights
 
 CONFIG = TrainingConfig(total_steps=2, batch_size=4, sequence_length=5, device="cpu")
+IDENTITY = Trainer(ToyWorldModel(ToyConfig()), CONFIG, []).run.identity()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_arrays_of_other_sizes_are_refused_before_they_are_read(folder, template
     put_arrays(folder, {**arrays, "params/dynamics/kernel": np.zeros((1 << 9, 1 << 9), np.float32)})
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1 << 16
     nothing_is_read(monkeypatch)
-    for read in (lambda: files.read_checkpoint(folder, template), lambda: load(folder)):
+    for read in (lambda: files.read_checkpoint(folder, template, IDENTITY), lambda: load(folder)):
         with pytest.raises(FileFormatError, match=r"kernel is float32\[2, 2\], it holds float32\[512, 512\]"):
             read()
 
@@ -77,17 +78,17 @@ def test_arrays_that_nobody_asked_for_are_not_read(folder, template, monkeypatch
         return read[-1]
 
     monkeypatch.setattr(ocp.Checkpointer, "restore", watched)
-    files.read_checkpoint(folder, template)
+    files.read_checkpoint(folder, template, IDENTITY)
     assert sorted(read[0]) == sorted(arrays)
 
 
 def test_more_beside_the_state_than_a_run_has_is_refused(folder, template, monkeypatch):
     put_arrays(folder, {**files.flatten_state(template), "around/env/obs": np.zeros(1 << 18, np.float32)})
-    assert files.read_checkpoint(folder, template).arrays["env/obs"].shape == (1 << 18,)
+    assert files.read_checkpoint(folder, template, IDENTITY).arrays["env/obs"].shape == (1 << 18,)
     monkeypatch.setattr(files, "_MAX_AROUND", 1 << 20 - 1)
     nothing_is_read(monkeypatch)
     with pytest.raises(FileFormatError, match="beside the state"):
-        files.read_checkpoint(folder, template)
+        files.read_checkpoint(folder, template, IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +100,14 @@ def test_empty_arrays_that_are_none_are_refused(folder, template, empty):
     files._write_json(folder / "run.json", {**record, "empty": empty})
     sign(folder)
     with pytest.raises(FileFormatError, match="empty arrays that are none"):
-        files.read_checkpoint(folder, template)
+        files.read_checkpoint(folder, template, IDENTITY)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/etc/passwd")])
 def test_what_is_no_file_is_refused_without_waiting(folder, template, make):
     make(folder / "state" / "more")
     with pytest.raises(FileFormatError, match="neither a file nor a folder"):
-        files.read_checkpoint(folder, template)
+        files.read_checkpoint(folder, template, IDENTITY)
 
 
 # Orbax gives up at the first array, and the answers for the others come when nobody waits any more.
@@ -116,4 +117,4 @@ def test_a_part_that_orbax_needs_is_missing(folder, template, name):
     (folder / "state" / name).unlink()
     sign(folder)
     with pytest.raises(FileFormatError, match="cannot be read"):
-        files.read_checkpoint(folder, template)
+        files.read_checkpoint(folder, template, IDENTITY)

@@ -45,7 +45,7 @@ class Family:
             "is_terminal": np.roll(first, -1, 1) & (fields.get("episodic", False) or preset.startswith("dreamer")),
         }
         if preset.startswith("dreamer"):
-            latents = self.model.algorithm.window(self.model.config, TrainingConfig()).latents
+            latents = self.model.algorithm.replay_spec(self.model.config, TrainingConfig()).latents
             self.batch["context"] = {k: np.zeros((BATCH, *shape), np.float32) for k, shape in latents.items()}
 
     def updated(self, key=None, **fields):
@@ -53,7 +53,8 @@ class Family:
         algorithm = self.model.algorithm
         training = TrainingConfig(batch_size=BATCH, sequence_length=ROWS - 1, grad_clip=0.0, **fields)
         state = algorithm.init_state(self.model, training, jax.random.key(0))
-        program = jax.jit(algorithm.update).lower(state, self.batch, key).compile()
+        update = algorithm.make_update(self.model.config, training, model_class=type(self.model))
+        program = jax.jit(update).lower(state, self.batch, key).compile()
         state, metrics = program(state, self.batch, key)
         return state, metrics, program.memory_analysis().temp_size_in_bytes
 

@@ -32,7 +32,7 @@ from worldloom.training import Trainer, TrainingConfig
 from worldloom.training.callbacks import Callback, CheckpointCallback, EvalCallback, LoggingCallback
 from worldloom.training.checkpoint_files import flatten_state
 from worldloom.training.evaluation import play
-from worldloom.training.host import on_host
+from worldloom.training.run_info import on_host
 
 
 def shapes(env):
@@ -97,17 +97,16 @@ def test_stored_latents_are_those_of_the_policy_that_acted(config, num_envs):
 
 
 def assert_policy_of(model, params, seed, rows, num_envs):
-    """Run ``act`` over stored rows: it gives the stored actions, and latents."""
+    """Run the policy over stored rows: it gives the stored actions, and latents."""
     algorithm = model.algorithm
-    act = jax.jit(algorithm.act)
+    act = jax.jit(lambda params, *args, **options: algorithm.policy(model.rebuild(model.config, params), *args, **options))
     root = jax.random.fold_in(jax.random.key(seed), 0xFFFFFFFF)
     carry = algorithm.initial_carry(model.config, num_envs)
-    state = algorithm.init_state(model, TrainingConfig(), jax.random.key(seed)).replace(params=params, opt_state=None)
     for call in range(len(rows["rewards"]) // num_envs):
         now = slice(call * num_envs, (call + 1) * num_envs)
         obs = jax.tree.map(lambda x: x[now], rows["obs"])  # noqa: B023
         key = jax.random.fold_in(root, call + 1)
-        carry, actions = act(state, carry, obs, key, is_first=rows["is_first"][now])
+        carry, actions = act(params, carry, obs, key, is_first=rows["is_first"][now])
         taken = ~rows["is_last"][now]
         for name, stored in leaves(rows["actions"]).items():
             chosen = np.asarray(leaves(actions)[name])
@@ -257,8 +256,8 @@ def result(trainer, folder, leave_out=()):
         "model": trainer.model.params,
         "replay": every_row(trainer.replay),
         "position": trainer.replay.state_dict(),
-        "env_steps": np.array(trainer._collector.env_steps),
-        "in flight": trainer._unwritten.arrays(),
+        "env_steps": np.array(trainer.run.env_steps),
+        "in flight": trainer.run.writeback.state_arrays(),
         "log": {str(n): line for n, line in enumerate(line for line in log if line["step"] not in leave_out)},
     }
 
@@ -390,7 +389,7 @@ def test_offline_latents_resume_into_a_fresh_buffer(config, tmp_path, capacity):
         return {
             "state": flatten_state(on_host(trainer.state)),
             "replay": every_row(buffer),
-            "in flight": trainer._unwritten.arrays(),
+            "in flight": trainer.run.writeback.state_arrays(),
         }
 
     whole = run("whole", with_latents(), total_steps=30)
@@ -843,7 +842,7 @@ def test_latents_in_flight_are_those_of_their_buffer(config):
             trainer.train(second, total_steps=21)
             assert not every_row(second)["latents"]["memory"].any()
         else:
-            trainer._unwritten.follow(None)
+            trainer.run.writeback.switch_buffer(None)
         found.append(every_row(first))
     assert_equal(*found)
 

@@ -15,7 +15,7 @@ from worldloom.replay import ReplayBuffer
 from worldloom.report.recording import Recording
 from worldloom.training import Trainer, TrainingConfig
 from worldloom.training.run_folder import RunFolder
-from worldloom.training.showing import Film
+from worldloom.training.callbacks.reports import FrameRecorder
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -138,7 +138,7 @@ def test_offline_runs_show_losses(tmp_path, monkeypatch):
     )
     drawn = []
     monkeypatch.setattr(
-        "worldloom.training.showing.draw_imagination", lambda *args, title: drawn.append((args[1], title))
+        "worldloom.training.callbacks.reports.draw_imagination", lambda *args, title: drawn.append((args[1], title))
     )
     Trainer(ToyWorldModel(ToyConfig()), config, run.callbacks(held_out, progress=False)).train(buffer)
     assert {line["step"] for line in records(run) if "eval/loss" in line} == {4, 8}
@@ -205,7 +205,7 @@ def test_recorded_rows_are_those_that_were_played():
 
 
 def test_films_do_not_fill_the_memory():
-    film = Film()
+    film = FrameRecorder()
     for _ in range(2_000):
         film.append(np.zeros(1))
     assert len(film) == 1_500

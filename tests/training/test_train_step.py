@@ -11,7 +11,7 @@ from worldloom import NonFiniteError
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer
 from worldloom.training.callbacks import CheckpointCallback
-from worldloom.training.step import compiled_update, copy
+from worldloom.training.update_loop import Learner, NonFiniteGuard, compiled_update, copy
 
 
 def leaves(state):
@@ -21,6 +21,12 @@ def leaves(state):
 def assert_same(one, other):
     for a, b in zip(leaves(one), leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def compiled(config, unrolled=False):
+    """The compiled update of the toy family under ``config``."""
+    what = (toy_family.make_update, ToyConfig(), config.of_update(), ToyWorldModel)
+    return compiled_update(*what, toy_family.LOSS_TERMS, False, False, unrolled)
 
 
 def record(rows):
@@ -48,7 +54,7 @@ def test_calls_of_any_length_give_the_same_bits(buffer, config):
 @pytest.mark.parametrize(("shape", "updates"), [((4,), 8), ((8, 8, 1), 1)])
 def test_models_of_images_do_one_update_per_call_on_a_cpu(config, caplog, shape, updates):
     trainer = Trainer(ToyWorldModel(ToyConfig(obs_shape=shape)), config.replace(updates_per_call=8, device="cpu"), [])
-    assert trainer._capacity == updates
+    assert trainer.run.capacity == updates
     assert bool(caplog.messages) == (updates == 1)
 
 
@@ -62,10 +68,11 @@ def test_update_n_reads_batch_n_and_key_n(buffer, config, model):
     trainer = Trainer(model, config, [])
     state = copy(trainer.state)
     trained = trainer.train(buffer, total_steps=3)
+    update = jax.jit(toy_family.make_update(model.config, config, model_class=ToyWorldModel))
     for number in range(3):
         batch = buffer.sample(4, 5, seed=config.seed, update=number)
         del batch["row_ids"]
-        state, _ = jax.jit(toy_family.update)(state, batch, jax.random.fold_in(state.key, number))
+        state, _ = update(state, batch, jax.random.fold_in(state.key, number))
     for a, b in zip(leaves(trained), leaves(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
@@ -103,33 +110,33 @@ def test_one_program_serves_a_run_its_continuation_and_other_runs(buffer, config
     resumed = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=4, total_steps=25), callbacks())
     resumed.train(buffer, resume=True)
     Trainer(ToyWorldModel(ToyConfig(), seed=1), config.replace(updates_per_call=4, seed=1), []).train(buffer)
-    assert compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False, False)._call._cache_size() == 1
+    assert compiled(config)._call._cache_size() == 1
 
 
 def test_without_a_loop_the_same_is_done(buffer, config, model):
     ends = []
-    for single in (False, True):
-        step = compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False, single)
-        state, guard, rows = copy(Trainer(model, config, []).state), step.fresh_guard(), []
+    for unrolled in (False, True):
+        step = compiled(config, unrolled=unrolled)
+        learner, rows = Learner(copy(Trainer(model, config, []).state), NonFiniteGuard.create()), []
         for number, scale in enumerate((1, 1, np.float32(np.inf), 1)):  # after a bad update nothing is done
             batch = buffer.sample(4, 5, seed=0, update=number)
             del batch["row_ids"]
             stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], batch | {"rewards": batch["rewards"] * scale})
-            state, guard, outcome = step(state, guard, stacked, 1)
-            rows.append((outcome.rows[0], outcome.good[0]))
-        ends.append((leaves(state), rows))
-    assert [bool(good) for _, good in ends[1][1]] == [True, True, False, False]
+            learner, output = step(learner, stacked, 1)
+            rows.append((output.metrics[0], output.applied[0]))
+        ends.append((leaves(learner.state), rows))
+    assert [bool(applied) for _, applied in ends[1][1]] == [True, True, False, False]
     for looped, straight in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), strict=True):
         np.testing.assert_allclose(straight, looped, rtol=1e-5, atol=1e-6)
 
 
 def test_the_state_is_donated(buffer, config, model):
-    step = compiled_update(toy_family.update, toy_family.LOSS_TERMS, False, False, False)
+    step = compiled(config)
     state = copy(Trainer(model, config, []).state)
     batch = buffer.sample(4, 5, seed=0, update=0)
     del batch["row_ids"]
     stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
-    step(state, step.fresh_guard(), stacked, 1)
+    step(Learner(state, NonFiniteGuard.create()), stacked, 1)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 

@@ -171,7 +171,7 @@ def test_what_is_no_callback_is_refused(model, config):
 
 
 def test_answers_that_mean_nothing_are_refused(model, config, buffer):
-    with pytest.raises(TypeError, match="answered True"):
+    with pytest.raises(TypeError, match="returned True"):
         Trainer(model, config, [(1, lambda info: True)]).train(buffer)
 
 

@@ -183,7 +183,7 @@ def test_a_family_resumes_bit_for_bit_and_is_saved_as_trained(make, base, episod
 def test_a_family_is_evaluated_by_its_loss_terms(base, episodes):
     *_, trainer, _ = base
     terms = trainer.evaluate(episodes, batches=1)
-    assert set(terms) <= set(trainer.model.algorithm.LOSS_TERMS)
+    assert set(terms) <= set(trainer.model.algorithm.loss_terms)
     assert all(np.isfinite(value) for value in terms.values())
 
 
