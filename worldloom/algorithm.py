@@ -121,6 +121,11 @@ def accept_data(config: Any, *, has_terminals: bool, online: bool) -> None:
     """For algorithms that train on any data of the right shapes."""
 
 
+def no_short_updates(config: Any) -> bool:
+    """For algorithms whose updates take longer than a step of the environments."""
+    return False
+
+
 def env_shapes(env: Any) -> dict[str, Any]:
     """The fields of a model's config that its environment determines."""
     return {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
@@ -173,6 +178,8 @@ class Algorithm:
         defaults) in ``env`` (a ``VectorEnv``, or None: only what does not depend on one). Fields in ``given`` are
         fixed: they win, and what follows from them follows.
       random_prefill: whether online training begins with uniformly random actions instead of the untrained policy's.
+      short_updates: ``config -> bool``, whether an update on a CPU takes no longer than what the host does meanwhile; the
+        command line then lets the two overlap instead of keeping freed memory (``devices.keep_freed_memory``).
     """
 
     init_state: Callable[[Any, Any, jax.Array], TrainState]
@@ -186,6 +193,7 @@ class Algorithm:
     validate_data: Callable[..., None] = accept_data
     recipe: Callable[[str, Any, Mapping[str, Any]], Recipe] = plain_recipe
     random_prefill: bool = True
+    short_updates: Callable[[Any], bool] = no_short_updates
 
     @property
     def evaluation_policy(self) -> Policy:

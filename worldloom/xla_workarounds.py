@@ -50,12 +50,3 @@ def pad_single_update(batches: Any) -> Any:
     if jax.tree.leaves(batches)[0].shape[0] > 1:
         return batches
     return jax.tree.map(lambda x: jnp.concatenate([x, x]), batches)
-
-
-def gains_from_kept_memory(num_parameters: int) -> bool:
-    """Whether training a model of this size on a CPU should keep freed memory (``devices.keep_freed_memory``).
-
-    Its price is that JAX computes in the calling thread. JAX 0.10.2: below some hundred thousand parameters an update
-    takes no longer than what the host does meanwhile, so that overlapping the two is worth more.
-    """
-    return num_parameters > 200_000

@@ -50,11 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"There is no command '{words[0]}'.{nearest(words[0], COMMANDS)} There are: {', '.join(COMMANDS)}."
         )
     _prepare()
+    from worldloom.cli.flags import take_family_modules
+
     if words[0] in ("train", "eval", "play"):
         _keep_compiled_programs()
     try:
+        rest, modules = take_family_modules(words[1:])
+        for name in modules:
+            from worldloom.families import import_family_module
+
+            import_family_module(name)
         module, function = COMMANDS[words[0]][0].split(":")
-        return getattr(importlib.import_module(module), function)(words[1:])
+        return getattr(importlib.import_module(module), function)(rest)
     except WorldloomError as error:
         return _fail(str(error))
     except BrokenPipeError:
@@ -82,9 +89,9 @@ def _prepare() -> None:
 
 def _keep_compiled_programs() -> None:
     from worldloom.devices import keep_compiled_programs
-    from worldloom.models.registry import cache_dir
+    from worldloom.models.pretrained import default_cache_dir
 
-    keep_compiled_programs(cache_dir() / "compiled")
+    keep_compiled_programs(default_cache_dir() / "compiled")
 
 
 class _AboveTheBar(logging.Handler):

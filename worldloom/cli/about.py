@@ -16,15 +16,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from worldloom.cli.flags import Flag, Flags, fields
+from worldloom.algorithm import ReplaySpec
+from worldloom.cli.flags import FAMILY_FLAG, Flag, Flags, fields
 from worldloom.cli.train import ENV_FLAGS
 from worldloom.config import check
 from worldloom.devices import compiled_programs
 from worldloom.errors import UnknownModelError
-from worldloom.models.base import count_parameters, merge
-from worldloom.models.registry import ALIASES, FAMILIES, cache_dir, get_config, list_models
+from worldloom.families import find_family, get_family
+from worldloom.models.base import merge
+from worldloom.models.params import count_parameters
+from worldloom.models.pretrained import default_cache_dir
+from worldloom.models.registry import get_config, list_models
 from worldloom.training.config import TrainingConfig
-from worldloom.training.recipes import usual_training
+from worldloom.training.recipes import recipe
 
 EXTRAS = {
     "envs": ("dm_control", "mujoco", "ale_py", "crafter"),
@@ -55,7 +59,7 @@ def names(words: Sequence[str]) -> int:
 def info(words: Sequence[str]) -> int:
     """Print parameters of a model, and memory for training it."""
     name = next((word for word in words if not word.startswith("-")), "")
-    family = ALIASES.get(name.partition(":")[0])
+    family = find_family(name.partition(":")[0]) if name else None
     about = "Parameters of a model, and memory for training it. Nothing is allocated."
     flags = Flags("info", about, argument="name", note="preset, as worldloom list shows them")
     flags.group(
@@ -63,23 +67,23 @@ def info(words: Sequence[str]) -> int:
         [
             Flag("env", str, "Take the shapes of this environment."),
             *[flag for flag in ENV_FLAGS if flag.name in _SHAPING],
+            FAMILY_FLAG,
             Flag("exact", bool, "Compile the update and ask XLA, which takes up to some minutes."),
             *[flag for flag in fields(TrainingConfig) if flag.name in ("batch_size", "sequence_length")],
         ],
     )
     if family:
-        config_class = FAMILIES[family].config_class()
+        config_class = family.config_class
         flags.group(f"model ({config_class.__name__})", fields(config_class, leave=("model_type",)))
     given = flags.parse(words)
-    if not family:
+    if family is None:
         raise UnknownModelError(f"There is no model '{given['name']}'. Known: {', '.join(list_models())}.")
     changes: dict[str, Any] = {field: given.pop(field) for field in ("batch_size", "sequence_length") if field in given}
-    training = TrainingConfig(**{**usual_training(given["name"]), **changes})
+    training = TrainingConfig(**{**recipe(given["name"], None).training, **changes})
     exact, env_id = given.pop("exact", False), given.pop("env", None)
     shaping = {flag: given.pop(flag) for flag in _SHAPING if flag in given}
     check(not shaping or env_id is not None, f"{' and '.join(shaping)} belongs to an environment: give --env too.")
-    usual = {"obs_shape": (64, 64, 3) if family == "dreamerv3" else (24,), "action_dim": 6}
-    shapes = _shapes_of(env_id, shaping) if env_id else usual
+    shapes = _shapes_of(env_id, shaping) if env_id else family.config_class.example_shapes
     config = get_config(given.pop("name"), **{**shapes, **given})
     print(f"{name} for observations {config.obs_shape} and {config.action_dim} {config.action_type} actions")
     print(*_memory_report(config, training, exact), sep="\n")
@@ -94,15 +98,14 @@ def _shapes_of(env_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _memory_report(config: Any, training: TrainingConfig, exact: bool) -> Iterator[str]:
-    model_class = FAMILIES[config.model_type].model_class()
-    algorithm = importlib.import_module(FAMILIES[config.model_type].package)
+    model_class, algorithm = get_family(config.model_type)[2:]
     state = jax.eval_shape(lambda key: algorithm.init_state(model_class(config), training, key), jax.random.key(0))
     trained = {name: part for name, part in state.params.items() if name not in model_class.untrained}
     for name, part in state.params.items():
         kind = "" if name in trained else "  (a copy or statistics, not trained)"
         yield f"  {name:16} {count_parameters(part):>13,}{kind}"
     yield f"  {'parameters':16} {count_parameters(trained):>13,}"
-    batch = _abstract_batch(config, training, algorithm.window(config, training))
+    batch = _abstract_batch(config, training, algorithm.replay_spec(config, training))
     sizes = {
         "weights, copies": _nbytes(state.params),
         "optimizer": _nbytes(state.opt_state),
@@ -116,15 +119,15 @@ def _memory_report(config: Any, training: TrainingConfig, exact: bool) -> Iterat
     yield f"  {'in all, about':16} {_megabytes(sum(sizes.values())):>13}"
     if exact:
         backend = jax.default_backend()
-        update = jax.jit(algorithm.update, donate_argnums=0)
+        update = jax.jit(algorithm.make_update(config, training, model_class=model_class), donate_argnums=0)
         found: Any = update.lower(state, batch, jax.random.key(0)).compile().memory_analysis()
         whole = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
         yield f"  {'as XLA plans it':16} {_megabytes(whole - found.alias_size_in_bytes):>13}  on {backend}"
 
 
-def _abstract_batch(config: Any, training: TrainingConfig, window: Any) -> dict[str, Any]:
+def _abstract_batch(config: Any, training: TrainingConfig, spec: ReplaySpec) -> dict[str, Any]:
     """Shapes of a batch of the algorithm's windows."""
-    lead = (training.batch_size, window.rows)
+    lead = (training.batch_size, spec.rows)
 
     def array(shape: Sequence[int], kind: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*lead, *shape), kind)
@@ -144,8 +147,8 @@ def _abstract_batch(config: Any, training: TrainingConfig, window: Any) -> dict[
         "rewards": array((), jnp.float32),
         **{name: array((), jnp.bool_) for name in ("is_first", "is_last", "is_terminal")},
     }
-    if window.latents:
-        stored = {n: jax.ShapeDtypeStruct((lead[0], *shape), jnp.float32) for n, shape in window.latents.items()}
+    if spec.latents:
+        stored = {n: jax.ShapeDtypeStruct((lead[0], *shape), jnp.float32) for n, shape in spec.latents.items()}
         batch["context"] = stored
     if getattr(config, "num_tasks", 0):
         batch["task"] = jax.ShapeDtypeStruct(lead[:1], jnp.int32)
@@ -185,7 +188,7 @@ def doctor(words: Sequence[str]) -> int:
 
 
 def _versions() -> Iterator[str]:
-    from worldloom.training.host import versions
+    from worldloom.training.run_info import versions
 
     found = versions()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -268,7 +271,7 @@ def _extras() -> Iterator[str]:
 
 
 def _folders() -> Iterator[str]:
-    saved = len(list((cache_dir() / "models").glob("*/config.json")))
-    yield f"models saved by name: {saved} in {cache_dir()} (WORLDLOOM_CACHE_DIR)"
-    yield f"programs compiled by train, eval and play: {compiled_programs() or cache_dir() / 'compiled'}"
+    saved = len(list((default_cache_dir() / "models").glob("*/config.json")))
+    yield f"models saved by name: {saved} in {default_cache_dir()} (WORLDLOOM_CACHE_DIR)"
+    yield f"programs compiled by train, eval and play: {compiled_programs() or default_cache_dir() / 'compiled'}"
     yield f"pictures of DeepMind Control: MUJOCO_GL={os.environ.get('MUJOCO_GL') or 'not set'}"

@@ -43,6 +43,28 @@ class Flag(NamedTuple):
         return [f"--{name.replace('_', '-')}" for name in (*self.aliases, self.name)]
 
 
+FAMILY_FLAG = Flag("family_module", str, "Module (or .py file) of your own that registers a family; imported first.")
+"""Read by ``cli.main`` before the command is: a family brings further flags."""
+
+
+def take_family_modules(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``words`` without their ``--family-module`` options, and the values of these."""
+    rest, modules, waiting = [], [], False
+    for word in words:
+        name, equals, value = _dashes(word).partition("=")
+        if waiting:
+            modules.append(word)
+            waiting = False
+        elif name == FAMILY_FLAG.options[0]:
+            waiting = not equals
+            modules += [value] if equals else []
+        else:
+            rest.append(word)
+    if waiting:
+        raise ConfigError("--family-module needs a module or a .py file.")
+    return rest, modules
+
+
 def fields(config: type, *, leave: Iterable[str] = ()) -> list[Flag]:
     """Flags of the fields of a config class, except those to ``leave`` out."""
     notes, hints = field_notes(config), typing.get_type_hints(config)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.cli.flags import Flag, Flags
+from worldloom.cli.flags import FAMILY_FLAG, Flag, Flags
 from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError
-from worldloom.models.registry import FAMILIES, config_from_dict
+from worldloom.models.registry import saved_class
 from worldloom.report.video import save_gif
 from worldloom.training.checkpoint import load_weights
 from worldloom.training.evaluation import play
@@ -26,6 +26,7 @@ _FLAGS = [
     Flag("explore", bool, "Act as while collecting, not as in evaluation."),
     Flag("env", str, "Another environment with the same shapes."),
     Flag("device", str, "auto cpu cuda gpu tpu, or numbered.", "auto"),
+    FAMILY_FLAG,
 ]
 
 
@@ -76,12 +77,13 @@ def film(words: Sequence[str]) -> int:
 def _loaded(given: Mapping[str, Any], num_envs: int, *, render: bool = False) -> Iterator[tuple[Any, Any, int]]:
     """The model of a run, environments like its own, and after how many updates it is."""
     run, device = RunFolder(given["folder"]), given.get("device", "auto")
-    config = config_from_dict(run.settings()["model"])
+    settings = run.settings()
+    cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
     keep_freed_memory()
     changes = {"spec": given["env"]} if "env" in given else {}
     parallel = {"parallel": "sync"} if num_envs == 1 else {}
     with run.make_env(num_envs=num_envs, seed=given.get("seed", 0), render=render, **parallel, **changes) as env:
-        model = FAMILIES[config.model_type].model_class()(config, device=device)
+        model = cls(cls.config_class.from_dict(settings["model"]), device=device)
         yield model, env, load_weights(model, run.checkpoints, _checkpoint(given.get("checkpoint", "latest")))
 
 

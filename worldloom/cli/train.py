@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worldloom.cli.flags import Flag, Flags, fields, peek
-from worldloom.config import nearest
+from worldloom.cli.flags import FAMILY_FLAG, Flag, Flags, fields, peek
 from worldloom.devices import keep_freed_memory
-from worldloom.errors import ConfigError, UnknownModelError
-from worldloom.models.registry import ALIASES, FAMILIES, config_from_dict, create_world_model, get_config, list_models
+from worldloom.errors import ConfigError
+from worldloom.families import Family, get_family
+from worldloom.models.registry import config_from_dict, create_world_model, get_config, saved_class, split_name
 from worldloom.training.config import TrainingConfig
 from worldloom.training.run_folder import RunFolder
 
@@ -22,7 +22,8 @@ RUN_FLAGS = [
     Flag("model", str, "Preset, as worldloom list shows them."),
     Flag("env", str, "Gymnasium id, or dmc:, dmc_vision:, atari:, atari100k: or crafter: and a task."),
     Flag("run", str, "Folder of the run.", "runs/<env>-<model>-<time>"),
-    Flag("resume", bool, "Go on with the run in --run (then --model and --env are known), or begin it."),
+    Flag("resume", bool, "Continue the run in --run (then --model and --env are known), or begin it."),
+    FAMILY_FLAG,
 ]
 ENV_FLAGS = [
     Flag("num_envs", int, "Environments stepped together.", 1),
@@ -30,11 +31,9 @@ ENV_FLAGS = [
     Flag("action_repeat", int, "Environment steps per action; the suite's usual if not given."),
     Flag("time_limit", int, "Environment steps after which an episode is cut."),
     Flag("image_size", int, "Side to which images are resized."),
-    Flag("frame_stack", int, "Last images stacked; TD-MPC2 from pixels takes 3."),
+    Flag("frame_stack", int, "Last images stacked, channels first; the tdmpc2 family from pixels usually takes 3."),
     Flag("worker_timeout", float, "Seconds after which a silent environment process is replaced.", 60.0),
 ]
-_SHORT = 64
-"""Up to this latent_dim, an update of TD-MPC2 takes no longer than what the host does meanwhile."""
 SHAPES = ("obs_shape", "action_dim", "action_type", "model_type")
 """Fields that the environment or the preset settles."""
 
@@ -65,10 +64,9 @@ def train(words: Sequence[str]) -> int:
     folder = peek(words, "--run")
     known = RunFolder(folder) if folder and resume and RunFolder(folder).exists else None
     name = peek(words, "--model")
-    family = _family(name) if name else known.settings()["model"].get("model_type") if known else None
+    family = split_name(name)[0] if name else _family_of(known) if known else None
     given = _flags(family).parse(words)
-    width = given.get("latent_dim") or _latent_dim(name, known)
-    if family != "tdmpc2" or width > _SHORT:
+    if family is None or not family.algorithm.short_updates(_config_before_env(name, known, family, given)):
         keep_freed_memory()
     plan = _go_on(known, given) if known and not name else _begin(given)
     print(_headline(plan), *(f"  {line}" for line in plan.settled), f"run folder {plan.run.path}", sep="\n", flush=True)
@@ -92,7 +90,7 @@ def train(words: Sequence[str]) -> int:
     return 0
 
 
-def _flags(family: str | None) -> Flags:
+def _flags(family: Family | None) -> Flags:
     further = (
         "" if family else "With --model, the fields of its config are flags too: worldloom train --model tdmpc2 --help"
     )
@@ -104,7 +102,7 @@ def _flags(family: str | None) -> Flags:
     ]
     flags.group("training (TrainingConfig); defaults without a recipe in brackets", training)
     if family:
-        config = FAMILIES[family].config_class()
+        config = family.config_class
         flags.group(f"model ({config.__name__}); defaults without a preset in brackets", fields(config, leave=SHAPES))
     return flags
 
@@ -153,9 +151,9 @@ def _go_on(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     config = run.training_config(**{**ends, **training_given})
     env = run.make_env(**env_given)
     try:
-        model_config = config_from_dict({**settings["model"], **model_given})
-        family = FAMILIES[model_config.model_type]
-        model = family.model_class()(model_config, seed=config.seed, device=config.device)
+        cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
+        model_config = cls.config_class.from_dict({**settings["model"], **model_given})
+        model = cls(model_config, seed=config.seed, device=config.device)
     except BaseException:
         env.close()
         raise
@@ -192,14 +190,6 @@ def _as_flag(name: str, value: Any, reason: str) -> str:
     return f"{text:28} {reason}"
 
 
-def _family(name: str) -> str:
-    family = ALIASES.get(name.partition(":")[0])
-    if family is None:
-        known = list_models()
-        raise UnknownModelError(f"There is no model '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
-    return family
-
-
 def _new_folder(env: str, model: str) -> Path:
     """A folder that was not there before, now taken: runs that begin in the same second get one each."""
     path = Path("runs") / f"{_plain(env, model)}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -217,11 +207,16 @@ def _plain(env: str, model: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", f"{env}-{model}").strip("-").lower()
 
 
-def _latent_dim(name: str | None, known: RunFolder | None) -> int:
-    """That of a preset or a run; 0 where the family has none."""
-    if name:
-        return getattr(get_config(name, obs_shape=(1,), action_dim=1), "latent_dim", 0)
-    return known.settings()["model"].get("latent_dim", 0) if known else 0
+def _family_of(run: RunFolder) -> Family:
+    return get_family(run.settings()["model"].get("model_type"))
+
+
+def _config_before_env(name: str | None, known: RunFolder | None, family: Family, given: Mapping[str, Any]) -> Any:
+    """The model's config as far as it is known before the environment is made: with the smallest shapes."""
+    if name is None and known is not None:
+        return config_from_dict({**known.settings()["model"], **_sort(given)[0]})
+    shapes = {"obs_shape": (1,), "action_dim": 1}
+    return get_config(str(name), **{**shapes, **_sort(given)[0]}) if name else family.config_class(**shapes)
 
 
 def _flag_given(words: Sequence[str], option: str) -> bool:
