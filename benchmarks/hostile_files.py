@@ -27,7 +27,9 @@ def resident_mib():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=10_000, help="in all, shared between readers and kinds of damage")
+    parser.add_argument(
+        "--files", type=int, default=10_000, help="total number, shared between readers and kinds of damage"
+    )
     parser.add_argument("--seed", type=int, default=2)
     options = parser.parse_args()
     logging.disable(logging.ERROR)  # Orbax logs files that it cannot read
