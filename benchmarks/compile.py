@@ -1,9 +1,10 @@
-"""How long until the first update is done, from nothing and from compiled programs on disk?
+"""How long until the first update is done, with an empty and with a filled compilation cache?
 
     python benchmarks/compile.py --model dreamerv3:size1m
 
-Starts new processes that import, build the model and do one update (DreamerV3 16×64, TD-MPC2 256 windows) with
-freed memory kept, once without compiled programs and then with those. Prints JSON; seconds of each part.
+Starts new processes that import, build the model and do one update (DreamerV3 16×64, TD-MPC2 256 sequences) with freed
+memory kept, first with an empty compilation cache and then with that of the first process. Prints the seconds of each
+stage as JSON.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 
 def first_update(name, folder, kept):
-    """What the new process does; prints seconds since its start after each part."""
+    """Code of the new process; prints the seconds since its start after each stage."""
     start = time.perf_counter()
     import jax
     from work import update_call
@@ -39,9 +40,9 @@ def first_update(name, folder, kept):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dreamerv3:size1m")
-    parser.add_argument("--repeats", type=int, default=2, help="starts from compiled programs")
+    parser.add_argument("--repeats", type=int, default=2, help="starts with a filled compilation cache")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--returned", action="store_true", help="let the C library hand freed memory back")
+    parser.add_argument("--returned", action="store_true", help="let the C library return freed memory to the kernel")
     args = parser.parse_args()
     if args.folder:
         first_update(args.model, args.folder, not args.returned)

@@ -1,8 +1,9 @@
-"""Can a damaged checkpoint pass for a good one? Prints JSON; ``python benchmarks/damage.py --checkpoints 200``.
+"""Is a damaged checkpoint ever loaded as a good one? Prints JSON; ``python benchmarks/damage.py --checkpoints 200``.
 
-Each time, some files of a run's checkpoints and of the replay they refer to are damaged at random: a byte changed, the
-file cut, lengthened, emptied, deleted, or exchanged for another checkpoint's. Then the run is resumed. It must go on
-from the newest checkpoint whose files are all intact, exactly as that was, or say that none is left, or exit code is 1.
+In each trial, some files of a run's checkpoints and of the replay they refer to are damaged at random: a byte is
+changed, or the file is truncated, extended, emptied, deleted, or replaced by another checkpoint's. Then the run is
+resumed. It must continue from the newest checkpoint whose files are all intact, with exactly its state, or report
+that none is left; otherwise the exit code is 1.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from worldloom.training.checkpoint_files import flatten_state
 
 
 def spoil(path, rng, twins):
-    """Damage one file; returns how. ``twins`` are the files of the same name in other checkpoints."""
+    """Damage one file and return the kind of damage. ``twins`` are files of the same name in other checkpoints."""
     data = path.read_bytes()
     how = rng.choice(["byte", "cut", "longer", "empty", "deleted", "exchanged"])
     place = rng.randrange(len(data)) if data else 0
@@ -48,7 +49,7 @@ def spoil(path, rng, twins):
 
 
 def content(snapshot):
-    """All of a checkpoint in one comparable value."""
+    """The whole state of a checkpoint as one comparable value."""
     arrays = {**flatten_state(snapshot.state), **{f"around/{k}": v for k, v in snapshot.arrays.items()}}
     if snapshot.replay is not None and len(snapshot.replay):
         ids = np.arange(*snapshot.replay.state_dict().values())
@@ -68,7 +69,7 @@ def parts(folder, step):
 
 
 def examine(name, count, rng, steps=40):
-    """Damage the checkpoints of one small run ``count`` times; how often each outcome."""
+    """Damage the checkpoints of one small run ``count`` times and count the outcomes."""
     from runs import small_run
 
     outcomes, damage, wrong = collections.Counter(), collections.Counter(), []
@@ -83,7 +84,7 @@ def examine(name, count, rng, steps=40):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(intact, folder)
             hit = set()
-            # The newest is always hit, and every other time more than that.
+            # The newest checkpoint is always damaged, and in every other trial further ones.
             newest = sorted(needed[max(needed)])
             for file in [rng.choice(newest), *rng.sample(files, rng.choice([0, 0, 1, 3, 8]))]:
                 if file in hit:
@@ -119,7 +120,7 @@ def main():
     from runs import RUNS
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoints", type=int, default=200, help="in all, shared between the runs")
+    parser.add_argument("--checkpoints", type=int, default=200, help="total number, shared between the runs")
     parser.add_argument("--runs", default=",".join(RUNS))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

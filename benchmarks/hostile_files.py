@@ -1,4 +1,4 @@
-"""Can damaged or forged files crash a reader, hang it or exhaust memory? Prints JSON; ``python benchmarks/hostile_files.py``.
+"""Can damaged or forged files crash, hang or bloat a reader? Prints JSON; ``python benchmarks/hostile_files.py``.
 
 Damages intact files of ``tests/interop/test_hostile_files.py`` and ``test_hostile_folders.py`` at random and reads
 them. Any undocumented error, more than a second of CPU or 2 MB of memory is a problem, and exit code 1.
@@ -27,7 +27,9 @@ def resident_mib():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=10_000, help="in all, shared between readers and kinds of damage")
+    parser.add_argument(
+        "--files", type=int, default=10_000, help="total number, shared between readers and kinds of damage"
+    )
     parser.add_argument("--seed", type=int, default=2)
     options = parser.parse_args()
     logging.disable(logging.ERROR)  # Orbax logs files that it cannot read

@@ -3,7 +3,7 @@
     python benchmarks/imagine.py --model dreamerv3:size1m
     python benchmarks/imagine.py --model tdmpc2:5m --batch-size 512 --horizon 3
 
-Times ``model.imagine`` for given actions: B states, H steps, rewards and continues included. Prints JSON.
+Times ``model.imagine`` with given actions: B states, H steps, including rewards and continues. Prints JSON.
 """
 
 import argparse

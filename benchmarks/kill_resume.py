@@ -1,8 +1,8 @@
 """Is anything lost when a run is killed? Prints JSON; ``python benchmarks/kill_resume.py --kills 50``.
 
-Each run of ``runs.py`` is done once without interruption, then again with ``kill -9`` at random moments of its
-training, saving included, and resumed each time by the same command. Weights, optimizer, key, replay and log must come
-out equal bit for bit; the exit code is 1 if they do not.
+Each run of ``runs.py`` is done once without interruption, then again with ``kill -9`` at random moments during training
+and saving, resumed each time by the same command. Weights, optimizer, key, replay and log must be equal bit for bit;
+otherwise the exit code is 1.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from pathlib import Path
 
 FINISHED = "finished.json"
 EVERY = 5
-"""Updates between two signs of life."""
+"""Updates between two progress messages."""
 
 
 def live(name, folder, steps, save_every):
-    """One life of a run: go on from what there is, to the end."""
+    """One process of a run: resume from the latest checkpoint and train to the end."""
     from runs import fingerprint, small_run
 
     progress = (EVERY, lambda info: print(info.step, flush=True))
@@ -42,18 +42,18 @@ class Life:
         self.folder, self.log = folder, folder / "stderr.txt"
         with self.log.open("ab") as errors:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        self.began_at = int(self.process.stdout.readline() or -1)  # The first step seen: all is compiled by then.
+        self.began_at = int(self.process.stdout.readline() or -1)  # first step reported; everything is compiled by then
         self.began = time.monotonic()
 
     def to_the_end(self):
-        """Let it finish; the seconds it trained."""
+        """Let it finish; returns the seconds it trained."""
         self.process.communicate()
         seconds = time.monotonic() - self.began
         self._expect(0)
         return seconds
 
     def kill_after(self, signs, seconds):
-        """Kill it so long after so many signs of life; what it was about, or None if it had ended before."""
+        """Kill it ``seconds`` after ``signs`` progress messages; returns what it was doing, or None if it had ended."""
         for _ in range(signs):
             self.process.stdout.readline()
         try:
@@ -75,7 +75,7 @@ class Life:
 
 
 def survive(name, folder, kills, options, rng):
-    """Kill a run ``kills`` times in all, beginning a new one whenever one ends, and compare what each ends with."""
+    """Kill runs ``kills`` times in total, starting a new one whenever one ends, and compare their final states."""
     uninterrupted = Life(name, folder / "whole", options)
     seconds = uninterrupted.to_the_end()
     expected = json.loads((folder / "whole" / FINISHED).read_text())
@@ -89,7 +89,7 @@ def survive(name, folder, kills, options, rng):
             if len(deaths) == kills:
                 life.to_the_end()
             else:
-                # Anywhere, so that on average the kills are spread over one run.
+                # A uniform moment, so that on average the kills are spread over one run.
                 signs = rng.randint(0, 2 * options.steps // EVERY // (kills + 1))
                 about = life.kill_after(signs, rng.uniform(0, 2 * EVERY * seconds / options.steps))
                 deaths += [about] if about else []
@@ -110,12 +110,12 @@ def main():
     from runs import RUNS
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="in all, shared between the runs")
+    parser.add_argument("--kills", type=int, default=50, help="total number, shared between the runs")
     parser.add_argument("--runs", default=",".join(RUNS))
     parser.add_argument("--steps", type=int, default=200, help="updates of a run")
     parser.add_argument("--save-every", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", help="where the runs go; a temporary folder by default")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
+    parser.add_argument("--folder", help="folder of the runs; temporary by default")
     parser.add_argument("--live", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.live:

@@ -2,10 +2,10 @@
 
     python benchmarks/learning.py --model tdmpc2:tiny --env Pendulum-v1 --steps 10000 --seeds 0 1 2 3 4
 
-Trains by the recipe of ``worldloom train``; ``--set field=value`` changes fields of either config. Each point of a
-curve is the mean return of 10 episodes in environments of their own, with the seconds since the run began, evaluation
-and compilation included. With ``--test N`` the weights of the best point then play N further episodes, which had no
-part in choosing them. ``--plot picture.png file.json …`` draws curves that were saved before instead.
+Trains with the recipe of ``worldloom train``; ``--set field=value`` changes fields of either config. Each point of a
+curve is the mean return of 10 episodes in separate evaluation environments, with the seconds since the run began,
+including evaluation and compilation. With ``--test N`` the weights of the best point are then evaluated in N further
+episodes, which were not used to choose them. ``--plot picture.png file.json …`` plots saved curves instead of training.
 """
 
 import argparse
@@ -33,7 +33,7 @@ EPISODES = 10
 
 
 class Curve(Callback):
-    """Collects evaluations and the best weights, and stops at a return that is good enough."""
+    """Records evaluations and the best weights, and stops at a target return."""
 
     every = 0
 
@@ -58,7 +58,7 @@ class Curve(Callback):
 
 
 def run(args, seed, changes):
-    """One run: its curve, and what it was trained with."""
+    """Train one run; returns its curve and its settings."""
     env = make_env(args.env, args.num_envs, seed=seed)
     model_fields, training_fields, _ = recipe(args.model, env, changes)
     known = set(TrainingConfig.__dataclass_fields__)
@@ -108,7 +108,7 @@ def summary(runs, target):
 
 
 def plot(target, files):
-    """Draw every file's curves, one panel each: seeds thin, their mean thick."""
+    """Plot the curves of each file in one panel: thin lines for seeds, a thick one for their mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(files), 3.2), layout="constrained")
@@ -136,7 +136,7 @@ def plot(target, files):
 
 
 def value(text):
-    """JSON where it is, else the text itself."""
+    """The value of JSON text, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -153,9 +153,11 @@ def main():
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of either config")
     parser.add_argument("--target", type=float, help="return to reach, for the summary")
     parser.add_argument("--stop-at", type=float, default=float("inf"), help="end a run when an evaluation reaches this")
-    parser.add_argument("--test", type=int, default=0, help="episodes that the best weights play at the end")
-    parser.add_argument("--out", type=Path, help="file for the JSON beside the standard output")
-    parser.add_argument("--plot", nargs="+", metavar="FILE", help="picture, then files to draw; trains nothing")
+    parser.add_argument("--test", type=int, default=0, help="test episodes of the best weights at the end")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument(
+        "--plot", nargs="+", metavar="FILE", help="PNG to write, then JSON files to plot; nothing is trained"
+    )
     args = parser.parse_args()
     if args.model != "tdmpc2:tiny":
         keep_freed_memory()

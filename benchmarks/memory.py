@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --model dreamerv3:size1m
 
-Prints JSON. Every setting runs in a process of its own: ``peak_mb`` is what the process (on a GPU: the device) held at
-most beyond what it held before the first update; ``temporary_mb`` is XLA's own account of one update.
+Prints JSON. Every setting runs in its own process: ``peak_mb`` is the peak memory of the process (on a GPU: the device)
+minus its memory before the first update; ``temporary_mb`` is XLA's figure for one update.
 """
 
 import argparse
@@ -54,8 +54,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--setting", choices=SETTINGS, help="only this one, in this process")
-    parser.add_argument("--kept", action="store_true", help="let the process keep freed memory (CPU)")
+    parser.add_argument("--setting", choices=SETTINGS, help="run only this setting, in this process")
+    parser.add_argument("--kept", action="store_true", help="keep freed memory in the process (CPU)")
     args = parser.parse_args()
     if args.kept:
         keep_freed_memory()

@@ -1,9 +1,9 @@
 """Does the environment step while the device trains? Prints JSON; ``python benchmarks/online.py --help``.
 
-Trains online, one update per decision step, in an environment whose step waits some milliseconds without computing, as
-one in another process does. A decision step is timed with and without the wait. One thing after the other would add the
-whole wait; what is added instead, as a share of the wait, is ``exposed``: 0 where the wait hides behind the update, 1
-where nothing does. A wait longer than the update cannot be hidden whole: ``possible`` is what must remain of it.
+Trains online, one update per decision step, in an environment whose step waits some milliseconds without computing,
+like an environment in another process. A decision step is timed with and without the wait. ``exposed`` is the added
+time as a fraction of the wait: 0 if the wait overlaps the update entirely, 1 if nothing overlaps. A wait longer than
+the update cannot overlap entirely: ``possible`` is the smallest possible value of ``exposed``.
 """
 
 import argparse
@@ -27,7 +27,7 @@ DIMENSIONS, ACTIONS = 24, 6
 
 
 class Waiting(gym.Env):
-    """Noise, at the price of waiting ``seconds`` a step."""
+    """Random observations; each step waits ``seconds``."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (DIMENSIONS,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (ACTIONS,), np.float32)
@@ -48,7 +48,7 @@ class Waiting(gym.Env):
 
 
 def decision_seconds(name, waits, steps, rounds, batch_size, length):
-    """Seconds of a decision step with its update, for each wait: one list of rounds each, taken by turns."""
+    """Seconds of a decision step with its update: a list over rounds for each wait, timed alternately."""
     trainers = {}
     for wait in waits:
         env = make_env(functools.partial(Waiting, wait))
@@ -61,7 +61,7 @@ def decision_seconds(name, waits, steps, rounds, batch_size, length):
         for wait, (trainer, env) in trainers.items():
             start = time.perf_counter()
             trainer.train(env, total_steps=trainer.step + steps)
-            if number:  # The first round fills replay and compiles.
+            if number:  # the first round fills replay and compiles
                 times[wait].append((time.perf_counter() - start) / steps)
     return times
 
@@ -84,7 +84,7 @@ def measure(name, wait, steps, rounds, batch_size, length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tdmpc2:tiny", "dreamerv3:tiny"], help="presets")
-    parser.add_argument("--wait", type=float, default=5.0, help="milliseconds that a step of the environment waits")
+    parser.add_argument("--wait", type=float, default=5.0, help="milliseconds that each environment step waits")
     parser.add_argument("--steps", type=int, default=50, help="decision steps per round")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

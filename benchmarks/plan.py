@@ -1,8 +1,9 @@
-"""How long does a plan take, and what does one call for many environments save?
+"""How long does a plan take, and what does batching environments save?
 
     python benchmarks/plan.py --model tdmpc2:5m
 
-Prints JSON. ``batching`` is the time of 16 calls for one environment over that of one call for 16, by turns.
+Prints JSON. ``batching`` is the time of 16 calls for one environment divided by that of one call for 16, timed
+alternately.
 """
 
 import argparse

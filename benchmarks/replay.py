@@ -1,6 +1,6 @@
-"""How long does one batch from host replay take? Prints JSON; ``python benchmarks/replay.py --help``.
+"""How long does sampling one batch from host replay take? Prints JSON; ``python benchmarks/replay.py --help``.
 
-The aim is 16 windows of 64 rows of 64×64×3 images in under 10 ms (case ``image, one stream``).
+The goal is 16 sequences of 64 rows of 64×64×3 images in under 10 ms (case ``image, one stream``).
 """
 
 import argparse
@@ -16,7 +16,7 @@ from worldloom.replay import ReplayBuffer
 
 
 def image_episodes(rows):
-    """Episodes of 1,001 rows, added one after the other."""
+    """Episodes of 1,001 rows, added one by one."""
     rng, buffer = np.random.default_rng(0), ReplayBuffer(rows)
     obs = rng.integers(0, 256, (1001, 64, 64, 3), dtype=np.uint8)
     while len(buffer) < rows:
@@ -25,7 +25,7 @@ def image_episodes(rows):
 
 
 def image_environments(rows, environments=16):
-    """The same number of rows from environments that step together, with stored latents."""
+    """The same number of rows from parallel environments, with stored latents."""
     rng = np.random.default_rng(0)
     buffer = ReplayBuffer(rows, latents={"deter": (512,), "stoch": (32, 4)})
     obs = rng.integers(0, 256, (environments, 64, 64, 3), dtype=np.uint8)
@@ -46,7 +46,7 @@ def vector_episodes(rows):
 
 
 def measure(call, repeats):
-    """Milliseconds per call: median and the range of its middle 90 %."""
+    """Milliseconds per call: median, 5th and 95th percentile."""
     times = []
     for n in range(repeats + 5):
         start = time.perf_counter()
@@ -66,7 +66,7 @@ def sampling(buffer, batch_size, sequence_length, repeats, **kwargs):
 
 
 def collecting(buffer, repeats):
-    """What online training does beside sampling: latents written back, one row more from every environment."""
+    """What online training does in addition to sampling: write latents back, add one row per environment."""
     ids = buffer.draw(16, 64, cross_episodes=True)
     fresh = {"deter": np.zeros((16, 64, 512), np.float32), "stoch": np.zeros((16, 64, 32, 4), np.float32)}
     obs, actions, rewards, none = (
@@ -101,7 +101,7 @@ def environments(rows, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--rows", type=int, default=20_000, help="image rows held (12 kB each); ten times as many vectors"
+        "--rows", type=int, default=20_000, help="image rows in the buffer (12 kB each); ten times as many vector rows"
     )
     parser.add_argument("--repeats", type=int, default=100)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """What do saving replay to disk and resuming from it cost? Prints JSON; ``python benchmarks/replay_store.py --help``.
 
-Rows of 64×64×3 images are added, and all saved every ``--every`` rows; with ``--latents N`` each row has N numbers
-beside it that are all written to before the next save, as training does. Another process then resumes.
+Adds rows of 64×64×3 images and saves the buffer every ``--every`` rows. With ``--latents N`` each row also has N
+latents, all of which are overwritten before the next save, as training does. Another process then resumes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ EPISODE = 1000
 
 
 def memory_mib():
-    """Of this process: private memory now, and the most ever resident (mapped files included)."""
+    """Private memory of this process now, and its peak resident memory (memory-mapped files included)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     fields = {"private_mib": "RssAnon", "peak_resident_mib": "VmHWM"}
     return {name: int(status[field].split()[0]) // 1024 for name, field in fields.items()}
@@ -37,7 +37,7 @@ def seconds(call):
 
 
 def save(folder, rows, every, latents):
-    """Fill a buffer and save it now and then; the times of each save."""
+    """Fill a buffer, saving it periodically; returns the times of each save."""
     rng, store = np.random.default_rng(0), ReplayStore(folder)
     buffer = ReplayBuffer(rows, latents={"latent": (latents,)} if latents else None)
     obs, actions = rng.integers(0, 256, (EPISODE, 64, 64, 3), dtype=np.uint8), rng.uniform(-1, 1, (EPISODE - 1, 6))
@@ -60,7 +60,7 @@ def save(folder, rows, every, latents):
 
 
 def resume(folder, latents):
-    """Load, then draw batches and go on."""
+    """Load, then sample batches and continue adding."""
     reference, before = json.loads((folder / "reference.json").read_text()), memory_mib()
     buffer, loading = seconds(lambda: ReplayStore(folder).load(reference))
     after = memory_mib()
@@ -85,9 +85,9 @@ def resume(folder, latents):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--every", type=int, default=10_000, help="rows between two saves")
-    parser.add_argument("--latents", type=int, default=0, help="numbers beside each row")
-    parser.add_argument("--folder", help="where to write; a temporary folder by default")
+    parser.add_argument("--every", type=int, default=10_000, help="rows between saves")
+    parser.add_argument("--latents", type=int, default=0, help="latents per row")
+    parser.add_argument("--folder", help="folder to write to; temporary by default")
     parser.add_argument("--resume", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.resume:

@@ -1,7 +1,7 @@
-"""Small runs of both families, from recorded episodes and in environments, for the benchmarks of faults.
+"""Small runs of both families, offline and online, for the fault benchmarks.
 
-Every run has what a real one has: evaluation, early stopping, a log, checkpoints. Replay is cut into many small files,
-loses its oldest rows on the way, and stores DreamerV3's latents, also beside recorded episodes.
+Every run uses evaluation, early stopping, a log and checkpoints. Replay is split into many small files, drops its
+oldest rows during the run, and stores DreamerV3's latents, offline too.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from worldloom.training.callbacks import (
 from worldloom.training.checkpoint_files import flatten_state
 
 RUNS = ("tdmpc2-offline", "tdmpc2-online", "dreamerv3-offline", "dreamerv3-online")
-"""Besides them there is ``toy-online``: the tests' own family, which takes a second to compile."""
+"""In addition there is ``toy-online``: a toy family of the tests that compiles in a second."""
 
 _MODELS = {
     "tdmpc2": {"latent_dim": 16, "hidden_dim": 16, "encoder_dim": 16, "num_q": 2, "num_bins": 21, "iterations": 1,
@@ -74,7 +74,7 @@ def toy_model(shapes):
 
 
 def recorded(env, episodes, latents):
-    """Episodes of random actions, of eight steps or more."""
+    """Episodes of random actions with at least eight steps."""
     buffer, rng, number = ReplayBuffer(10_000, latents=latents), np.random.default_rng(3), 0
     while buffer.num_episodes < episodes:
         with env.another(1, seed=100 + number) as world:
@@ -94,7 +94,7 @@ def recorded(env, episodes, latents):
 
 
 def fingerprint(trainer, source, folder):
-    """Digests of all that a run ends with; equal if and only if it is equal bit for bit."""
+    """Digests of the final state of a run; equal if and only if the states are equal bit for bit."""
     digests = {}
     for part in ("params", "opt_state", "key", "step"):
         digest = hashlib.sha256()
@@ -112,5 +112,5 @@ def fingerprint(trainer, source, folder):
 
 
 def _timeless(line):
-    """A record of the log without what no two runs have in common."""
+    """A log record without the entries that differ between any two runs."""
     return json.dumps({key: value for key, value in json.loads(line).items() if key != "time" and "fps" not in key})

@@ -4,11 +4,11 @@
     python benchmarks/scaling.py --only tdmpc2/plan/num_samples tdmpc2/plan/environments
     python benchmarks/scaling.py --saved scaling.json --plot scaling.png
 
-Each sweep lets one size grow and keeps the others at the reference setting, the first value of every sweep. Prints
-JSON: ``work`` is a size over the first one, ``times`` its time over that of the first one in the same round (median of
-the rounds, by turns; ``least`` and ``most`` are the extremes), ``exponent`` that of the power of the work which the
-last time is, and ``superlinear`` says whether any time is more than 1.1 times its work. Work that does not depend on
-the size makes exponents small. ``--plot`` draws all that; ``--saved`` draws what was printed before.
+Each sweep increases one size and keeps the others at the reference setting, which is the first value of every sweep.
+Prints JSON: ``work`` is a size relative to the first one, ``times`` its time relative to the first one's in the same
+round (median over rounds, timed alternately; ``least`` and ``most`` are the extremes), ``exponent`` is p in time =
+workᵖ at the last size, and ``superlinear`` says whether any time exceeds 1.1 times its work. Work that does not
+depend on the size makes exponents small. ``--plot`` plots the results; ``--saved`` plots those printed before.
 """
 
 import argparse
@@ -40,12 +40,12 @@ SWEEPS = {
 
 
 def sweep(name, model, *, rounds, small):
-    """Times of all values of one sweep; what it needed is freed when it returns, but for compiled programs."""
+    """Times of all values of one sweep. Its memory is freed on return, except compiled programs."""
     work, _, field = name.rpartition("/")
     sizes = {other.rpartition("/")[2]: SWEEPS[other][small][0] for other in SWEEPS if other.startswith(f"{work}/")}
     sizes |= {"obs_shape": (24,), "action_dim": 6}
     if work == "tdmpc2/update":
-        sizes["length"] = 1  # Its windows are never shorter than horizon + 1 rows.
+        sizes["length"] = 1  # its sequences have at least horizon + 1 rows anyway
     values = SWEEPS[name][small]
     make = plan_call if work.endswith("plan") else update_call
     calls = [make(model, **{**sizes, field: value})[0] for value in values]
@@ -66,7 +66,7 @@ def sweep(name, model, *, rounds, small):
 
 
 def plot(report, path):
-    """One panel for each family: time against size, both over the first, with bars from least to most."""
+    """One panel per family: time against size, both relative to the first, with error bars from least to most."""
     families = list(dict.fromkeys(name.partition("/")[0] for name in report["sweeps"]))
     figure, axes = new_figure(1, len(families), width=5.2 * len(families), height=4.6)
     for axis, family in zip(axes.flat, families, strict=True):
@@ -101,12 +101,12 @@ def main():
     parser.add_argument(
         "--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), metavar="SWEEP", help=", ".join(SWEEPS)
     )
-    parser.add_argument("--small", action="store_true", help="tiny presets and sizes, to see whether all of it works")
+    parser.add_argument("--small", action="store_true", help="tiny presets and sizes, as a smoke test")
     parser.add_argument("--plot", metavar="FILE.png")
-    parser.add_argument("--saved", metavar="FILE.json", help="draw this instead of measuring")
+    parser.add_argument("--saved", metavar="FILE.json", help="plot this file instead of measuring")
     kept_or_returned(parser)
     args = parser.parse_args()
-    jax.config.update("jax_disable_most_optimizations", args.small)  # A small run is all compilation.
+    jax.config.update("jax_disable_most_optimizations", args.small)  # a small run spends all its time compiling
     if args.saved:
         if not args.plot:
             parser.error("--saved goes with --plot")

@@ -1,8 +1,8 @@
-"""Does a long run grow? Prints JSON; ``python benchmarks/soak.py --updates 100000``.
+"""Does the memory of a long run grow? Prints JSON; ``python benchmarks/soak.py --updates 100000``.
 
-Trains a tiny model online with all that looks on: log, TensorBoard, evaluation, early stopping, checkpoints with
-replay. Resident memory and file handles are taken at every hundredth of the run. After a tenth, memory must not grow by
-1 % to the end (least squares), nor handles at all; exit code 1 if they do.
+Trains a tiny model online with all callbacks: log, TensorBoard, evaluation, early stopping, checkpoints with replay.
+Resident memory and file handles are sampled at every hundredth of the run. After the first tenth, memory must not
+grow by 1 % until the end (least squares), and handles not at all; otherwise the exit code is 1.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def resident_mib():
 
 
 class Watch:
-    """Notes memory, handles, threads and disk as the run goes on."""
+    """Samples memory, file handles, threads and disk usage during the run."""
 
     def __init__(self, folder):
         self.folder, self.notes = folder, []
@@ -43,7 +43,7 @@ class Watch:
 
 
 def grown(notes):
-    """Growth of memory over the notes, as a share of its level, by least squares."""
+    """Growth of memory over the samples relative to its level, by least squares."""
     steps = np.array([note["step"] for note in notes], float)
     memory = np.array([note["resident_mib"] for note in notes])
     slope, level = np.polyfit((steps - steps[0]) / (steps[-1] - steps[0]), memory, 1)
@@ -58,7 +58,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=100_000)
     parser.add_argument("--run", default="toy-online", help=f"toy-online, {', '.join(RUNS)}")
-    parser.add_argument("--save-every", type=int, help="a hundredth of the run by default")
+    parser.add_argument("--save-every", type=int, help="default: a hundredth of the run")
     options = parser.parse_args()
     every = max(1, options.updates // 100)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def main():
     warm = [note for note in watch.notes if note["step"] >= options.updates // 10]
     growth = grown(warm)
     handles = [note["handles"] for note in warm]
-    # Background threads come and go between two notes; a leak shows in every note of the second half.
+    # Background threads start and end between samples; a leak shows in every sample of the second half.
     half = len(handles) // 2
     leaks = min(handles[half:]) > max(handles[:half])
     print(

@@ -1,8 +1,8 @@
-"""What does the training loop cost beside the updates? Prints JSON; ``python benchmarks/train_step.py --help``.
+"""What does the training loop cost in addition to the updates? Prints JSON; ``python benchmarks/train_step.py --help``.
 
-Times, by turns, an update on a batch that lies on the device, the same within ``Trainer`` from a host buffer without
-callbacks, and with a progress bar, JSON lines and TensorBoard events at their defaults, which is every
-1,000 updates. The aims are 0.95 of the bare speed from the buffer, and at most 1 % of the time in callbacks.
+Times alternately an update on a fixed batch on the device, updates by ``Trainer`` from a host buffer without
+callbacks, and the same with a progress bar, JSON lines and TensorBoard events at their defaults, which is every 1,000
+updates. The goals are 0.95 of the bare speed from the buffer, and at most 1 % of the time in callbacks.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def episodes(obs_shape, action_dim, rows=2_000, length=200):
 
 
 def timed(callback, spent):
-    """The callback, whose hooks add their seconds to the list: those of this thread at work, not waiting for values."""
+    """Make the hooks of a callback append their CPU seconds in this thread, without waiting for values, to the list."""
 
     def watch(hook):
         def call(*args):
@@ -57,11 +57,11 @@ def timed(callback, spent):
 
 
 def sides(name, obs_shape, batch_size, length, folder, spent):
-    """Functions that do a number of updates, by name, and the number of parameters."""
+    """Functions by name that do a number of updates, and the number of parameters."""
     shapes = {"obs_shape": obs_shape, "action_dim": ACTIONS}
     overrides = {"replay_context": False} if name.startswith("dreamer") else {}
     if name.startswith("tdmpc2") and len(obs_shape) == 3:
-        overrides["latent_dim"] = 512  # Where its image encoder ends.
+        overrides["latent_dim"] = 512  # the output size of its image encoder
     one, model, _ = update_call(name, **shapes, batch_size=batch_size, length=length, **overrides)
     buffer = episodes(obs_shape, ACTIONS)
     config = TrainingConfig(total_steps=10**9, batch_size=batch_size, sequence_length=length, device="auto")
@@ -86,7 +86,7 @@ def compare(name, obs_shape, batch_size, length, updates, rounds):
     more than what is looked for.
     """
     times, work = {side: [] for side in SIDES}, {side: [] for side in SIDES}
-    spent = []  # Seconds in each call of a callback.
+    spent = []  # seconds of each callback call
     with (
         tempfile.TemporaryDirectory() as folder,
         open(os.devnull, "w") as null,
@@ -95,7 +95,7 @@ def compare(name, obs_shape, batch_size, length, updates, rounds):
     ):
         calls, parameters = sides(name, obs_shape, batch_size, length, folder, spent)
         for call in calls.values():
-            call(2)  # Compiles.
+            call(2)  # compiles
         spent.clear()
         for _ in range(rounds):
             for side, call in calls.items():
@@ -116,7 +116,7 @@ def compare(name, obs_shape, batch_size, length, updates, rounds):
         "speed from the buffer": paired(times, "update", "trainer"),
         "time with callbacks": paired(times, "trainer, callbacks", "trainer"),
         "share of the time in callbacks": sum(spent) / (updates * sum(times["trainer, callbacks"])),
-        # What the cores did, all threads together: other processes disturb it less than the time.
+        # CPU time of all threads: less affected by other processes than wall time.
         "ms of cores per update": {side: round(1e3 * statistics.median(values), 3) for side, values in work.items()},
         "work of an update over work from the buffer": paired(work, "update", "trainer"),
         "work with callbacks": paired(work, "trainer, callbacks", "trainer"),
@@ -128,7 +128,7 @@ def main():
     parser.add_argument("--updates", type=int, default=200, help="updates per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=["tdmpc2:tiny", "dreamerv3:tiny"], help="presets")
-    parser.add_argument("--images", action="store_true", help="64×64×3 observations instead of 24 numbers")
+    parser.add_argument("--images", action="store_true", help="64×64×3 observations instead of 24-dimensional vectors")
     kept_or_returned(parser)
     options = parser.parse_args()
     cases = {}

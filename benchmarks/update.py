@@ -3,8 +3,8 @@
     python benchmarks/update.py --model dreamerv3:size1m
     python benchmarks/update.py --model tdmpc2:5m --batch-size 256 --length 4
 
-Prints JSON. Floating-point operations are XLA's count, which takes a scan's body once: a fraction of the ceiling is
-therefore a lower bound for DreamerV3.
+Prints JSON. Floating-point operations are counted by XLA, which counts the body of a scan once: for DreamerV3 the
+fraction of the ceiling is therefore a lower bound.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main():
     parser.add_argument("--model", default="dreamerv3:size1m")
     parser.add_argument("--obs", choices=["vector", "image"], default="vector")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64, help="rows per window that gradients run through")
+    parser.add_argument("--length", type=int, default=64, help="rows per sequence for backpropagation")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--repeats", type=int, default=15)
     kept_or_returned(parser)

@@ -1,4 +1,4 @@
-"""The pieces of work that benchmarks time: a model, a batch of random data, and a call that does one of it."""
+"""The workloads that benchmarks time: a model, a batch of random data, and a function that does one unit of work."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from worldloom.training import TrainingConfig
 
 
 def random_batch(obs_shape, action_dim, batch_size, rows, seed=0):
-    """Rows of nothing in particular [B, T, ...]; images are uint8."""
+    """Random rows [B, T, ...]; images are uint8."""
     rng = np.random.default_rng(seed)
     shape = (batch_size, rows)
     image = len(obs_shape) == 3
@@ -33,7 +33,7 @@ def random_batch(obs_shape, action_dim, batch_size, rows, seed=0):
 
 
 def update_call(name, *, obs_shape, action_dim, batch_size, length, training=None, **overrides):
-    """``call()`` does one full update and waits for it; also the model and what lowers the program.
+    """``call()`` does one full update and blocks; also returns the model and a function that lowers the program.
 
     ``training`` are further fields of the ``TrainingConfig``, ``overrides`` of the model's.
     """
@@ -60,7 +60,7 @@ def update_call(name, *, obs_shape, action_dim, batch_size, length, training=Non
 
 
 def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
-    """``call()`` plans one action for each of ``environments`` parallel environments and waits for it."""
+    """``call()`` plans one action for each of ``environments`` parallel environments and blocks."""
     model = create_world_model(name, obs_shape=obs_shape, action_dim=action_dim, **overrides)
     algorithm = model.algorithm
     state = algorithm.init_state(model, TrainingConfig(), jax.random.key(0))
@@ -76,7 +76,7 @@ def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
 
 
 def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **overrides):
-    """``call()`` imagines ``horizon`` steps from ``batch_size`` states and waits for them."""
+    """``call()`` imagines ``horizon`` steps from ``batch_size`` states and blocks."""
     model = create_world_model(name, obs_shape=obs_shape, action_dim=action_dim, **overrides)
     rng = np.random.default_rng(0)
     actions = jax.device_put(rng.uniform(-1, 1, (horizon, batch_size, action_dim)).astype(np.float32))
@@ -94,14 +94,16 @@ def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **override
 
 
 def kept_or_returned(parser):
-    """The option ``--returned`` and what is done unless it is given; call it before JAX is used."""
-    parser.add_argument("--returned", action="store_true", help="let the C library hand freed memory back (CPU)")
+    """Add the option ``--returned``, and keep freed memory unless it is given; call this before JAX is used."""
+    parser.add_argument(
+        "--returned", action="store_true", help="let the C library return freed memory to the kernel (CPU)"
+    )
     if "--returned" not in sys.argv:
         keep_freed_memory()
 
 
 def measure(call, *, repeats):
-    """Seconds per call: median and 5th to 95th percentile over ``repeats`` calls, after one that is not counted."""
+    """Seconds per call: median and 5th to 95th percentile over ``repeats`` calls, after an untimed one."""
     call()
     seconds = []
     for _ in range(repeats):
@@ -113,7 +115,7 @@ def measure(call, *, repeats):
 
 
 def matmul_ceiling(size=1024, repeats=20):
-    """Floating-point operations per second of a square float32 product in this process: what could be had at most."""
+    """Floating-point operations per second of a square float32 matrix product in this process: the ceiling."""
     x = jnp.ones((size, size))
     product = jax.jit(lambda a, b: a @ b)
     timing = measure(lambda: jax.block_until_ready(product(x, x)), repeats=repeats)
@@ -121,7 +123,7 @@ def matmul_ceiling(size=1024, repeats=20):
 
 
 def report(question, timing, model, lower, /, **about):
-    """Everything that a reader needs to judge a timing, as a dict for JSON."""
+    """Everything needed to interpret a timing, as a dict for JSON."""
     cost = lower().compile().cost_analysis() or {}
     flops, ceiling = cost.get("flops", float("nan")), matmul_ceiling()
     return {

@@ -1,9 +1,9 @@
-"""Three ways to look at a training run from outside, and to end it.
+"""Three kinds of callbacks that observe a training run, and one way to stop it.
 
     python examples/custom_callback.py
 
-A callback sees an immutable record of a step (``StepInfo``) and may answer with measurements, which are logged and
-monitored like any other, or with a wish to stop. It never reaches into the loop.
+A callback receives an immutable record of a step (``StepInfo``) and may return measurements, which are logged and can
+be monitored like any other, or a request to stop. It never modifies the loop.
 """
 
 import os
@@ -20,15 +20,15 @@ FAST = os.environ.get("FAST") == "1"
 
 
 def report(info):
-    """A plain function of the record is a callback. Metrics are fetched from the device when they are read."""
+    """A plain function of the record is a callback. Metrics are copied from the device when they are read."""
     print(f"update {info.step:,} after {info.env_steps:,} steps of the environment: loss {info.means['loss']:.3f}")
 
 
 class WeightNorms(Callback):
-    """Publishes the size of the weights of every part of the model, in TensorBoard under ``weights/``."""
+    """Publishes the weight norm of every part of the model, in TensorBoard under ``weights/``."""
 
-    measures = True  # Callbacks that publish say so; others may then wait for what is published.
-    order = -1  # Look before those who log and save.
+    measures = True  # it publishes measurements, which other callbacks may wait for
+    order = -1  # run before the callbacks that log and save
 
     def on_step(self, info):
         return {
@@ -38,9 +38,9 @@ class WeightNorms(Callback):
 
 
 class Solved(Callback):
-    """Ends training when ``patience`` evaluations in a row have reached a return. Remembers across a resume."""
+    """Stops training after ``patience`` evaluations in a row have reached a return; its count survives a resume."""
 
-    every = 0  # It need not look at steps, only at evaluations.
+    every = 0  # not called at steps, only at evaluations
 
     def __init__(self, target, patience=2):
         self.target, self.patience, self.reached = target, patience, 0

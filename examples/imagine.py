@@ -1,7 +1,7 @@
-"""Into the imagination of DreamerV3: what it expects, how far that holds, and what it would do otherwise.
+"""Imagination of DreamerV3: its predictions, how accurate they are, and what it predicts for other actions.
 
-python examples/imagine.py                      # learns a little first
-python examples/imagine.py runs/my-run/model    # a model that you have, for --env
+python examples/imagine.py                      # trains a model first
+python examples/imagine.py runs/my-run/model    # uses your model of --env
 """
 
 import argparse
@@ -21,7 +21,7 @@ FAST = os.environ.get("FAST") == "1"
 
 
 def learn(env):
-    """A model after 5,000 environment steps: it has seen poles fall, and some that did not."""
+    """Train a model for 5,000 environment steps, enough to see poles fall and poles stay up."""
     model_fields, training_fields, _ = recipe("dreamerv3:tiny", env)
     training_fields |= {"env_steps": 5_000}
     if FAST:
@@ -38,9 +38,9 @@ def learn(env):
 
 
 def futures(model, obs, steps=15):
-    """Two futures of the same moment: the cart is always pushed left, or always right."""
-    state = model.encode(np.stack([obs, obs]))  # a batch of two, both beginning here
-    actions = np.tile([0, 1], (steps, 1))  # [H, B]: time first
+    """Two futures from the same state: the cart is always pushed left, or always right."""
+    state = model.encode(np.stack([obs, obs]))  # a batch of two equal states
+    actions = np.tile([0, 1], (steps, 1))  # [H, B], time-major
     dream = model.imagine(state, actions)
     # The continue head learns 1 − 1 / return_horizon where an episode goes on.
     alive = np.cumprod(np.asarray(dream.continues) / (1 - 1 / model.config.return_horizon), axis=0)
@@ -60,13 +60,13 @@ def main():
     env = make_env(args.env, seed=1)
     model = create_world_model(args.model) if args.model else learn(env)
 
-    # Episodes that it has not been trained on, played by itself with some exploration.
+    # Episodes that it was not trained on, collected by its own policy with exploration.
     episodes = ReplayBuffer(10_000)
     with env.another(2, seed=2) as other:
         ends = play(model, Recording(other, episodes), episodes=4, seed=3, explore=True)
     print(f"Played {len(ends)} episodes of {[end.length for end in ends]} steps")
 
-    # Let it see the first rows of some windows, imagine the rest with the actions that were taken, and compare.
+    # Observe the first rows of some sequences, imagine the rest with the recorded actions, and compare.
     rows = min(24, int(max(episodes.episode_lengths)))
     report = open_loop(model, episodes.sample(64, rows), observed=rows // 3)
     for name, error in report.rmse().items():

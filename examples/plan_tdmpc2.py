@@ -1,7 +1,7 @@
-"""How TD-MPC2 decides: it imagines hundreds of futures and fits a plan to the best. The planner, step by step.
+"""How TD-MPC2 plans: it imagines hundreds of futures and fits a plan to the best ones. The planner step by step.
 
-python examples/plan_tdmpc2.py                       # learns a little first
-python examples/plan_tdmpc2.py runs/my-run/model     # a model that you have, for --env
+python examples/plan_tdmpc2.py                       # trains a model first
+python examples/plan_tdmpc2.py runs/my-run/model     # uses your model of --env
 """
 
 import argparse
@@ -19,7 +19,7 @@ FAST = os.environ.get("FAST") == "1"
 
 
 def learn(env):
-    """A model after 3,000 environment steps: not yet good, but worth asking."""
+    """Train a model for 3,000 environment steps: not good yet, but good enough to plan with."""
     model_fields, training_fields, _ = recipe("tdmpc2:tiny", env)
     training_fields |= {"env_steps": 3_000}
     if FAST:
@@ -30,14 +30,14 @@ def learn(env):
 
 
 def plan_by_hand(model, obs, key):
-    """One decision at one observation, as the planner makes it, in four lines of the algorithm."""
+    """Plan one action for one observation with the parts of the planner."""
     config = model.config
     z = model.encode(obs[None]).z[0]
     mean, std = np.zeros((config.horizon, config.action_dim)), config.max_std
     for iteration, step_key in enumerate(jax.random.split(key, 4)):
         noise = jax.random.normal(step_key, (config.horizon, config.num_samples, config.action_dim))
         candidates = np.clip(mean[:, None] + std * noise, -1, 1)  # [H, N, A]
-        values = planner.score(model, z, candidates, step_key)  # reward, reward, …, value of where it ends: [N]
+        values = planner.score(model, z, candidates, step_key)  # rewards, then the value of the last latent: [N]
         refitted = planner.refit(
             candidates, values, num_elites=config.num_elites, temperature=config.temperature,
             min_std=config.min_std, max_std=config.max_std,
@@ -62,7 +62,7 @@ def main():
     _, planned = model.act(None, obs)  # the same in one call, for many environments at a time
     print(f"By hand the mean of the plan is {action.round(2)}; model.act takes {np.asarray(planned)[0].round(2)}.")
 
-    # The same weights without planning: only the policy that proposes some of the candidates.
+    # The same weights without planning: the policy prior, which proposes some of the candidates.
     reflexes = type(model)(model.config.replace(mpc=False))
     reflexes.load_params(model.params)
     with env.another(2 if FAST else 5, seed=2) as other:

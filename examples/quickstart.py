@@ -1,7 +1,7 @@
-"""From real episodes to a world model that you can look into, in a few minutes on a laptop.
+"""From recorded episodes to world models and their predictions, in a few minutes on a laptop.
 
 Collects episodes of CartPole-v1 and Pendulum-v1, trains a tiny DreamerV3 on the first and a tiny TD-MPC2 on the
-second, saves and reloads both, and asks on held-out episodes how far their imagination can be trusted.
+second, saves and reloads both, and measures the errors of their imagination on held-out episodes.
 
     python examples/quickstart.py
 """
@@ -20,7 +20,7 @@ from worldloom import create_world_model
 from worldloom.training import ReplayBuffer, Trainer, TrainingConfig
 from worldloom.training.callbacks import CheckpointCallback, LoggingCallback, ProgressCallback
 
-matplotlib.use("Agg")  # a picture in a file, no window
+matplotlib.use("Agg")  # plots to files, no window
 import matplotlib.pyplot as plt
 
 CONTEXT = 8  # rows that the model observes before it imagines
@@ -28,17 +28,17 @@ HORIZON = 15  # imagined steps
 SHOWN = (1, 5, 15)  # steps at which errors are listed
 
 
-# --- Behaviour. A model of the world needs to see more of it than uniform noise shows. --------------------------
+# --- Behaviour policies: uniformly random actions do not explore enough to learn a world model. ------------------
 
 
 def balance_pole(obs, rng, skill, drift):
-    """Push towards the side where the pole falls, more or less reliably, with a wish to drift."""
+    """Push towards the side where the pole falls, with probability ``skill``, biased by ``drift``."""
     lean = obs[2] + 0.4 * obs[3] + 0.08 * obs[0] + 0.15 * obs[1] - drift
     return int(lean > 0) if rng.random() < skill else int(rng.integers(2))
 
 
 def swing_pendulum(obs, rng, skill, drift):
-    """Swing to the energy of the upright pendulum, then hold, more or less reliably. Actions are in [-1, 1]."""
+    """Swing to the energy of the upright pendulum, then hold, with probability ``skill``. Actions are in [-1, 1]."""
     cosine, sine, speed = obs
     excess = 0.5 * speed**2 + 15.0 * (cosine - 1.0)
     near_top = cosine > 0.9 and abs(speed) < 3.0
@@ -47,7 +47,7 @@ def swing_pendulum(obs, rng, skill, drift):
     return np.clip([action], -1.0, 1.0).astype(np.float32)
 
 
-# Units in which every observation is about one: small numbers weigh little in a squared error.
+# Scales that bring every observation to about one: small numbers have little weight in a squared error.
 UNITS = {"CartPole-v1": np.float32([0.6, 0.5, 0.06, 0.4]), "Pendulum-v1": np.float32([1.0, 1.0, 1.0])}
 
 
@@ -94,7 +94,7 @@ def train(model, buffer, held_out, config, folder, description):
     model.save_pretrained(folder / "model")
 
 
-# --- Looking in: observe a few rows, imagine the rest, compare with what really happened. -------------------------
+# --- Evaluation: observe a few rows, imagine the rest, compare with the recorded rows. ----------------------------
 
 
 def open_loop(model, windows):
@@ -107,13 +107,13 @@ def open_loop(model, windows):
 
 
 def encode_rows(model, obs):
-    """Latents [..., L] of observations [..., D] seen one by one (TD-MPC2 has no memory)."""
+    """Latents [..., L] of single observations [..., D] (TD-MPC2 has no memory)."""
     flat = model.encode(obs.reshape(-1, obs.shape[-1])).features
     return np.asarray(flat).reshape(*obs.shape[:-1], -1)
 
 
 def fit_readout(model, buffer):
-    """TD-MPC2 reconstructs nothing, so a linear read-out, fitted on training rows, says what its latents know."""
+    """TD-MPC2 has no decoder; a linear read-out fitted on training rows decodes observations from its latents."""
     obs = buffer.sample(64, 64, seed=1)["obs"]
     with_one = np.pad(encode_rows(model, obs), [(0, 0), (0, 0), (0, 1)], constant_values=1.0)
     design, target = with_one.reshape(-1, with_one.shape[-1]), obs.reshape(-1, obs.shape[-1])
@@ -126,8 +126,8 @@ def error_by_step(prediction, truth, scale):
     return np.sqrt(np.mean(np.square((prediction - truth) / scale), axis=(1, 2)))
 
 
-def look_in(model, buffer, held_out):
-    """Errors of imagination by step, beside those of "nothing changes", and trajectories to draw."""
+def evaluate_imagination(model, buffer, held_out):
+    """Errors of imagination by step and of the baseline "nothing changes", and trajectories to plot."""
     windows = held_out.sample(256, CONTEXT + HORIZON, seed=0)
     dream = open_loop(model, windows)
     truth = np.swapaxes(windows["obs"][:, CONTEXT - 1 :], 0, 1)
@@ -151,11 +151,11 @@ def both_errors(prediction, truth, scale):
     return {"imagined": error_by_step(prediction, truth, scale), "still": error_by_step(still, truth, scale)}
 
 
-# --- Showing it. --------------------------------------------------------------------------------------------------
+# --- Output. ------------------------------------------------------------------------------------------------------
 
 
 def print_table(results):
-    print("\nOpen-loop error on held-out episodes, in standard deviations (in brackets: of 'nothing changes')")
+    print("\nOpen-loop error on held-out episodes, in standard deviations (in parentheses: of 'nothing changes')")
     print(f"{'model':30}{'quantity':14}" + "".join(f"{f'imagined step {k}':>22}" for k in SHOWN))
     for title, errors in results.items():
         for quantity in sorted(errors, key=["observation", "reward", "latent"].index):
@@ -174,7 +174,7 @@ def draw(drawings, path):
                 row[i].plot(truth[:, window, i], color=colour)
                 row[i].plot(imagined[:, window, i], color=colour, linestyle="--")
             row[i].set(title=f"{title}\n{name}" if i == 0 else f"\n{name}", xlabel="imagined steps")
-    figure.suptitle("Three held-out episodes: what happened (solid) and what was imagined (dashed)")
+    figure.suptitle("Three held-out episodes: recorded (solid) and imagined (dashed)")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -188,7 +188,7 @@ JOBS = [
         "model": "dreamerv3:tiny",
         "shapes": {"obs_shape": (4,), "action_dim": 2, "action_type": "discrete"},
         "names": ("position", "velocity", "angle", "angular velocity"),
-        # Offline, the world model is what counts: more weight on it, and short dreams for actor and critic.
+        # Offline, only the world model matters: more weight on it, and short imagination for actor and critic.
         "config": {"reconstruction_scale": 30.0, "kl_free": 0.1, "kl_scale": 0.3, "imagination_horizon": 5},
         "training": {"learning_rate": 2e-3, "warmup_steps": 50, "grad_clip": 0.0, "sequence_length": 32},
         "updates": 1000,
@@ -229,10 +229,10 @@ def main():
         )
         train(model, buffer, held_out, config, folder, job["title"])
 
-        # From here on only what was saved counts.
+        # The saved model is evaluated.
         reloaded = create_world_model(folder / "model")
-        errors, imagined, truth = look_in(reloaded, buffer, held_out)
-        _, original, _ = look_in(model, buffer, held_out)
+        errors, imagined, truth = evaluate_imagination(reloaded, buffer, held_out)
+        _, original, _ = evaluate_imagination(model, buffer, held_out)
         same = np.array_equal(imagined, original)
         print(f"{job['title']}: the reloaded model predicts {'bit for bit the same' if same else 'SOMETHING ELSE'}")
         results[job["title"]], drawings[job["title"]] = errors, (imagined, truth, job["names"])

@@ -1,8 +1,8 @@
-"""DreamerV3 balances a pole: it learns a model of the world, and its actor and critic inside that model.
+"""DreamerV3 balances a pole: it learns a world model, and an actor and a critic in imagination.
 
     python examples/train_dreamer.py
     python examples/train_dreamer.py --env Pendulum-v1 --steps 30000
-    FAST=1 python examples/train_dreamer.py        # only to see that it runs
+    FAST=1 python examples/train_dreamer.py        # smoke test
 
 The command line does the same: worldloom train --model dreamerv3:tiny --env CartPole-v1 --steps 30000
 """
@@ -29,8 +29,8 @@ def main():
     args = parser.parse_args()
 
     env = make_env(args.env, seed=args.seed, time_limit=50 if FAST else None)
-    # Settings that are known to work: batch size, learning rate, how many rows are replayed per step of the
-    # environment (train_ratio). They are plain dicts; change what you like.
+    # Settings that are known to work: batch size, learning rate, rows replayed per environment step (train_ratio).
+    # They are plain dicts; change what you like.
     model_fields, training_fields, _ = recipe("dreamerv3:tiny", env)
     training_fields |= {"env_steps": args.steps, "seed": args.seed}
     if FAST:
@@ -43,11 +43,11 @@ def main():
         }
 
     model = create_world_model("dreamerv3:tiny", **model_fields, seed=args.seed)
-    print(f"{model.num_parameters():,} parameters; everything about the run goes to {args.run}")
+    print(f"{model.num_parameters():,} parameters; the run folder is {args.run}")
 
     run = RunFolder(args.run)
     trainer = Trainer(model, TrainingConfig(**training_fields), run.callbacks(env, episodes=2 if FAST else 10))
-    trainer.train(env, resume="auto")  # An interrupted run goes on when it is started again with the same --run.
+    trainer.train(env, resume="auto")  # resumes an interrupted run that is started again with the same --run
 
     with env.another(2 if FAST else 10, seed=args.seed + 100) as other:
         returns = [end.episode_return for end in play(model, other, episodes=other.num_envs)]

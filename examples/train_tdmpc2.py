@@ -2,7 +2,7 @@
 
     python examples/train_tdmpc2.py
     python examples/train_tdmpc2.py --env CartPole-v1 --steps 20000
-    FAST=1 python examples/train_tdmpc2.py        # only to see that it runs
+    FAST=1 python examples/train_tdmpc2.py        # smoke test
 
 The command line does the same: worldloom train --model tdmpc2:tiny --env Pendulum-v1 --steps 10000
 """
@@ -29,7 +29,7 @@ def main():
     args = parser.parse_args()
 
     env = make_env(args.env, seed=args.seed, time_limit=50 if FAST else None)
-    # Settings that are known to work: batch size, learning rate, random steps first, and whether episodes can
+    # Settings that are known to work: batch size, learning rate, initial random steps, and whether episodes can
     # terminate, which TD-MPC2 must know. They are plain dicts; change what you like.
     model_fields, training_fields, _ = recipe("tdmpc2:tiny", env)
     training_fields |= {"env_steps": args.steps, "seed": args.seed}
@@ -37,11 +37,11 @@ def main():
         training_fields |= {"prefill": 100, "prefill_updates": 20, "batch_size": 8, "eval_interval": 30}
 
     model = create_world_model("tdmpc2:tiny", **model_fields, seed=args.seed)
-    print(f"{model.num_parameters():,} parameters; everything about the run goes to {args.run}")
+    print(f"{model.num_parameters():,} parameters; the run folder is {args.run}")
 
     run = RunFolder(args.run)
     trainer = Trainer(model, TrainingConfig(**training_fields), run.callbacks(env, episodes=2 if FAST else 10))
-    trainer.train(env, resume="auto")  # An interrupted run goes on when it is started again with the same --run.
+    trainer.train(env, resume="auto")  # resumes an interrupted run that is started again with the same --run
 
     with env.another(2 if FAST else 10, seed=args.seed + 100) as other:
         returns = [end.episode_return for end in play(model, other, episodes=other.num_envs)]

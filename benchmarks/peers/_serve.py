@@ -1,6 +1,6 @@
-"""One protocol for everything that is timed in pairs: read a count from stdin, make that many calls, print seconds.
+"""Protocol of both sides of a comparison: read a count from stdin, make that many calls, print the seconds.
 
-A pair of long-lived processes takes turns, so that both see the same drift of the machine.
+Two long-lived processes alternate, so that changes of the machine's speed affect both.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import sys
 import time
 
 if os.environ.get("KEEP_FREED_MEMORY") and platform.libc_ver()[0] == "glibc":
-    # What worldloom.devices.keep_freed_memory does, for Pythons without worldloom: no maps, no trimming, and JAX
-    # computes in the thread that calls it, whose heap this concerns.
+    # What worldloom.devices.keep_freed_memory does, for Pythons without worldloom: no mmap, no trimming, and JAX
+    # computes in the calling thread, whose heap this concerns.
     for name, value in ((-4, 0), (-1, -1)):
         ctypes.CDLL(None).mallopt(name, value)
-    with contextlib.suppress(ImportError):  # PyTorch computes there anyway.
+    with contextlib.suppress(ImportError):  # PyTorch computes in the calling thread anyway
         import jax
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -28,7 +28,7 @@ def serve(call, **about):
     ``call()`` must block until its results are there.
     """
     answers = sys.stdout
-    sys.stdout = sys.stderr  # Whatever the timed program prints must not mix with the answers.
+    sys.stdout = sys.stderr  # output of the timed program must not mix with the answers
     start = time.perf_counter()
     call()
     print(json.dumps({"first_call_seconds": time.perf_counter() - start, **about}), file=answers, flush=True)

@@ -1,11 +1,11 @@
-"""Time our work against a reference program's, by turns, and print the ratio of each pair as JSON.
+"""Time our program and a reference program alternately, and print the ratio of each pair as JSON.
 
     python benchmarks/peers/compare.py tdmpc2-update --checkout DIR --peer-python DIR/bin/python
     python benchmarks/peers/compare.py dreamerv3-size1m-vector --checkout DIR --peer-python DIR/bin/python
 
 ``ratio`` is reference / ours: 2 means that ours takes half the time. On a CPU both sides keep freed memory in the
-process (see ``worldloom.devices.keep_freed_memory``), which helps either; ``--returned`` leaves both as they come, and
-``--as-shipped`` only the reference.
+process (see ``worldloom.devices.keep_freed_memory``), which speeds up both; ``--returned`` turns this off on both
+sides, ``--as-shipped`` on the reference's side only.
 """
 
 import argparse
@@ -42,10 +42,10 @@ WORKS = {
 
 
 class Side:
-    """One of the two processes, answering counts with seconds."""
+    """One of the two processes; it answers counts with seconds."""
 
     def __init__(self, command, *, kept):
-        # Without this program's own paths: each side finds its packages with its own Python.
+        # Without PYTHONPATH: each side imports its packages with its own Python.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"KEEP_FREED_MEMORY": "1"} if kept else {}
         pipe = subprocess.PIPE
@@ -63,7 +63,7 @@ class Side:
 
     def _answer(self):
         for line in self.process.stdout:
-            if line.startswith("{"):  # Programs greet while they start.
+            if line.startswith("{"):  # programs print other lines while they start
                 return json.loads(line)
         sys.exit(f"{self.process.args[1]} ended without an answer (exit code {self.process.wait()}).")
 
@@ -74,13 +74,11 @@ def main():
     parser.add_argument("--checkout", type=Path, required=True, help="checkout of the reference program")
     parser.add_argument("--peer-python", required=True, help="a Python that can run it")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--calls", type=int, default=3, help="calls per turn")
+    parser.add_argument("--calls", type=int, default=3, help="calls per measurement")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for TD-MPC2")
     memory = parser.add_mutually_exclusive_group()
-    memory.add_argument(
-        "--returned", action="store_true", help="let the C library hand freed memory back, on both sides"
-    )
-    memory.add_argument("--as-shipped", action="store_true", help="let it on the reference's side")
+    memory.add_argument("--returned", action="store_true", help="return freed memory to the kernel, on both sides")
+    memory.add_argument("--as-shipped", action="store_true", help="return it on the reference's side only")
     args = parser.parse_args()
     script, theirs, ours = WORKS[args.work]
     theirs = [*theirs, "--compile"] if args.compile else theirs

@@ -32,7 +32,7 @@ def make_agent(args):
     }[args.obs]
     obs_space |= {"reward": space(np.float32), **{k: space(bool) for k in ("is_first", "is_last", "is_terminal")}}
     act_space = {"action": space(np.float32, (args.action_dim,), -1, 1)}
-    agent = object.__new__(Agent)  # Without its wrapper, which wants a whole training set-up
+    agent = object.__new__(Agent)  # without its wrapper, which needs a whole training set-up
     agent.__init__(
         obs_space,
         act_space,

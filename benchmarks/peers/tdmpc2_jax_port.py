@@ -45,7 +45,7 @@ def make_agent(args):
 
 
 def count_parameters(model):
-    """Weights that are trained: everything but the slow copy of the critics."""
+    """Trained parameters: all but the slow copy of the critics."""
     import jax
 
     trained = model.encoder, model.dynamics_model, model.reward_model, model.policy_model, model.value_model

@@ -20,7 +20,7 @@ def load_for_device(name, path, device):
     """Import a module of the checkout with its hard-coded ``cuda:0`` replaced by ``device``."""
     source = Path(path).read_text(encoding="utf-8").replace("cuda:0", device)
     if device == "cpu":
-        # PyTorch refuses capturable optimizers on a CPU, and moving a model that is there already.
+        # PyTorch refuses capturable optimizers on a CPU, and moving a model to its own device.
         source = source.replace("capturable=True", "capturable=False")
         source = source.replace("WorldModel(cfg).to(self.device)", "WorldModel(cfg)")
     module = types.ModuleType(name)

@@ -1,4 +1,4 @@
-"""Serve the protocol of ``_serve`` for our own side of a comparison."""
+"""Serve the protocol of ``_serve`` for our side of a comparison."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ def main():
     parser.add_argument("--work", choices=["update", "plan"], default="update")
     parser.add_argument("--obs", choices=["vector", "image"], default="vector")
     parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--length", type=int, required=True, help="rows that gradients run through")
+    parser.add_argument("--length", type=int, required=True, help="rows per sequence for backpropagation")
     parser.add_argument("--precision", default="float32")
     args = parser.parse_args()
     shapes = {"obs_shape": (24,) if args.obs == "vector" else (64, 64, 3), "action_dim": 6}

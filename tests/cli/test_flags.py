@@ -1,11 +1,11 @@
-"""Flags come from config fields: every field one, no name twice, texts become the values that the fields take."""
+"""Flags come from config fields: one for each field, no name twice, and texts are parsed as the fields' types."""
 
 from collections.abc import Mapping
 
 import pytest
 
 from worldloom import DreamerV3Config, TDMPC2Config
-from worldloom.cli.flags import Flag, Flags, field_notes, fields, peek, value_of
+from worldloom.cli.flags import Flag, FlagParser, config_flags, field_notes, parse_value, peek_option
 from worldloom.cli.train import ENV_FLAGS, RUN_FLAGS, SHAPES
 from worldloom.envs import make_env
 from worldloom.errors import ConfigError, UnknownFieldError
@@ -13,21 +13,24 @@ from worldloom.training import TrainingConfig
 
 
 @pytest.mark.parametrize("config", [DreamerV3Config, TDMPC2Config, TrainingConfig])
-def test_every_field_has_a_note_and_a_flag_that_takes_its_default(config):
+def test_every_field_has_a_note_and_a_flag_that_accepts_its_default(config):
     notes = field_notes(config)
-    for flag in fields(config):
+    for flag in config_flags(config):
         assert notes[flag.name] == flag.note != ""
         if flag.default is not None:
             text = str(flag.default) if not isinstance(flag.default, tuple) else "[]"
-            assert value_of(flag, text) == flag.default
-            assert type(value_of(flag, text)) is type(flag.default)
+            assert parse_value(flag, text) == flag.default
+            assert type(parse_value(flag, text)) is type(flag.default)
 
 
 @pytest.mark.parametrize("config", [DreamerV3Config, TDMPC2Config])
-def test_no_name_is_taken_twice(config):
-    names = [flag.name for flag in (*RUN_FLAGS, *ENV_FLAGS, *fields(TrainingConfig), *fields(config, leave=SHAPES))]
+def test_no_name_is_used_twice(config):
+    names = [
+        flag.name
+        for flag in (*RUN_FLAGS, *ENV_FLAGS, *config_flags(TrainingConfig), *config_flags(config, exclude=SHAPES))
+    ]
     assert len(set(names)) == len(names)
-    flags = Flags("x", "")
+    flags = FlagParser("x", "")
     flags.group("a", [Flag("seed", int, "")])
     with pytest.raises(ValueError, match="called seed"):
         flags.group("b", [Flag("seed", int, "")])
@@ -61,7 +64,7 @@ def test_environment_flags_are_arguments_of_make_env():
     ],
 )
 def test_texts_become_values(kind, text, value):
-    found = value_of(Flag("field", kind, ""), text)
+    found = parse_value(Flag("field", kind, ""), text)
     assert found == value
     assert type(found) is type(value)
 
@@ -75,12 +78,12 @@ def test_texts_become_values(kind, text, value):
 )  # fmt: skip
 def test_texts_of_another_type_are_refused(kind, text):
     with pytest.raises(ConfigError, match=f"--a-field takes .*, not '{text}'"):
-        value_of(Flag("a_field", kind, ""), text)
+        parse_value(Flag("a_field", kind, ""), text)
 
 
 def test_given_flags_are_parsed():
-    flags = Flags("x", "", argument="folder")
-    flags.group("a", [*fields(TrainingConfig), Flag("mpc", bool, "", True)])
+    flags = FlagParser("x", "", argument="folder")
+    flags.group("a", [*config_flags(TrainingConfig), Flag("mpc", bool, "", True)])
     words = ["there", "--batch_size=8", "--no-mpc", "--skip-nonfinite", "--learning-rate", "1e-3"]
     expected = {"folder": "there", "batch_size": 8, "mpc": False, "skip_nonfinite": True, "learning_rate": 1e-3}
     assert flags.parse(words) == expected
@@ -98,15 +101,15 @@ def test_given_flags_are_parsed():
         ([], ConfigError, "required: folder"),
     ],
 )
-def test_mistakes_are_answered_with_a_sentence(words, error, message):
-    flags = Flags("x", "", argument="folder")
-    flags.group("a", fields(TrainingConfig))
+def test_mistakes_raise_errors_with_advice(words, error, message):
+    flags = FlagParser("x", "", argument="folder")
+    flags.group("a", config_flags(TrainingConfig))
     with pytest.raises(error, match=message):
         flags.parse(words)
 
 
-def test_peeking_sees_both_spellings():
-    assert peek(["--model", "a"], "--model") == "a"
-    assert peek(["--x", "--model=a"], "--model") == "a"
-    assert peek(["--model"], "--model") is None
-    assert peek(["--x", "1"], "--model") is None
+def test_peek_option_reads_both_spellings():
+    assert peek_option(["--model", "a"], "--model") == "a"
+    assert peek_option(["--x", "--model=a"], "--model") == "a"
+    assert peek_option(["--model"], "--model") is None
+    assert peek_option(["--x", "1"], "--model") is None

@@ -1,4 +1,4 @@
-"""Fuzzing of the readers of foreign files: damaged or made-up bytes raise FileFormatError, quickly and in little memory.
+"""Fuzzing of the readers of foreign files: damaged or forged bytes raise FileFormatError, quickly and in little memory.
 
 The mutations are seeded. CI runs some 1,700 files; ``-m slow`` runs 12,000.
 """

@@ -1,7 +1,7 @@
 """The command line: ``worldloom COMMAND …``, or ``python -m worldloom COMMAND …``.
 
-What was asked for wrongly is answered with one sentence on stderr and exit code 2, a failing disk with 1; Ctrl-C ends
-with 130 and SIGTERM with 143, after training has saved. Commands are imported when they are called.
+Exit codes: 2 for a user error (one sentence on stderr), 1 for a failing disk, 130 after Ctrl-C and 143 after SIGTERM,
+both once training has saved a checkpoint. Commands are imported when they are called.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from worldloom.config import nearest
 from worldloom.errors import WorldloomError
 
 COMMANDS = {
-    "train": ("worldloom.cli.train:train", "train an agent in an environment, or go on with a run"),
-    "eval": ("worldloom.cli.runs:evaluate", "returns of the evaluation policy of a run"),
-    "play": ("worldloom.cli.runs:film", "a video of the evaluation policy of a run"),
-    "list": ("worldloom.cli.about:names", "names of models and kinds of environments"),
-    "info": ("worldloom.cli.about:info", "parameters of a model, and memory for training it"),
-    "doctor": ("worldloom.cli.about:doctor", "what JAX sees, what is missing for a GPU, versions, extras"),
+    "train": ("worldloom.cli.train:train", "train an agent in an environment, or resume a run"),
+    "eval": ("worldloom.cli.runs:evaluate", "evaluate the policy of a run and print its returns"),
+    "play": ("worldloom.cli.runs:play_video", "write a video of the evaluation policy of a run"),
+    "list": ("worldloom.cli.about:names", "list model names and kinds of environments"),
+    "info": ("worldloom.cli.about:info", "show parameters of a model and the memory that training needs"),
+    "doctor": ("worldloom.cli.about:doctor", "check devices, GPU support, versions and extras"),
 }
 
 USAGE = """usage: worldloom COMMAND [options]
@@ -49,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             f"There is no command '{words[0]}'.{nearest(words[0], COMMANDS)} There are: {', '.join(COMMANDS)}."
         )
-    _prepare()
+    _configure_process()
     from worldloom.cli.flags import take_family_modules
 
     if words[0] in ("train", "eval", "play"):
-        _keep_compiled_programs()
+        _enable_compilation_cache()
     try:
         rest, modules = take_family_modules(words[1:])
         for name in modules:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorldloomError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # Whoever read the output (head, less) has seen enough.
+        # The reader of the output (head, less) has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -74,28 +74,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _prepare() -> None:
-    """What a program may set that a library may not."""
-    # Gymnasium's classic environments draw with pygame, which greets and looks for a screen.
+def _configure_process() -> None:
+    """Process-wide settings that a program may make and a library may not."""
+    # Gymnasium's classic environments render with pygame, which prints a greeting and needs a display.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     logger = logging.getLogger("worldloom")
     if not logger.handlers:
-        logger.addHandler(_AboveTheBar())
+        logger.addHandler(_TqdmHandler())
         logger.setLevel(logging.INFO)
-    # Some dependency gives the root logger a handler of its own, which would say everything again.
+    # A dependency adds a handler to the root logger, which would print every message twice.
     logger.propagate = False
 
 
-def _keep_compiled_programs() -> None:
+def _enable_compilation_cache() -> None:
     from worldloom.devices import keep_compiled_programs
     from worldloom.models.pretrained import default_cache_dir
 
     keep_compiled_programs(default_cache_dir() / "compiled")
 
 
-class _AboveTheBar(logging.Handler):
-    """Messages on stderr that do not tear a progress bar apart."""
+class _TqdmHandler(logging.Handler):
+    """Writes messages to stderr above a progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm.auto import tqdm

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from worldloom.algorithm import ReplaySpec
-from worldloom.cli.flags import FAMILY_FLAG, Flag, Flags, fields
+from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser, config_flags
 from worldloom.cli.train import ENV_FLAGS
 from worldloom.config import check
 from worldloom.devices import compiled_programs
@@ -46,7 +46,7 @@ def names(words: Sequence[str]) -> int:
     """Print the names of models and kinds of environments."""
     from worldloom.envs import SUITES
 
-    Flags("list", "Names of models and kinds of environments.").parse(words)
+    FlagParser("list", "Names of models and kinds of environments.").parse(words)
     print("models (worldloom info NAME tells more):", *(f"  {name}" for name in list_models()), sep="\n")
     print("environments: any Gymnasium id (Pendulum-v1, module:Id), or a suite and a task:")
     print(*(f"  {prefix}:…" for prefix in SUITES), sep="\n")
@@ -61,7 +61,7 @@ def info(words: Sequence[str]) -> int:
     name = next((word for word in words if not word.startswith("-")), "")
     family = find_family(name.partition(":")[0]) if name else None
     about = "Parameters of a model, and memory for training it. Nothing is allocated."
-    flags = Flags("info", about, argument="name", note="preset, as worldloom list shows them")
+    flags = FlagParser("info", about, argument="name", argument_help="preset, as worldloom list shows them")
     flags.group(
         "options",
         [
@@ -69,12 +69,12 @@ def info(words: Sequence[str]) -> int:
             *[flag for flag in ENV_FLAGS if flag.name in _SHAPING],
             FAMILY_FLAG,
             Flag("exact", bool, "Compile the update and ask XLA, which takes up to some minutes."),
-            *[flag for flag in fields(TrainingConfig) if flag.name in ("batch_size", "sequence_length")],
+            *[flag for flag in config_flags(TrainingConfig) if flag.name in ("batch_size", "sequence_length")],
         ],
     )
     if family:
         config_class = family.config_class
-        flags.group(f"model ({config_class.__name__})", fields(config_class, leave=("model_type",)))
+        flags.group(f"model ({config_class.__name__})", config_flags(config_class, exclude=("model_type",)))
     given = flags.parse(words)
     if family is None:
         raise UnknownModelError(f"There is no model '{given['name']}'. Known: {', '.join(list_models())}.")
@@ -179,7 +179,7 @@ def _megabytes(size: int) -> str:
 
 def doctor(words: Sequence[str]) -> int:
     """Print what JAX sees, what is missing for a GPU, versions, extras and folders; 1 if something does not work."""
-    Flags("doctor", "What JAX sees, what is missing for a GPU, versions, extras, folders.").parse(words)
+    FlagParser("doctor", "What JAX sees, what is missing for a GPU, versions, extras, folders.").parse(words)
     problems = list(_problems())
     for section in (_versions(), _devices(), _extras(), _folders()):
         print(*section, sep="\n")

@@ -1,4 +1,4 @@
-"""Config fields as flags: ``batch_size`` is ``--batch-size``, its note the help, its annotation the check."""
+"""Command-line flags from config fields: ``batch_size`` is ``--batch-size``; notes give help, annotations types."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Flag(NamedTuple):
     """One flag.
 
     Attributes:
-      name: of the field, with underscores.
-      kind: its annotation.
-      note: help, a sentence or two.
-      default: shown in the help; None for no default.
-      aliases: further names.
+      name: name of the config field, with underscores.
+      kind: its type annotation.
+      note: help text, a sentence or two.
+      default: default shown in the help; None shows none.
+      aliases: additional names.
     """
 
     name: str
@@ -65,18 +65,18 @@ def take_family_modules(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, modules
 
 
-def fields(config: type, *, leave: Iterable[str] = ()) -> list[Flag]:
-    """Flags of the fields of a config class, except those to ``leave`` out."""
+def config_flags(config: type, *, leave: Iterable[str] = ()) -> list[Flag]:
+    """FlagParser of the fields of a config class, except those to ``leave`` out."""
     notes, hints = field_notes(config), typing.get_type_hints(config)
     return [
         Flag(field.name, hints[field.name], notes.get(field.name, ""), _default(field))
         for field in dataclasses.fields(config)
-        if field.name not in leave
+        if field.name not in exclude
     ]
 
 
 def field_notes(config: type) -> dict[str, str]:
-    """The strings below the fields of a class: Python keeps them in the source only."""
+    """The docstrings below the fields of a class, which Python keeps in the source only."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
     return {
         ast.unparse(field.target): " ".join(str(note.value.value).split())
@@ -85,37 +85,38 @@ def field_notes(config: type) -> dict[str, str]:
     }
 
 
-class Flags:
-    """The flags of one command.
+class FlagParser:
+    """Argument parser of one command.
 
     Args:
       command: its name.
-      about: what it does, above the help.
-      argument: name of the word that comes without a flag, and ``note`` about it.
-      further: what to say below the help.
+      about: description above the help.
+      argument: name of the positional argument; empty for none. ``argument_help`` describes it.
+      epilog: text below the help.
     """
 
-    def __init__(self, command: str, about: str, *, argument: str = "", note: str = "", further: str = ""):
+    def __init__(self, command: str, about: str, *, argument: str = "", argument_help: str = "", epilog: str = ""):
         self.command = command
         self._parser = _Parser(
             prog=f"worldloom {command}",
             usage=f"worldloom {command}{' ' + argument.upper() if argument else ''} [options]",
             description=about,
-            epilog=further,
+            epilog=epilog,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self._flags: dict[str, Flag] = {}
         if argument:
-            self._parser.add_argument(argument, help=note)
+            self._parser.add_argument(argument, help=argument_help)
 
     def group(self, title: str, flags: Sequence[Flag]) -> None:
-        """Add flags under a heading. Raises ``ValueError`` for a name that is taken."""
+        """Add flags under a heading. Raises ``ValueError`` for a name that exists already."""
         group = self._parser.add_argument_group(title)
         for flag in flags:
             if flag.name in self._flags:
                 raise ValueError(f"Two flags are called {flag.name}.")
             self._flags[flag.name] = flag
+            # argparse formats help with %.
             note = flag.note.replace("`", "").replace("%", "%%") + (
                 "" if flag.default is None else f" [{flag.default}]"
             )
@@ -127,11 +128,11 @@ class Flags:
                 group.add_argument(*flag.options, dest=flag.name, metavar=_metavar(flag.kind), help=note)
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
-        """Values of what was given, by name; ``--batch_size`` is understood too.
+        """Values of the given arguments by name; ``--batch_size`` works like ``--batch-size``.
 
         Raises:
-          UnknownFieldError: there is no such flag; the message names the nearest one.
-          ConfigError: a value is missing or of another type.
+          UnknownFieldError: a flag is unknown; the message suggests the nearest one.
+          ConfigError: a value is missing or of another type, or an argument is unexpected.
         """
         values, rest = self._parser.parse_known_args([_dashes(word) for word in words])
         if rest:
@@ -147,11 +148,11 @@ class Flags:
         return {name: self._convert(name, value) for name, value in given.items()}
 
     def _convert(self, name: str, text: str) -> Any:
-        return value_of(self._flags[name], text) if name in self._flags else text
+        return parse_value(self._flags[name], text) if name in self._flags else text
 
 
-def peek(words: Sequence[str], option: str) -> str | None:
-    """The value that ``words`` give an option, before the flags are known."""
+def peek_option(words: Sequence[str], option: str) -> str | None:
+    """The value of ``option`` in ``words``, or None; used before the set of flags is known."""
     for word, following in itertools.zip_longest(words, words[1:]):
         name, equals, value = _dashes(word).partition("=")
         if name == option:
@@ -159,23 +160,24 @@ def peek(words: Sequence[str], option: str) -> str | None:
     return None
 
 
-def value_of(flag: Flag, text: str) -> Any:
-    """The value that ``text`` stands for: ``3,64,64`` or ``[3, 64, 64]``, ``1e6``, ``none``, ``{"a": 2}``.
+def parse_value(flag: Flag, text: str) -> Any:
+    """The value of ``text`` in the type of ``flag``: ``3,64,64`` or ``[3, 64, 64]``, ``1e6``, ``none``, ``{"a": 2}``.
 
-    Raises ``ConfigError`` if it is of no type that the field takes.
+    Raises ``ConfigError`` if it fits none of the field's types.
     """
     kinds = typing.get_args(flag.kind) if _is_union(flag.kind) else (flag.kind,)
     if types.NoneType in kinds and text.lower() == "none":
         return None
     for kind in sorted(kinds, key=_strictness):
         try:
-            return _read(text, typing.get_origin(kind) or kind)
+            return _parse_as(text, typing.get_origin(kind) or kind)
         except ValueError:
             continue
     raise ConfigError(f"{flag.options[0]} takes {_metavar(flag.kind)}, not '{text}'.")
 
 
-def _read(text: str, kind: Any) -> Any:
+def _parse_as(text: str, kind: Any) -> Any:
+    """``text`` as a value of type ``kind``; raises ``ValueError`` if it is none."""
     if kind is bool:
         if text.lower() in _TRUE + _FALSE:
             return text.lower() in _TRUE
@@ -184,7 +186,7 @@ def _read(text: str, kind: Any) -> Any:
         try:
             return int(text)
         except ValueError:
-            number = float(text)  # 1e6
+            number = float(text)  # such as 1e6
             if not number.is_integer():
                 raise
             return int(number)
@@ -203,7 +205,7 @@ def _read(text: str, kind: Any) -> Any:
 
 
 def _strictness(kind: Any) -> int:
-    """Types that take fewer texts are tried first."""
+    """Sort key of types: those that fewer texts can be parsed as are tried first."""
     order = (Mapping, tuple, bool, int, float, str)
     kind = typing.get_origin(kind) or kind
     return next((i for i, known in enumerate(order) if kind is known), 0)
@@ -224,10 +226,13 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _dashes(word: str) -> str:
+    """``--batch_size=8`` → ``--batch-size=8``; values keep their underscores."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises ``ConfigError`` instead of exiting."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")

@@ -1,4 +1,4 @@
-"""``worldloom eval`` and ``worldloom play``: what a run has become."""
+"""``worldloom eval`` and ``worldloom play``: evaluation and video of a trained run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.cli.flags import FAMILY_FLAG, Flag, Flags
+from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser
 from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError
 from worldloom.models.registry import saved_class
@@ -21,22 +21,24 @@ from worldloom.training.run_folder import RunFolder
 _FLAGS = [
     Flag("episodes", int, "How many to play.", 10),
     Flag("checkpoint", str, "latest, best (by evaluation return), or a number of updates.", "latest"),
-    Flag("seed", int, "Of the episodes and of what the policy draws.", 0),
-    Flag("num_envs", int, "Environments stepped together; as many as episodes, at most 10, if not given."),
-    Flag("explore", bool, "Act as while collecting, not as in evaluation."),
+    Flag("seed", int, "Seed of the episodes and of the policy.", 0),
+    Flag("num_envs", int, "Environments stepped together; by default as many as episodes, at most 10."),
+    Flag("explore", bool, "Act as during collection, with exploration."),
     Flag("env", str, "Another environment with the same shapes."),
-    Flag("device", str, "auto cpu cuda gpu tpu, or numbered.", "auto"),
+    Flag("device", str, "auto, cpu, cuda, gpu or tpu, or a numbered one such as cuda:1.", "auto"),
     FAMILY_FLAG,
 ]
 
 
 def evaluate(words: Sequence[str]) -> int:
     """Print the returns of the evaluation policy of a run."""
-    flags = Flags("eval", "Returns of the evaluation policy of a run.", argument="folder", note="folder of the run")
+    flags = FlagParser(
+        "eval", "Returns of the evaluation policy of a run.", argument="folder", argument_help="folder of the run"
+    )
     flags.group("options", _FLAGS)
     given = flags.parse(words)
     episodes, seed = given.get("episodes", 10), given.get("seed", 0)
-    with _loaded(given, given.get("num_envs", min(episodes, 10))) as (model, env, step):
+    with _open_run(given, given.get("num_envs", min(episodes, 10))) as (model, env, step):
         ends = play(model, env, episodes=episodes, seed=seed, explore=given.get("explore", False))
     returns = np.array([end.episode_return for end in ends])
     lengths = np.array([end.length for end in ends])
@@ -48,12 +50,14 @@ def evaluate(words: Sequence[str]) -> int:
     return 0
 
 
-def film(words: Sequence[str]) -> int:
+def play_video(words: Sequence[str]) -> int:
     """Write a video of the evaluation policy of a run."""
-    flags = Flags("play", "A video of the evaluation policy of a run.", argument="folder", note="folder of the run")
+    flags = FlagParser(
+        "play", "A video of the evaluation policy of a run.", argument="folder", argument_help="folder of the run"
+    )
     video = [
-        Flag("video", str, "The file, a GIF.", "FOLDER/play.gif"),
-        Flag("fps", float, "Pictures per second, at most 50.", 25.0),
+        Flag("video", str, "GIF file to write.", "FOLDER/play.gif"),
+        Flag("fps", float, "Frames per second, at most 50.", 25.0),
     ]
     kept = [flag for flag in _FLAGS if flag.name not in ("episodes", "num_envs")]
     flags.group("options", [*video, Flag("episodes", int, "How many to play, one after another.", 1), *kept])
@@ -62,7 +66,7 @@ def film(words: Sequence[str]) -> int:
     if path.suffix.lower() != ".gif":
         raise ConfigError(f"--video writes a GIF: {path.with_suffix('.gif')}, not {path}.")
     frames: list[np.ndarray] = []
-    with _loaded(given, 1, render=True) as (model, env, step):
+    with _open_run(given, 1, render=True) as (model, env, step):
         for episode in range(given.get("episodes", 1)):
             pictures: list[np.ndarray] = []
             seed = given.get("seed", 0) + episode
@@ -74,8 +78,8 @@ def film(words: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _loaded(given: Mapping[str, Any], num_envs: int, *, render: bool = False) -> Iterator[tuple[Any, Any, int]]:
-    """The model of a run, environments like its own, and after how many updates it is."""
+def _open_run(given: Mapping[str, Any], num_envs: int, *, render: bool = False) -> Iterator[tuple[Any, Any, int]]:
+    """Open a run: the model with weights of a checkpoint, new environments, and the number of updates behind them."""
     run, device = RunFolder(given["folder"]), given.get("device", "auto")
     settings = run.settings()
     cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
@@ -84,10 +88,11 @@ def _loaded(given: Mapping[str, Any], num_envs: int, *, render: bool = False) ->
     parallel = {"parallel": "sync"} if num_envs == 1 else {}
     with run.make_env(num_envs=num_envs, seed=given.get("seed", 0), render=render, **parallel, **changes) as env:
         model = cls(cls.config_class.from_dict(settings["model"]), device=device)
-        yield model, env, load_weights(model, run.checkpoints, _checkpoint(given.get("checkpoint", "latest")))
+        yield model, env, load_weights(model, run.checkpoints, _parse_checkpoint(given.get("checkpoint", "latest")))
 
 
-def _checkpoint(text: str) -> str | int:
+def _parse_checkpoint(text: str) -> str | int:
+    """The value of ``--checkpoint``: ``latest``, ``best`` or a number of updates."""
     if text in ("latest", "best"):
         return text
     if not text.isdecimal():

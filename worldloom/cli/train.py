@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worldloom.cli.flags import FAMILY_FLAG, Flag, Flags, fields, peek
+from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser, config_flags, peek_option
 from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError
 from worldloom.families import Family, get_family
@@ -61,9 +61,9 @@ def train(words: Sequence[str]) -> int:
     from worldloom.training.trainer import Trainer
 
     resume = _flag_given(words, "--resume")
-    folder = peek(words, "--run")
+    folder = peek_option(words, "--run")
     known = RunFolder(folder) if folder and resume and RunFolder(folder).exists else None
-    name = peek(words, "--model")
+    name = peek_option(words, "--model")
     family = split_name(name)[0] if name else _family_of(known) if known else None
     given = _flags(family).parse(words)
     if family is None or not family.algorithm.short_updates(_config_before_env(name, known, family, given)):
@@ -90,20 +90,20 @@ def train(words: Sequence[str]) -> int:
     return 0
 
 
-def _flags(family: Family | None) -> Flags:
+def _flags(family: Family | None) -> FlagParser:
     further = (
         "" if family else "With --model, the fields of its config are flags too: worldloom train --model tdmpc2 --help"
     )
-    flags = Flags("train", "Train an agent in an environment, or go on with a run.", further=further)
+    flags = FlagParser("train", "Train an agent in an environment, or go on with a run.", epilog=further)
     flags.group("run", RUN_FLAGS)
     flags.group("environment (make_env)", ENV_FLAGS)
     training = [
-        flag._replace(aliases=("steps",)) if flag.name == "env_steps" else flag for flag in fields(TrainingConfig)
+        flag._replace(aliases=("steps",)) if flag.name == "env_steps" else flag for flag in config_flags(TrainingConfig)
     ]
     flags.group("training (TrainingConfig); defaults without a recipe in brackets", training)
     if family:
         config = family.config_class
-        flags.group(f"model ({config.__name__}); defaults without a preset in brackets", fields(config, leave=SHAPES))
+        flags.group(f"model ({config.__name__}); defaults without a preset in brackets", config_flags(config, exclude=SHAPES))
     return flags
 
 

@@ -27,7 +27,7 @@ _LATENTS = 32
 # Its KL scales, 1.0 for dynamics and 0.1 for representation, in terms of this library's config.
 _KL = {"kl_scale": 1.1, "kl_balance": 1 / 1.1}
 _MODULES = ("enc", "dyn", "dec", "rew", "con", "pol", "val", "slowval", "retnorm")
-# (pattern of our layer name, name in the reference); the first match counts. A layer's norm is called <layer>norm there.
+# (pattern of our layer name, name in the reference); the first match counts. The norm of a layer is <layer>norm.
 # The last group are MLPs, which number linear layers and norms separately.
 _LAYERS = (
     (r"encoder\.mlp\.layers\.(\d+)", r"enc/mlp\1"),
