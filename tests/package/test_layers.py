@@ -15,7 +15,7 @@ PACKAGE = Path(worldloom.__file__).parent
 
 # A module may import from its own layer's package and from layers before it.
 LAYERS = [
-    ("errors", "config", "devices", "state", "safe_npz", "_version"),
+    ("errors", "config", "devices", "spaces", "state", "safe_npz", "xla_workarounds", "_version"),
     ("ops",),
     ("nn",),
     ("optim",),

@@ -13,8 +13,8 @@ import optax
 from worldloom.devices import compute_dtype
 from worldloom.models.base import merge
 from worldloom.models.dreamer.config import DreamerV3Config
-from worldloom.models.dreamer.loss import loss, normalise
-from worldloom.models.dreamer.model import ActorCarry, DreamerV3WorldModel, zero_carry
+from worldloom.models.dreamer.losses import LossOutput, update_return_range
+from worldloom.models.dreamer.world_model import ActorCarry, DreamerV3WorldModel, zero_carry
 from worldloom.models.parts import join_rows, over_parts, part_keys, split_rows
 from worldloom.optim import clip_by_agc, clip_by_norm, decay_kernels, scale_by_laprop, warmup_schedule
 from worldloom.state import TrainState, WindowSpec
@@ -65,12 +65,13 @@ def update(
     trained, fixed = _split(state.params)
 
     def gradients(batch: Mapping[str, Any], key: jax.Array | None, scale: jax.Array | None = None) -> Any:
-        def objective(trained: dict[str, Any]) -> Any:
+        def objective(trained: dict[str, Any]) -> tuple[jax.Array, LossOutput]:
             model = merge(DreamerV3WorldModel, config, {**trained, **fixed})
-            return loss(model, batch, key, scale=scale, remat=training.remat)
+            out = model.losses(batch, key, scale=scale, remat=training.remat)
+            return out.total, out
 
-        grads, (terms, aux) = jax.grad(objective, has_aux=True)(trained)
-        return (grads, terms), (aux.latents, aux.returns, aux.return_range, aux.metrics)
+        grads, out = jax.grad(objective, has_aux=True)(trained)
+        return (grads, out.terms), (out.latents, out.returns, out.return_range, out.metrics)
 
     whole = training.microbatches == 1
     (grads, terms), aux = gradients(batch, key) if whole else _in_parts(gradients, state, batch, key)
@@ -111,7 +112,7 @@ def _in_parts(gradients: Callable[..., Any], state: TrainState, batch: Mapping[s
 
     averaged, (latents, returns) = over_parts(part, (split_rows(dict(batch), parts), part_keys(key, parts)))
     (grads, terms), (actor_slope, term_slopes), extras = averaged
-    return_range, scale = normalise(before, returns, state.config.return_range_rate)
+    return_range, scale = update_return_range(before, returns, state.config.return_range_rate)
     moved = functools.partial(jax.tree.map, lambda mean, slope: mean + (1 / scale - inverse) * slope)
     grads = {**grads, "actor": moved(grads["actor"], actor_slope)}
     return (grads, moved(terms, term_slopes)), (
