@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
-from worldloom.models.dreamer.loss import actor_loss, critic_loss, imagine, normalise, replay_return
+from worldloom.models.dreamer.losses import actor_loss, critic_loss, imagine, replay_return, update_return_range
 from worldloom.ops.distributions import Categorical, Normal
 from worldloom.ops.returns import lambda_return
 from worldloom.ops.symexp_twohot import symexp_twohot_mean
@@ -35,7 +35,7 @@ def test_imagined_losses_and_gradients(golden, case):
         values = symexp_twohot_mean(jax.lax.stop_gradient(raw["value_logits"]))
         continues = given["continues"]
         returns = lambda_return(given["rewards"][1:], continues[1:], values[1:], 0.95)
-        moved, scale = normalise(start, returns, 0.01)
+        moved, scale = update_return_range(start, returns, 0.01)
         weights = jnp.cumprod(continues, 0)[:-1]
         slow = symexp_twohot_mean(given["slow_logits"][:-1])
         advantages = (returns - values[:-1]) / scale
@@ -74,8 +74,8 @@ def test_replayed_loss_and_gradients(golden):
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_imagination_hands_on_what_the_actor_computed(drawn):
-    """Actions come from the policy at their features, whose first products the loss takes over."""
+def test_imagination_returns_the_actors_first_products(drawn):
+    """Actions are samples of the policy at their features; the products are those the loss does not compute again."""
     config = DreamerV3Config(
         obs_shape=(3,), action_dim=2, deter_dim=32, stoch_dim=12, num_categories=4, hidden_dim=8, mlp_layers=2
     )
@@ -84,7 +84,7 @@ def test_imagination_hands_on_what_the_actor_computed(drawn):
     key = jax.random.key(0) if drawn else None
     features, actions, products = imagine(model, starts, 4, key)
     assert features.shape[:2] == actions["action"].shape[:2] == products.shape[:2] == (5, 5)
-    np.testing.assert_allclose(products, model.actor.product(features), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(products, model.actor.first_matmul(features), rtol=1e-5, atol=1e-6)
     policy = model.actor(features)["action"]
     distance = np.abs(actions["action"] - policy.mean) / np.asarray(policy.std)
     if drawn:

@@ -1,4 +1,4 @@
-"""Convolutions over squares give what a convolution beside a pool or a doubling gives, gradients included."""
+"""Convolutions over squares equal a convolution with a pool or an upsampling, gradients included."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from worldloom.nn.conv import FEW_CHANNELS, Conv, put_in_place
+from worldloom.nn.conv import FEW_CHANNELS, Conv, depth_to_space
 
 CASES = pytest.mark.parametrize(
     ("kernel", "channels", "outputs", "height", "width"),
@@ -15,13 +15,13 @@ CASES = pytest.mark.parametrize(
 
 
 def convolved(conv, x):
-    """What XLA makes of it, without any of the library's ways."""
+    """XLA's convolution, without any of the library's tricks."""
     layout = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, conv.kernel[...], (1, 1), "SAME", dimension_numbers=layout) + conv.bias
 
 
 def compare(plain, fast, conv, x):
-    """Values, and gradients to weights and input, of two ways from the same convolution."""
+    """Two functions of one convolution agree in values and in gradients of weights and input."""
     graph, params = nnx.split(conv)
 
     def both(way):
@@ -44,25 +44,25 @@ def test_gradients_of_many_images_are_those_of_xla():
 
 
 @CASES
-def test_pooled_is_convolution_then_pool(kernel, channels, outputs, height, width):
+def test_conv_pool_is_convolution_then_pool(kernel, channels, outputs, height, width):
     conv = Conv(channels, outputs, kernel=kernel, rngs=nnx.Rngs(0))
     conv.bias[...] = jnp.arange(outputs) / 7
     x = jax.random.normal(jax.random.key(1), (2, height, width, channels))
 
-    def pooled(conv, x):
+    def plain(conv, x):
         y = convolved(conv, x)
         return y.reshape(2, height // 2, 2, width // 2, 2, outputs).max((2, 4))
 
-    compare(pooled, lambda conv, x: conv.pooled(x), conv, x)
+    compare(plain, lambda conv, x: conv.conv_pool(x), conv, x)
 
 
 @CASES
-def test_doubled_is_doubling_then_convolution(kernel, channels, outputs, height, width):
+def test_upsample_conv_is_upsampling_then_convolution(kernel, channels, outputs, height, width):
     conv = Conv(channels, outputs, kernel=kernel, rngs=nnx.Rngs(0))
     conv.bias[...] = jnp.arange(outputs) / 7
     x = jax.random.normal(jax.random.key(1), (2, height, width, channels))
 
-    def doubled(conv, x):
+    def plain(conv, x):
         return convolved(conv, x.repeat(2, 1).repeat(2, 2))
 
-    compare(doubled, lambda conv, x: put_in_place(conv.doubled(x)), conv, x)
+    compare(plain, lambda conv, x: depth_to_space(conv.upsample_conv(x)), conv, x)

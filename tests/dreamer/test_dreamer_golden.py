@@ -12,8 +12,8 @@ from worldloom.interop.dreamerv3 import load_official_dreamerv3, official_name, 
 from worldloom.models.base import merge
 from worldloom.models.params import flatten
 from worldloom.models.dreamer import DreamerV3WorldModel, init_state, update
-from worldloom.models.dreamer.loss import LOSS_TERMS, loss
-from worldloom.models.dreamer.spaces import prepare_observations
+from worldloom.models.dreamer.arrays import prepare_observations
+from worldloom.models.dreamer.losses import LOSS_TERMS
 from worldloom.training.config import TrainingConfig
 from worldloom.training.step import CompiledUpdate
 
@@ -50,11 +50,10 @@ class Recorded:
         self.batch = {name: data[f"input/{name}"] for name in names}
 
         def objective(params):
-            return loss(merge(DreamerV3WorldModel, self.model.config, params), self.batch, None)
+            out = merge(DreamerV3WorldModel, self.model.config, params).losses(self.batch)
+            return out.total, out
 
-        (self.total, (self.terms, self.aux)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(
-            self.model.params
-        )
+        grads, self.out = jax.jit(jax.grad(objective, has_aux=True))(self.model.params)
         self.grads = {official_name(name): np.asarray(g) for name, g in flatten(grads).items()}
 
     def observations(self):
@@ -79,23 +78,23 @@ def assert_close(actual, expected, tolerance, name=""):
 
 def test_losses_per_element(recorded):
     for ours, theirs in TERMS.items():
-        value = np.asarray(recorded.aux.elements[ours])
+        value = np.asarray(recorded.out.elements[ours])
         expected = recorded.expect(f"loss/{theirs}")
         if ours in ("actor", "critic"):
             value = value.mean(0).reshape(expected.shape)
         assert_close(value, expected, 1e-5, ours)
-        assert_close(recorded.terms[ours], expected.mean(), 1e-5, ours)
+        assert_close(recorded.out.terms[ours], expected.mean(), 1e-5, ours)
 
 
 def test_total_loss(recorded):
-    assert_close(recorded.total, recorded.expect("total_loss"), 1e-5)
+    assert_close(recorded.out.total, recorded.expect("total_loss"), 1e-5)
 
 
 def test_tokens_and_features(recorded):
-    latents = recorded.aux.latents
+    latents = recorded.out.latents
     assert_close(recorded.model.encoder(recorded.observations()), recorded.expect("tokens"), 1e-5)
     assert_close(latents.deter, recorded.expect("feat/deter"), 1e-5)
-    assert_close(recorded.aux.posterior, recorded.expect("feat/logit"), 1e-5)
+    assert_close(recorded.out.posterior_logits, recorded.expect("feat/logit"), 1e-5)
     np.testing.assert_array_equal(latents.stoch, recorded.expect("feat/stoch"))
 
 
@@ -120,7 +119,7 @@ def test_no_gradient_reaches_slow_critic_and_return_range(recorded):
 def test_return_range_after_the_loss(recorded):
     for end in ("lo", "hi"):
         assert_close(
-            recorded.aux.return_range[end], recorded.expect(f"state_after_loss/retnorm/{end}/value"), 1e-5, end
+            recorded.out.return_range[end], recorded.expect(f"state_after_loss/retnorm/{end}/value"), 1e-5, end
         )
 
 
@@ -170,7 +169,7 @@ def three_at_once(state, batch):
 
 def test_open_loop(recorded):
     model, expected = recorded.model, recorded.expect
-    start = jax.tree.map(lambda x: x[:, -1], recorded.aux.latents)
+    start = jax.tree.map(lambda x: x[:, -1], recorded.out.latents)
     actions = np.swapaxes(expected("openloop/actions"), 0, 1)
     states, rewards, continues = model.imagine(start, actions)
     later = jax.tree.map(lambda x: jnp.swapaxes(x[1:], 0, 1), states)
@@ -182,10 +181,10 @@ def test_open_loop(recorded):
     decoded = model.decode(later)
     assert_close(decoded["value"], expected("openloop/value"), 1e-5)
     assert_close(next(iter(model.decoder(later).values())), expected("openloop/obs"), 1e-5)
-    policy = model.actor(recorded.aux.latents.features)["action"]
+    policy = model.actor(recorded.out.latents.features)["action"]
     if recorded.config["discrete"]:
         np.testing.assert_array_equal(policy.sample(None), expected("openloop/policy_mode"))
-        raw = model.actor.outputs["action"].logits(model.actor.mlp(recorded.aux.latents.features))
+        raw = model.actor.outputs["action"].logits(model.actor.mlp(recorded.out.latents.features))
         assert_close(raw, expected("openloop/policy_logits"), 1e-5)
     else:
         assert_close(policy.mean, expected("openloop/policy_mode"), 1e-5)

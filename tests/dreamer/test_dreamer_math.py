@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from worldloom.models.params import flatten
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
-from worldloom.models.dreamer.loss import normalise, replay_return
+from worldloom.models.dreamer.losses import replay_return, update_return_range
 from worldloom.nn.linear import MLP, BlockLinear, Linear, OneDraw, RMSNorm, truncated_normal
 from worldloom.ops.distributions import Categorical, Normal, OneHot, binary_cross_entropy
 from worldloom.ops.returns import lambda_return
@@ -171,11 +171,11 @@ def test_a_known_product_only_lacks_the_gradient_of_its_kernel():
     mlp = MLP(5, 4, 2, rngs=nnx.Rngs(0))
     graph, weights = nnx.split(mlp)
     x = jax.random.normal(jax.random.key(1), (3, 2, 5))
-    known = mlp.product(x)
+    known = mlp.first_matmul(x)
 
     def value(weights, x, known):
         mlp = nnx.merge(graph, weights)
-        return jnp.sum(jnp.sin(mlp.finish(mlp.product(x, known))))
+        return jnp.sum(jnp.sin(mlp.after_first_matmul(mlp.first_matmul(x, known))))
 
     expected, found = (jax.value_and_grad(value)(weights, x, y) for y in (None, known))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
@@ -184,9 +184,9 @@ def test_a_known_product_only_lacks_the_gradient_of_its_kernel():
 
 
 def test_return_range_moves_before_it_divides():
-    moved, scale = normalise({"lo": 0.0, "hi": 0.0}, jnp.linspace(0.0, 1000.0, 101), 0.01)
+    moved, scale = update_return_range({"lo": 0.0, "hi": 0.0}, jnp.linspace(0.0, 1000.0, 101), 0.01)
     np.testing.assert_allclose([moved["lo"], moved["hi"], scale], [0.5, 9.5, 9.0], rtol=1e-6)
-    assert float(normalise({"lo": 0.0, "hi": 0.5}, jnp.zeros(7), 0.01)[1]) == 1.0
+    assert float(update_return_range({"lo": 0.0, "hi": 0.5}, jnp.zeros(7), 0.01)[1]) == 1.0
 
 
 # What modes cannot show. 5 standard errors of n draws bound each frequency: a false alarm once in a million.
@@ -197,7 +197,7 @@ def test_latent_frequencies_with_unimix(logits):
     n = 40_000
     probs = 0.99 * np.asarray(jax.nn.softmax(jnp.array(logits))) + 0.01 / 4
     one_hot = OneHot.from_logits(jnp.broadcast_to(jnp.array([logits]), (n, 1, 4)), 0.01)
-    draws = np.asarray(one_hot.pick(jax.random.uniform(jax.random.key(3), (n, 1))))
+    draws = np.asarray(one_hot.sample_straight_through(jax.random.uniform(jax.random.key(3), (n, 1))))
     assert set(np.unique(draws)) <= {0.0, 1.0}
     np.testing.assert_array_equal(draws.sum(-1), 1)
     assert np.all(np.abs(draws.mean((0, 1)) - probs) <= 5 * np.sqrt(probs * (1 - probs) / n) + 1e-9)
@@ -208,7 +208,9 @@ def test_straight_through_gradient_is_that_of_the_probabilities():
     probs = lambda logits: 0.99 * jax.nn.softmax(logits) + 0.01 / 3  # noqa: E731
     expected = jax.grad(lambda logits: jnp.sum(weight * probs(logits)))(logits)
     for uniform in (None, jnp.array([0.1]), jnp.array([0.9])):
-        through = jax.grad(lambda x, u=uniform: jnp.sum(weight * OneHot.from_logits(x, 0.01).pick(u)))(logits)
+        through = jax.grad(
+            lambda x, u=uniform: jnp.sum(weight * OneHot.from_logits(x, 0.01).sample_straight_through(u))
+        )(logits)
         np.testing.assert_allclose(through, expected, rtol=1e-5)
 
 

@@ -9,8 +9,8 @@ from worldloom.errors import DataError
 from worldloom.models import dreamer
 from worldloom.models.base import merge
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
-from worldloom.models.dreamer.loss import LOSS_TERMS, loss
-from worldloom.models.dreamer.spaces import prepare_observations
+from worldloom.models.dreamer.arrays import prepare_observations
+from worldloom.models.dreamer.losses import LOSS_TERMS
 from worldloom.models.dreamer.update import optimizer
 from worldloom.training.config import TrainingConfig
 
@@ -240,9 +240,7 @@ def test_continues_stand_in_for_is_terminal(vector_model):
 
 
 def elements(model, batch):
-    return jax.jit(lambda params, batch: loss(merge(type(model), model.config, params), batch, None)[1][1])(
-        model.params, batch
-    )
+    return jax.jit(lambda params, batch: merge(type(model), model.config, params).losses(batch))(model.params, batch)
 
 
 def test_a_stored_latent_continues_the_window(vector_model):
@@ -267,8 +265,8 @@ def test_no_gradient_reaches_the_context_and_a_new_episode_forgets_it(vector_mod
     config = vector_model.config
 
     def run(context):
-        total, (_, aux) = loss(vector_model, {**batch, "context": context}, None)
-        return total, aux.latents
+        out = vector_model.losses({**batch, "context": context})
+        return out.total, out.latents
 
     rng = np.random.default_rng(0)
     context = {
@@ -303,8 +301,8 @@ def test_gradients_take_the_stated_routes():
     batch = random_batch(model.config)
 
     def terms(params):
-        total = loss(merge(type(model), model.config, params), batch, jax.random.key(0))[1][0]
-        return {name: total[name] for name in ROUTES}
+        found = merge(type(model), model.config, params).losses(batch, jax.random.key(0)).terms
+        return {name: found[name] for name in ROUTES}
 
     jacobian = jax.jit(jax.jacrev(terms))(params)
     for name, parts in ROUTES.items():
@@ -326,7 +324,7 @@ def test_dynamics_loss_does_not_pull_the_posterior_of_its_own_row():
     batch["is_first"][:] = True
 
     def dynamics(params):
-        return loss(merge(type(model), model.config, params), batch, None)[1][0]["dynamics"]
+        return merge(type(model), model.config, params).losses(batch).terms["dynamics"]
 
     grads = jax.jit(jax.grad(dynamics))(model.params)
     assert not any(np.any(g) for g in jax.tree.leaves((grads["encoder"], grads["rssm"]["posterior_logits"])))

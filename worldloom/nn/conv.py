@@ -10,16 +10,17 @@ import numpy as np
 from flax import nnx
 
 from worldloom.nn.linear import RMSNorm, truncated_normal
+from worldloom.xla_workarounds import conv_kernel_gradient
 
 FEW_CHANNELS = 16
-"""Up to so many input channels a convolution over 2×2 squares, with 44 % more products, is the faster one."""
+"""Up to this many input channels, a convolution over 2×2 squares is faster despite 44 % more multiplications."""
 
 
 class Conv(nnx.Module):
     """``kernel × kernel`` convolution, stride 1, same size; kernel [k, k, in, out] with k odd, bias [out].
 
-    Where it meets a change of size it works on squares of 2×2 pixels, with a kernel put together from the same weights.
-    Results are equal up to rounding; XLA's convolutions are several times faster with four times the channels.
+    Next to a change of size it works on squares of 2×2 pixels, with a kernel assembled from the same weights.
+    Results are equal up to rounding, and XLA's convolutions are several times faster with four times the channels.
     """
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int = 5, rngs: nnx.Rngs):
@@ -31,27 +32,28 @@ class Conv(nnx.Module):
         """[N, H, W, in] → [N, H, W, out]."""
         return _convolve(x, self.kernel.astype(x.dtype)) + self.bias.astype(x.dtype)
 
-    def pooled(self, x: jax.Array) -> jax.Array:
-        """``max_pool(self(x))``: [N, H, W, in] → [N, H/2, W/2, out]; H and W are even.
-
-        With few channels the four results of a square are channels of one convolution over squares: input pixel (a, b)
-        of square (u, v) meets output pixel (p, q) with the tap at ``(2u + a − p, 2v + b − q)``, if there is one.
-        """
+    def conv_pool(self, x: jax.Array) -> jax.Array:
+        """``max_pool(self(x))``: [N, H, W, in] → [N, H/2, W/2, out]; H and W are even."""
         if x.shape[-1] > FEW_CHANNELS:
             return max_pool(self(x))
+        # With few channels, one convolution over squares computes the four results of each square as its channels.
+        # Input pixel (a, b) of square (u, v) contributes to output pixel (p, q) through the tap at
+        # (2u + a − p, 2v + b − q), if the kernel has such a tap.
         n, h, w, c = x.shape
         squares = x.reshape(n, h // 2, 2, w // 2, 2, c).swapaxes(2, 3).reshape(n, h // 2, w // 2, 4 * c)
         taps = _taps_between_squares(self.kernel.shape[0])
         kernel = _exact_einsum("uapy,vbqx,yxco->uvabcpqo", taps, taps, self.kernel[...])
         y = _convolve(squares, kernel.reshape(*kernel.shape[:2], 4 * c, -1).astype(x.dtype))
+        # The bias is the same for all four pixels, so it can be added after the maximum.
         return y.reshape(*y.shape[:-1], 4, -1).max(-2) + self.bias.astype(x.dtype)
 
-    def doubled(self, x: jax.Array) -> jax.Array:
-        """The convolution of x with every pixel four times: [N, H, W, in] → squares [N, H, W, 2, 2, out].
+    def upsample_conv(self, x: jax.Array) -> jax.Array:
+        """Nearest-neighbour ×2, then the convolution: [N, H, W, in] → squares [N, H, W, 2, 2, out].
 
-        Taps that fall on copies of the same pixel are added up first: 9 products per result in place of 25.
-        :func:`put_in_place` makes an image of the squares.
+        :func:`depth_to_space` turns the squares into an image.
         """
+        # After upsampling, several taps see copies of the same pixel: their weights are summed first, which leaves
+        # 9 multiplications per result in place of 25 (for a 5×5 kernel).
         taps = _taps_on_copies(self.kernel.shape[0])
         kernel = _exact_einsum("upy,vqx,yxco->uvcpqo", taps, taps, self.kernel[...])
         y = _convolve(x, kernel.reshape(*kernel.shape[:3], -1).astype(x.dtype))
@@ -59,7 +61,7 @@ class Conv(nnx.Module):
 
 
 class ConvDown(nnx.Module):
-    """Conv → 2×2 max-pool → RMSNorm over channels → SiLU: half the size."""
+    """Conv → 2×2 max-pool → RMSNorm over channels → SiLU: half the size (danijar/dreamerv3 rssm.py ``Encoder``)."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.conv = Conv(inputs, outputs, rngs=rngs)
@@ -67,11 +69,11 @@ class ConvDown(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, in] → [N, H/2, W/2, out]."""
-        return jax.nn.silu(self.norm(self.conv.pooled(x)))
+        return jax.nn.silu(self.norm(self.conv.conv_pool(x)))
 
 
 class ConvUp(nnx.Module):
-    """Nearest-neighbour ×2 → Conv → RMSNorm over channels → SiLU: double the size."""
+    """Nearest-neighbour ×2 → Conv → RMSNorm over channels → SiLU: double the size (rssm.py ``Decoder``)."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.conv = Conv(inputs, outputs, rngs=rngs)
@@ -79,7 +81,8 @@ class ConvUp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, in] → [N, 2H, 2W, out]."""
-        return put_in_place(jax.nn.silu(self.norm(self.conv.doubled(x))))
+        # Norm and activation treat every pixel alike, so the pixels are moved once, after them.
+        return depth_to_space(jax.nn.silu(self.norm(self.conv.upsample_conv(x))))
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -88,47 +91,42 @@ def max_pool(x: jax.Array) -> jax.Array:
     return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
 
 
-def put_in_place(squares: jax.Array) -> jax.Array:
+def depth_to_space(squares: jax.Array) -> jax.Array:
     """Squares [N, H, W, 2, 2, C] as an image [N, 2H, 2W, C]."""
     n, h, w, _, _, c = squares.shape
     return squares.swapaxes(2, 3).reshape(n, 2 * h, 2 * w, c)
 
 
-# Weights are only moved and added here, which must not cost them digits on a GPU.
+# These einsums only move and add weights, which must not lose digits to a GPU's default precision.
 _exact_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def _plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _plain_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """XLA's gradients, but on CPUs that of the kernel a few images at a time.
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _plain_conv(x, kernel), (x, kernel)
 
-    It is computed with images as the innermost axis; a thousand of them lie a power of two apart and evict each other
-    from the cache, which costs four fifths of the time.
-    """
+
+def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
 
-    def to_kernel(x: jax.Array, g: jax.Array) -> jax.Array:
-        return jax.vjp(functools.partial(_plain, x), kernel)[1](g)[0]
+    def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jax.vjp(functools.partial(_plain_conv, x), kernel)[1](g)[0]
 
-    def in_parts(x: jax.Array, g: jax.Array) -> jax.Array:
-        size = max(64, -(-len(x) // 16))
-        parts = [to_kernel(x[i : i + size], g[i : i + size]) for i in range(0, len(x), size)]
-        return sum(parts[1:], parts[0])
-
-    to_x = jax.vjp(lambda x: _plain(x, kernel), x)[1](g)[0]
-    return to_x, jax.lax.platform_dependent(x, g, cpu=in_parts, default=to_kernel)
+    x_gradient = jax.vjp(lambda x: _plain_conv(x, kernel), x)[1](g)[0]
+    return x_gradient, conv_kernel_gradient(kernel_gradient, x, g)
 
 
-_convolve = jax.custom_vjp(_plain)
-_convolve.defvjp(lambda x, kernel: (_plain(x, kernel), (x, kernel)), _backward)
+# A convolution with XLA's own gradients, but for the CPU workaround in the kernel's.
+_convolve = jax.custom_vjp(_plain_conv)
+_convolve.defvjp(_forward, _backward)
 
 
 @functools.cache
 def _taps_between_squares(size: int) -> np.ndarray:
-    """1 at [u, a, p, y] where tap y leads from pixel a of square u (the middle one is the own) to output pixel p."""
+    """[u, a, p, y] is 1 where tap y leads from pixel a of square u to output pixel p; the middle u is p's square."""
     reach = (size // 2 + 1) // 2
     u, a, p, y = np.ogrid[: 2 * reach + 1, :2, :2, :size]
     return (2 * (u - reach) + a - p + size // 2 == y).astype(np.float32)
@@ -136,7 +134,7 @@ def _taps_between_squares(size: int) -> np.ndarray:
 
 @functools.cache
 def _taps_on_copies(size: int) -> np.ndarray:
-    """1 at [u, p, y] where tap y of output pixel p falls on a copy of pixel u (the middle one is the own)."""
+    """[u, p, y] is 1 where tap y of output pixel p falls on a copy of pixel u; the middle u is the pixel p copies."""
     reach = (size // 2 + 1) // 2
     u, p, y = np.ogrid[: 2 * reach + 1, :2, :size]
     return ((p + y - size // 2) // 2 + reach == u).astype(np.float32)

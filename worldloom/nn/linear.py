@@ -1,4 +1,7 @@
-"""Linear maps, RMS norm and the MLP of DreamerV3: float32 weights, computed in the dtype of their input."""
+"""Linear maps, RMS norm and the MLP of DreamerV3: float32 weights, computed in the dtype of their input.
+
+The counterparts in danijar/dreamerv3 are ``Linear``, ``BlockLinear``, ``Norm`` and ``MLP`` of ``embodied/jax/nets.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,25 @@ TRUNCATION = 1.1368
 
 
 class OneDraw(nnx.Rngs):
-    """Rngs whose truncated normals are cut from a single draw: compiling one takes as long for a weight as for all.
+    """Rngs whose truncated normals are slices of a single draw.
+
+    Compiling one draw takes as long as compiling the draw of a single weight, and a model has hundreds of weights.
 
     Args:
-      key: of that draw and of the streams, which are those of ``nnx.Rngs(key)``.
-      size: numbers to draw, at least as many as will be taken.
+      key: root key; the streams are those of ``nnx.Rngs(key)``.
+      size: numbers to draw; a request beyond them raises ``TypeError`` (of ``reshape``).
     """
 
     def __init__(self, key: jax.Array, size: int):
         super().__init__(key)
         self._numbers = jax.random.truncated_normal(jax.random.fold_in(key, size), -2.0, 2.0, (size,))
-        self._taken = 0
+        self._used = 0
 
     def truncated_normal(self, lower: float, upper: float, shape: tuple[int, ...]) -> jax.Array:
         """The next numbers of the draw."""
         assert (lower, upper) == (-2, 2)
-        start, self._taken = self._taken, self._taken + math.prod(shape)
-        return self._numbers[start : self._taken].reshape(shape)
+        start, self._used = self._used, self._used + math.prod(shape)
+        return self._numbers[start : self._used].reshape(shape)
 
 
 def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> jax.Array:
@@ -54,41 +59,42 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] → [..., out]."""
-        return self.product(x) + self.bias.astype(x.dtype)
+        return self.matmul(x) + self.bias.astype(x.dtype)
 
-    def product(self, x: jax.Array, known: jax.Array | None = None) -> jax.Array:
-        """``x W`` [..., in] → [..., out].
+    def matmul(self, x: jax.Array, known: jax.Array | None = None) -> jax.Array:
+        """``x W``, without the bias: [..., in] → [..., out].
 
-        ``known`` is its value where it was computed before; then a gradient reaches W alone.
+        ``known`` is the value of ``x W`` [..., out] if it was computed before. It is returned as it is, and the
+        gradient then reaches W alone, neither x nor ``known``.
         """
         kernel = self.kernel.astype(x.dtype)
         if known is not None:
-            return _known_product(x, kernel, known)
-        # One axis of rows: of two, CPUs would copy the gradient for the product with x.
+            return _known_matmul(x, kernel, known)
+        # One axis of rows: with two, XLA on CPUs copies the gradient before it multiplies it with x.
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
-def _known_product(x: jax.Array, kernel: jax.Array, product: jax.Array) -> jax.Array:
+def _known_matmul(x: jax.Array, kernel: jax.Array, product: jax.Array) -> jax.Array:
     return product
 
 
-def _product_forward(x: jax.Array, kernel: jax.Array, product: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _known_matmul_forward(x: jax.Array, kernel: jax.Array, product: jax.Array) -> tuple[jax.Array, jax.Array]:
     return product, x
 
 
-def _product_backward(x: jax.Array, reached: jax.Array) -> tuple[None, jax.Array, None]:
-    return None, x.reshape(-1, x.shape[-1]).T @ reached.reshape(-1, reached.shape[-1]), None
+def _known_matmul_backward(x: jax.Array, g: jax.Array) -> tuple[None, jax.Array, None]:
+    return None, x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1]), None
 
 
-_known_product.defvjp(_product_forward, _product_backward)
+_known_matmul.defvjp(_known_matmul_forward, _known_matmul_backward)
 
 
 class BlockLinear(nnx.Module):
     """A block-diagonal linear map: chunk k of the input alone makes chunk k of the output.
 
     Kernel [blocks, in/blocks, out/blocks], bias [out]. The initial variance is that of a dense layer of the full
-    input width, as in DreamerV3 (danijar/dreamerv3 ``nn.BlockLinear``), not that of ``blocks`` separate layers.
+    input width, as in the reference's ``BlockLinear``, not that of ``blocks`` separate layers.
 
     Args:
       inputs, outputs: full widths, multiples of ``blocks``.
@@ -105,13 +111,18 @@ class BlockLinear(nnx.Module):
         """[..., in] → [..., out]."""
         return block_matmul(x, self.kernel.astype(x.dtype)) + self.bias.astype(x.dtype)
 
+    def split(self, x: jax.Array, parts: int) -> list[jax.Array]:
+        """[..., in] → ``parts`` arrays [..., out/parts]: each block's outputs are cut into that many equal pieces."""
+        blocks = self.kernel.shape[0]
+        bias = self.bias.astype(x.dtype).reshape(blocks, parts, -1).swapaxes(0, 1).reshape(parts, -1)
+        y = block_matmul(x, self.kernel.astype(x.dtype), parts)
+        return [y[i] + bias[i] for i in range(parts)]
+
 
 def block_matmul(x: jax.Array, kernel: jax.Array, parts: int = 1) -> jax.Array:
-    """[..., g·i] times block-diagonal [g, i, parts·o] → [..., g·o] or, for several parts, [parts, ..., g·o].
-
-    Blocks come first in the product, where XLA puts them anyway, and move once: writing the moves into the einsum
-    costs CPUs five times as much.
-    """
+    """[..., g·i] times block-diagonal [g, i, parts·o] → [..., g·o] or, for several parts, [parts, ..., g·o]."""
+    # The block axis leads in the product, where XLA puts it anyway, and each array is transposed once: with the
+    # transpositions written into the einsum, XLA on CPUs takes five times as long.
     blocks, inputs, _ = kernel.shape
     chunks = jnp.moveaxis(x.reshape(*x.shape[:-1], blocks, inputs), -2, 0)
     y = jnp.einsum("g...i,gio->g...o", chunks, kernel)
@@ -121,7 +132,10 @@ def block_matmul(x: jax.Array, kernel: jax.Array, parts: int = 1) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """``x · rsqrt(mean(x²) + 1e-4) · scale`` over the last axis, in float32; no mean is subtracted, nothing added."""
+    """``x · rsqrt(mean(x²) + 1e-4) · scale`` over the last axis, computed in float32; no centring, no bias.
+
+    Zhang & Sennrich 2019; ``Norm('rms')`` of the reference, with its ε.
+    """
 
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones(width))
@@ -144,8 +158,8 @@ class Dense(nnx.Module):
         """[..., in] → [..., out]."""
         return jax.nn.silu(self.norm(self.linear(x)))
 
-    def finish(self, product: jax.Array) -> jax.Array:
-        """What is left to do after the product with the kernel."""
+    def norm_act(self, product: jax.Array) -> jax.Array:
+        """What follows the product ``x W`` [..., out] with the kernel: bias, norm, activation."""
         return jax.nn.silu(self.norm(product + self.linear.bias.astype(product.dtype)))
 
 
@@ -158,15 +172,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] → [..., width]."""
-        return self.finish(self.product(x))
+        return self.after_first_matmul(self.first_matmul(x))
 
-    def product(self, x: jax.Array, known: jax.Array | None = None) -> jax.Array:
-        """That of the first layer; see :meth:`Linear.product`."""
-        return self.layers[0].linear.product(x, known)
+    def first_matmul(self, x: jax.Array, known: jax.Array | None = None) -> jax.Array:
+        """The first layer's product with its kernel, [..., in] → [..., width]; see :meth:`Linear.matmul`."""
+        return self.layers[0].linear.matmul(x, known)
 
-    def finish(self, product: jax.Array) -> jax.Array:
-        """What is left to do after :meth:`product`."""
-        x = self.layers[0].finish(product)
+    def after_first_matmul(self, product: jax.Array) -> jax.Array:
+        """Everything that follows :meth:`first_matmul`: [..., width] → [..., width]."""
+        x = self.layers[0].norm_act(product)
         for layer in self.layers[1:]:
             x = layer(x)
         return x

@@ -1,4 +1,8 @@
-"""The distributions of DreamerV3 as small pytrees. Everything is float32; without randomness, draws are modes."""
+"""The distributions of DreamerV3 as small pytrees, in float32. Without a key, samples are modes.
+
+Their counterparts in danijar/dreamerv3 are ``OneHot``, ``Categorical``, ``Normal``, ``Binary`` and ``MSE`` of
+``embodied/jax/outs.py``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ class OneHot(NamedTuple):
 
     Attributes:
       log_probs: normalised log-probabilities [..., S, C] of S variables with C classes.
-      probs: their exponentials, which draws need without the logarithms.
+      probs: the probabilities [..., S, C] themselves, so that sampling needs no exponentials.
     """
 
     log_probs: jax.Array
@@ -28,7 +32,8 @@ class OneHot(NamedTuple):
     @classmethod
     def from_logits(cls, logits: jax.Array, unimix: float = 0.0) -> OneHot:
         """``p = (1 − unimix) · softmax(logits) + unimix / C``: no class ever has less than ``unimix / C``."""
-        # Classes one by one: CPUs are slow at sums over rows of four or 32 numbers.
+        # A softmax with the classes on the leading axis, reduced one class at a time: XLA on CPUs is slow at
+        # reductions over the short last axis (4 to 32 classes).
         classes = jnp.moveaxis(logits.astype(jnp.float32), -1, 0)
         classes -= jax.lax.stop_gradient(functools.reduce(jnp.maximum, list(classes)))
         masses = jnp.exp(classes)
@@ -40,24 +45,27 @@ class OneHot(NamedTuple):
             log_probs = jnp.log(probs)
         return cls(jnp.moveaxis(log_probs, 0, -1), jnp.moveaxis(probs, 0, -1))
 
-    def pick(self, uniform: jax.Array | None) -> jax.Array:
-        """Exact one-hot draws [..., S, C] whose gradient is that of the probabilities (straight-through).
+    def sample_straight_through(self, uniform: jax.Array | None) -> jax.Array:
+        """Exact one-hot samples [..., S, C] whose gradient is that of the probabilities (straight-through).
 
-        ``uniform`` holds random numbers [..., S] from [0, 1), drawn before; None picks the modes. A draw
-        inverts the cumulated probabilities: one random number per variable, where Gumbel noise takes one and two
-        logarithms per class (12 times the time on a CPU).
+        The gradient estimator is that of Bengio et al. 2013, as in DreamerV2 and V3.
+
+        Args:
+          uniform: independent uniforms from [0, 1), one per variable, [..., S]; None takes the modes.
         """
         probs = self.probs
         if uniform is None:
             index = jnp.argmax(self.log_probs, -1)
         else:
-            index, reached = jnp.zeros(uniform.shape, jnp.int32), jnp.zeros_like(uniform)
-            # The last class takes what is left, so rounding of the sum can never leave the range.
+            # Inverse transform: the index is the number of cumulated probabilities not above the uniform. It needs
+            # one random number per variable; Gumbel noise needs one, and two logarithms, per class (12 times the
+            # time on a CPU). The last class gets the remainder, so rounding of the sum cannot leave the range.
+            index, cumulated = jnp.zeros(uniform.shape, jnp.int32), jnp.zeros_like(uniform)
             for mass in jnp.moveaxis(probs, -1, 0)[:-1]:
-                reached += mass
-                index += reached <= uniform
+                cumulated += mass
+                index += cumulated <= uniform
         hard = jax.nn.one_hot(index, probs.shape[-1], dtype=jnp.float32)
-        # The bracket matters: (hard + p) − p would leave a rounding error in a value that must be exactly 0 or 1.
+        # The brackets matter: (hard + p) − p would leave a rounding error in a value that must be exactly 0 or 1.
         return jax.lax.stop_gradient(hard) + (probs - jax.lax.stop_gradient(probs))
 
     def entropy(self) -> jax.Array:
@@ -99,7 +107,7 @@ class Categorical(NamedTuple):
 
 
 class Normal(NamedTuple):
-    """A continuous action with independent entries; draws are *not* clipped or squashed.
+    """A continuous action with independent entries; samples are *not* clipped or squashed.
 
     Attributes:
       mean: [..., A].
@@ -116,7 +124,7 @@ class Normal(NamedTuple):
         return cls(jnp.tanh(mean), (max_std - min_std) * jax.nn.sigmoid(std + 2.0) + min_std)
 
     def sample(self, key: jax.Array | None) -> jax.Array:
-        """Draws [..., A]; the mean without a key."""
+        """Samples [..., A]; the mean without a key."""
         return self.mean if key is None else self.mean + self.std * jax.random.normal(key, self.mean.shape)
 
     def log_prob(self, value: jax.Array) -> jax.Array:
@@ -129,14 +137,14 @@ class Normal(NamedTuple):
         return jnp.sum(jnp.log(self.std) + 0.5 * math.log(2 * math.pi * math.e), -1)
 
 
-def draw(policy: Mapping[str, Normal | Categorical], key: jax.Array | None) -> dict[str, jax.Array]:
-    """One draw of each action's distribution, by name."""
+def sample_actions(policy: Mapping[str, Normal | Categorical], key: jax.Array | None) -> dict[str, jax.Array]:
+    """One sample of each action by name, int32 [...] or float32 [..., A]; the modes without a key."""
     keys = split_key(key, len(policy)) if len(policy) > 1 else (key,)
     return {name: policy[name].sample(k) for name, k in zip(policy, keys, strict=True)}
 
 
 def binary_cross_entropy(logit: jax.Array, target: jax.Array) -> jax.Array:
-    """``−y log σ(l) − (1 − y) log σ(−l)``, elementwise; soft targets in [0, 1] are meant."""
+    """``−y log σ(l) − (1 − y) log σ(−l)``, elementwise, for targets y anywhere in [0, 1]."""
     return -(target * jax.nn.log_sigmoid(logit) + (1 - target) * jax.nn.log_sigmoid(-logit))
 
 

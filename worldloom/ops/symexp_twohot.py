@@ -1,6 +1,6 @@
-"""Regression as classification over symexp-spaced bins (DreamerV3's ``symexp_twohot``).
+"""Regression as classification over symexp-spaced bins (DreamerV3, "Robust predictions"; ``symexp_twohot``).
 
-The bins live in *raw* space: targets are not squashed. (TD-MPC2's two-hot is linear in symlog space.)
+The bins are in the units of the data: targets are not squashed. (TD-MPC2's two-hot is linear in symlog space.)
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ def symexp_bins(num: int = 255) -> jax.Array:
 
 
 def symexp_twohot_mean(logits: jax.Array) -> jax.Array:
-    """Expected value [...] of logits [..., K].
-
-    ``Σ_j b_j (p_j − p_{−j})`` over mirrored pairs of bins. A plain sum over bins up to ±4.9e8 would not give 0 for
-    uniform logits in float32, and heads that start at 0 must predict exactly 0.
-    """
+    """Expected value [...] of logits [..., K], in the units of the data: ``Σ_j b_j (p_j − p_{−j})``."""
+    # Summed over mirrored pairs of bins: in float32, a plain sum over bins up to ±4.9e8 would not give 0 for uniform
+    # logits, and heads that start at 0 must predict exactly 0.
     centre = logits.shape[-1] // 2
     probs = jax.nn.softmax(logits.astype(jnp.float32))
     pairs = probs[..., centre + 1 :] - probs[..., :centre][..., ::-1]
@@ -32,8 +30,8 @@ def symexp_twohot_mean(logits: jax.Array) -> jax.Array:
 def symexp_twohot_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Cross entropy [...] between the two-hot code of ``target`` [...] and logits [..., K].
 
-    The code puts all weight on the two bins next to the target, in proportion to closeness; beyond the ends it
-    saturates on the end bin. No gradient reaches the target.
+    The code puts all weight on the two bins next to the target, more on the nearer one, so that its mean is the
+    target; beyond the ends it saturates on the end bin. No gradient reaches the target.
     """
     code = _two_hot(jax.lax.stop_gradient(target.astype(jnp.float32)), logits.shape[-1])
     logits = logits.astype(jnp.float32)
@@ -43,9 +41,10 @@ def symexp_twohot_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
 def _two_hot(target: jax.Array, num: int) -> jax.Array:
     """[...] → weights [..., K] that sum to 1."""
     bins = symexp_bins(num)
-    not_above = jnp.searchsorted(bins, target, side="right")
-    below, above = jnp.clip(not_above - 1, 0, num - 1), jnp.clip(not_above, 0, num - 1)
-    # On an end bin both are the same: the weights are then ½ and ½ of it.
+    # The bins on either side of the target.
+    count = jnp.searchsorted(bins, target, side="right")
+    below, above = jnp.clip(count - 1, 0, num - 1), jnp.clip(count, 0, num - 1)
+    # Beyond an end both are the end bin: any two distances give weights that sum to 1 on it.
     to_below = jnp.where(below == above, 1.0, jnp.abs(bins[below] - target))
     to_above = jnp.where(below == above, 1.0, jnp.abs(bins[above] - target))
     weight = (to_above / (to_below + to_above))[..., None]

@@ -10,14 +10,17 @@ from typing import Annotated, Any, NamedTuple, Self, cast
 
 from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer
 from worldloom.errors import ConfigError
+from worldloom.spaces import ACTION, OBS
 
 LEVELS = 4
-"""Halvings of an image by the encoder; channel multipliers of the levels are ``CHANNELS``."""
+"""Levels of the image networks; each halves height and width (``strides`` of the reference's encoder)."""
 CHANNELS = (2, 3, 4, 4)
+"""Channels of each level as multiples of ``cnn_depth`` (``mults``)."""
 
 
 def _reference_size(deter: int) -> dict[str, int]:
-    # Every field that depends on size: hidden = units = deter / 8, depth = classes = units / 16, 32 latents.
+    # The rule behind the size overlays of the reference's configs.yaml: hidden = units = deter / 8,
+    # depth = classes = units / 16, always 32 latents. Every field that depends on size is set.
     hidden = deter // 8
     classes = hidden // 16
     return {
@@ -31,7 +34,8 @@ def _reference_size(deter: int) -> dict[str, int]:
 
 
 _PRESETS: dict[str, dict[str, int]] = {
-    # Ours, for tests and laptops: imagining from a part of the states makes updates several times cheaper on a CPU.
+    # This library's own, for tests and laptops: imagining from 8 states a window, not from all, makes an update
+    # several times cheaper on a CPU.
     "tiny": _reference_size(512)
     | {"deter_dim": 256, "stoch_dim": 256, "num_categories": 16, "mlp_layers": 2, "imagination_starts": 8},
     "size1m": _reference_size(512),
@@ -42,7 +46,7 @@ _PRESETS: dict[str, dict[str, int]] = {
     "size200m": _reference_size(8192),
     "size400m": _reference_size(12288),
 }
-# Names of the earlier PyTorch library: its stoch_discrete latents had stoch_classes classes each.
+# Field names of the earlier PyTorch library, which from_dict translates.
 _EARLIER_NAMES = ("stoch_discrete", "stoch_classes", "num_hidden_layers")
 
 
@@ -160,7 +164,8 @@ class DreamerV3Config(BaseConfig):
             "obs_shape is empty; give a shape like (24,) or a mapping of names to shapes.",
         )
         for name, shape in self.observations.items():
-            _check_shape(name, shape)
+            _check_name(name)
+            _check_shape(f"obs_shape['{name}']" if isinstance(self.obs_shape, Mapping) else "obs_shape", shape)
         sides = {self.image_layout(name)[:2] for name in self.image_keys}
         check(len(sides) <= 1, f"All images must have the same sides, not {sorted(sides)}; resize them to one size.")
         self._check_actions()
@@ -187,16 +192,25 @@ class DreamerV3Config(BaseConfig):
 
     @property
     def observations(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name, in the order given; a single observation is named ``image`` or ``vector``."""
+        """Shapes by name, in the order given; a single observation is named ``obs``."""
         if isinstance(self.obs_shape, Mapping):
             return dict(self.obs_shape)
-        is_image = isinstance(self.obs_shape, tuple) and len(self.obs_shape) == 3
-        return {"image" if is_image else "vector": cast("tuple[int, ...]", self.obs_shape)}
+        return {OBS: cast("tuple[int, ...]", self.obs_shape)}
+
+    def weight_name(self, name: str) -> str:
+        """The name of an observation in the names of weights (``decoder.vectors.vector.kernel``).
+
+        It is the observation's own, except for a single array: its weights are called ``vector`` or ``image``, the
+        keys of the reference program's environments (``dec/vec/vector/pred``), in saved models as well.
+        """
+        if isinstance(self.obs_shape, Mapping):
+            return name
+        return "image" if len(self.obs_shape) == 3 else "vector"
 
     @property
     def actions(self) -> dict[str, ActionSpace]:
         """Actions by name, in the order given; a single action is named ``action``."""
-        dims = self.action_dim if isinstance(self.action_dim, Mapping) else {"action": self.action_dim}
+        dims = self.action_dim if isinstance(self.action_dim, Mapping) else {ACTION: self.action_dim}
         kind = lambda name: self.action_type[name] if isinstance(self.action_type, Mapping) else self.action_type  # noqa: E731
         return {name: ActionSpace(dim, kind(name) == "discrete") for name, dim in dims.items()}
 
@@ -272,7 +286,7 @@ class DreamerV3Config(BaseConfig):
         return cls(**{name: value for name, value in values.items() if name not in unknown})
 
     def _check_actions(self) -> None:
-        keys = list(self.action_dim) if isinstance(self.action_dim, Mapping) else ["action"]
+        keys = list(self.action_dim) if isinstance(self.action_dim, Mapping) else [ACTION]
         check(bool(keys), "action_dim names no action.")
         for name in keys:
             _check_name(name)
@@ -288,22 +302,21 @@ class DreamerV3Config(BaseConfig):
                 f"action_type={kind!r} must be 'continuous' or 'discrete'.",
             )
         for name, space in self.actions.items():
-            _check_integer("action_dim" if name == "action" else f"action_dim['{name}']", space.dim, 1)
+            _check_integer("action_dim" if name == ACTION else f"action_dim['{name}']", space.dim, 1)
 
 
-def _check_shape(name: str, shape: Any) -> None:
-    _check_name(name)
+def _check_shape(field: str, shape: Any) -> None:
     whole = isinstance(shape, tuple) and all(is_integer(side) and side >= 1 for side in shape)
     check(
         whole and len(shape) <= 3,
-        f"obs_shape of '{name}' is {shape!r}; give a vector like (24,) or an image like (3, 64, 64).",
+        f"{field}={shape!r} is not a shape; give a vector like (24,) or an image like (3, 64, 64).",
     )
     if len(shape) == 3:
         height, width = shape[1:] if shape[0] < shape[2] else shape[:2]
         fits = all(side % 2**LEVELS == 0 and 3 <= side // 2**LEVELS <= 16 for side in (height, width))
         check(
             fits,
-            f"The image '{name}' of obs_shape {shape} has sides {height} × {width}; four halvings must leave 3 to 16 "
+            f"The image {field}={shape} has sides {height} × {width}; four halvings must leave 3 to 16 "
             f"pixels, so each side is a multiple of 16 from 48 to 256. Resize it, for example to 64 × 64.",
         )
 

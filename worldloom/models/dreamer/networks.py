@@ -1,4 +1,8 @@
-"""Encoder, decoder, heads and actor: what surrounds the recurrent state-space model."""
+"""Encoder, decoder, heads and actor: the networks around the recurrent state-space model.
+
+Their counterparts in danijar/dreamerv3 are ``Encoder`` and ``Decoder`` of ``dreamerv3/rssm.py``, and ``MLPHead`` of
+``embodied/jax/heads.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from flax import nnx
 from worldloom.models.base import Statistic
 from worldloom.models.dreamer.config import CHANNELS, LEVELS, DreamerV3Config
 from worldloom.models.dreamer.rssm import Latent
-from worldloom.nn.conv import Conv, ConvDown, ConvUp, put_in_place
+from worldloom.nn.conv import Conv, ConvDown, ConvUp, depth_to_space
 from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm
 from worldloom.ops.distributions import Categorical, Normal
 from worldloom.ops.symlog import symlog
@@ -45,9 +49,11 @@ class Encoder(nnx.Module):
     def __call__(self, obs: Mapping[str, jax.Array]) -> jax.Array:
         """``obs`` holds vectors [..., n] and images [..., H, W, C] (uint8, or float from 0 to 1) by name."""
         tokens = []
+        # Vectors: symlog, one MLP for all.
         if self.vector_keys:
             squashed = [symlog(obs[name].astype(jnp.float32)).astype(self.dtype) for name in self.vector_keys]
             tokens.append(self.mlp(jnp.concatenate(squashed, -1)))
+        # Images: centred on 0, joined on their channels, four levels of convolutions.
         if self.image_keys:
             images = [unit_range(obs[name], self.dtype) for name in self.image_keys]
             x = jnp.concatenate(images, -1) - 0.5
@@ -60,7 +66,11 @@ class Encoder(nnx.Module):
 
 
 class ImageDecoder(nnx.Module):
-    """Latent → images [..., H, W, Σ channels] from 0 to 1, via a small spatial map made by blocks of h and by z."""
+    """Latent → images [..., H, W, Σ channels] from 0 to 1.
+
+    A small map [H/16, W/16, channels] is the sum of a block-diagonal layer of h (``sp0``) and an MLP of z (``sp1``,
+    ``sp2``); four upsampling convolutions enlarge it.
+    """
 
     def __init__(self, config: DreamerV3Config, *, rngs: nnx.Rngs):
         layouts = [config.image_layout(name) for name in config.image_keys]
@@ -79,14 +89,16 @@ class ImageDecoder(nnx.Module):
         """Images [..., H, W, Σ channels] of states [...]."""
         height, width, channels = self.map_shape
         batch = state.deter.shape[:-1]
-        # The blocks' outputs lie side by side as (g, h, w, c); on the map they become channel groups.
-        own = self.from_deter(state.deter).reshape(-1, self.blocks, height, width, channels // self.blocks)
-        own = jnp.moveaxis(own, 1, 3).reshape(-1, height, width, channels)
-        drawn = self.from_stoch(self.stoch_hidden(state.flat_stoch)).reshape(-1, height, width, channels)
-        x = jax.nn.silu(self.norm(own + drawn))
+        # h: each block makes a map of its own, [g, h, w, c]; the blocks become channel groups of one map.
+        deter = self.from_deter(state.deter).reshape(-1, self.blocks, height, width, channels // self.blocks)
+        deter = jnp.moveaxis(deter, 1, 3).reshape(-1, height, width, channels)
+        # z: one MLP.
+        stoch = self.from_stoch(self.stoch_hidden(state.flat_stoch)).reshape(-1, height, width, channels)
+        x = jax.nn.silu(self.norm(deter + stoch))
+        # Three levels with norm and activation, the fourth with a sigmoid alone.
         for level in self.cnn:
             x = level(x)
-        x = put_in_place(jax.nn.sigmoid(self.output.doubled(x)))
+        x = depth_to_space(jax.nn.sigmoid(self.output.upsample_conv(x)))
         return x.reshape(*batch, *x.shape[1:])
 
 
@@ -94,7 +106,8 @@ class Decoder(nnx.Module):
     """Latent → observations by name: vectors in symlog space, images [..., H, W, C] from 0 to 1."""
 
     def __init__(self, config: DreamerV3Config, *, rngs: nnx.Rngs):
-        sizes = {name: math.prod(config.observations[name]) for name in config.vector_keys}
+        self.vector_keys = tuple((config.weight_name(name), name) for name in config.vector_keys)
+        sizes = {key: math.prod(config.observations[name]) for key, name in self.vector_keys}
         self.image_channels = tuple((name, config.image_layout(name)[2]) for name in config.image_keys)
         if sizes:
             self.mlp = MLP(config.feature_dim, config.width, config.mlp_layers, rngs=rngs)
@@ -105,11 +118,13 @@ class Decoder(nnx.Module):
     def __call__(self, state: Latent) -> dict[str, jax.Array]:
         """Observations [..., n] and [..., H, W, C] of states [...], float32."""
         decoded: dict[str, jax.Array] = {}
-        if hasattr(self, "mlp"):
+        if self.vector_keys:
             # Stochastic part first: the opposite of ``features``, as in the reference program.
             x = self.mlp(jnp.concatenate([state.flat_stoch, state.deter], -1))
-            decoded |= {name: output(x).astype(jnp.float32) for name, output in self.vectors.items()}
+            names = dict(self.vector_keys)
+            decoded |= {names[key]: output(x).astype(jnp.float32) for key, output in self.vectors.items()}
         if self.image_channels:
+            # One array of all images, cut along its channels.
             ends = [sum(c for _, c in self.image_channels[: i + 1]) for i in range(len(self.image_channels) - 1)]
             images = jnp.split(self.image(state).astype(jnp.float32), ends, -1)
             decoded |= {name: image for (name, _), image in zip(self.image_channels, images, strict=True)}
@@ -169,15 +184,18 @@ class Actor(nnx.Module):
 
     def __call__(self, features: jax.Array) -> dict[str, Normal | Categorical]:
         """The distribution of each action by name."""
-        return self.finish(self.product(features))
+        return self.after_first_matmul(self.first_matmul(features))
 
-    def product(self, features: jax.Array, known: jax.Array | None = None) -> jax.Array:
-        """That of the first layer; see :meth:`worldloom.nn.linear.Linear.product`."""
-        return self.mlp.product(features, known)
+    def first_matmul(self, features: jax.Array, known: jax.Array | None = None) -> jax.Array:
+        """The first layer's product with its kernel, [..., F] → [..., U]; ``known`` as in ``Linear.matmul``.
 
-    def finish(self, product: jax.Array) -> dict[str, Normal | Categorical]:
-        """What is left to do after :meth:`product`."""
-        x = self.mlp.finish(product)
+        Imagination keeps it, so that the loss does not compute the actor's largest product a second time.
+        """
+        return self.mlp.first_matmul(features, known)
+
+    def after_first_matmul(self, product: jax.Array) -> dict[str, Normal | Categorical]:
+        """Everything that follows :meth:`first_matmul`: [..., U] → the distribution of each action."""
+        x = self.mlp.after_first_matmul(product)
         return {name: output(x) for name, output in self.outputs.items()}
 
 
@@ -190,5 +208,5 @@ class ReturnRange(nnx.Module):
 
 
 def unit_range(image: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """uint8 from 0 to 255 becomes 0 to 1; float images are that already."""
+    """Images from 0 to 1 in ``dtype``: uint8 values are divided by 255, floats are in that range already."""
     return image.astype(dtype) / 255 if image.dtype == jnp.uint8 else image.astype(dtype)

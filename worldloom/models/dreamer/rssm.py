@@ -1,18 +1,19 @@
-"""The recurrent state-space model: block GRU, posterior and prior over categorical latents."""
+"""The recurrent state-space model: block GRU, posterior and prior over categorical latents.
+
+Names in parentheses are those of danijar/dreamerv3, ``dreamerv3/rssm.py``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from worldloom.models.dreamer.config import DreamerV3Config
-from worldloom.nn.late import Kernels, Products, late_scan
-from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm
+from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm, block_matmul
 from worldloom.ops.distributions import OneHot
 
 
@@ -31,7 +32,7 @@ class Latent:
 
     @property
     def features(self) -> jax.Array:
-        """What every head reads: deterministic then flat stochastic part, [..., D + S·C]."""
+        """Input of every head: deterministic, then flat stochastic part, [..., D + S·C]."""
         return jnp.concatenate([self.deter, self.flat_stoch], -1)
 
     @property
@@ -40,29 +41,40 @@ class Latent:
         return self.stoch.reshape(*self.stoch.shape[:-2], -1)
 
 
-class Mixing(NamedTuple):
-    """The weights of :class:`BlockGRU` as its steps use them.
+class GRUKernels(NamedTuple):
+    """The kernel of :attr:`BlockGRU.hidden` split by input, float32; see the comment in :class:`BlockGRU`.
 
     Attributes:
-      kernels: of the embeddings ``deter_in`` and ``stoch_in``; the hidden kernel's shares ``own`` chunk [g, D/g, D/g]
-        and ``shared`` state embeddings [2H, D]; and ``gates``.
-      action: the hidden kernel's share of the action embedding, [H, D].
-      gate_bias: [3, D]; each block's 3·D/g outputs are its reset, candidate and update gates, in this order.
+      recurrent: block-diagonal, for h: [g, D/g, D/g].
+      input: dense, for the embeddings of h and z side by side: [2H, D].
+      action: dense, for the embedding of the action: [H, D].
     """
 
-    kernels: Kernels
+    recurrent: jax.Array
+    input: jax.Array
     action: jax.Array
-    gate_bias: jax.Array
 
 
 class BlockGRU(nnx.Module):
-    """``h' = u · c + (1 − u) · h`` from state and action, with block-diagonal recurrent weights (``_core``).
+    """The sequence model ``h' = f(h, z, a)``: a GRU with block-diagonal recurrent weights (``RSSM._core``).
 
-    The reference program hands each of the g blocks its own chunk of h beside a copy of the three input embeddings.
-    The same numbers come from two products without the copies: block-diagonal with h, dense with the embeddings
-    (:meth:`mixing` cuts the one kernel accordingly). The action's share needs no state, so it is computed for a
-    whole sequence before the scan.
+    With ``e = [embed(h), embed(z), embed(a)]``, each embedding a Dense layer of H units, and h cut into g blocks h_k::
+
+        x_k                = silu(norm(W_k [h_k, e] + b_k))        hidden layer (``dynhid0``), norm over all blocks
+        [r_k, c_k, u_k]    = V_k x_k + d_k                         gates (``dyngru``)
+        reset, update      = σ(r), σ(u − 1)
+        candidate          = tanh(reset · c)
+        h'                 = update · candidate + (1 − update) · h
+
+    The −1 starts the update gate low, so that a new model keeps most of its state.
     """
+
+    # Split kernel: every block multiplies its own part of h but the *same* embeddings e. The reference copies e into
+    # each block and applies one block-diagonal kernel [g, D/g + 3H, D/g]. The same sums need no copies: W_k is split
+    # by input rows into a block-diagonal part for h and, since all blocks share e, one dense matrix [3H, D] for e.
+    # Of the latter, the rows of the action's embedding depend on no state: a sequence of known actions is multiplied
+    # at once, before the scan. With the copies an update takes 1.21 times as long (size1m, two CPU cores). Weights
+    # keep the reference's layout: `split_kernel` is the only place that knows both.
 
     def __init__(self, config: DreamerV3Config, *, rngs: nnx.Rngs):
         deter, hidden, blocks = config.deter_dim, config.hidden_dim, config.blocks
@@ -73,49 +85,49 @@ class BlockGRU(nnx.Module):
         self.norm = RMSNorm(deter)
         self.gates = BlockLinear(deter, 3 * deter, blocks, rngs=rngs)
 
-    def mixing(self, dtype: jnp.dtype) -> Mixing:
-        """What all steps of a scan share, cut once."""
-        kernel, bias = self.hidden.kernel.astype(dtype), self.gates.bias.astype(dtype)
-        own = kernel.shape[2]
-        shared = kernel[:, own:].transpose(1, 0, 2).reshape(kernel.shape[1] - own, -1)
-        cut = 2 * (shared.shape[0] // 3)
-        kernels = {
-            "deter_in": self.deter_in.linear.kernel.astype(dtype),
-            "stoch_in": self.stoch_in.linear.kernel.astype(dtype),
-            "own": kernel[:, :own],
-            "shared": shared[:cut],
-            "gates": self.gates.kernel.astype(dtype),
-        }
-        return Mixing(kernels, shared[cut:], bias.reshape(-1, 3, own).swapaxes(0, 1).reshape(3, -1))
+    def __call__(self, state: Latent, action: jax.Array, kernels: GRUKernels | None = None) -> jax.Array:
+        """Next deterministic state [..., D] from states [...] and embedded actions [..., A].
 
-    def action_share(self, action: jax.Array, mixing: Mixing) -> jax.Array:
-        """What the action [..., A] and the bias add to the hidden layer: [..., D].
+        A scan passes ``kernels``, made once by :meth:`split_kernel`, so that its steps do not split again.
+        """
+        kernels = kernels or self.split_kernel()
+        return self.step(state, self.action_term(action, kernels), kernels)
 
-        Entries beyond ±1 act like ±1; their gradient is divided by their size instead of cut.
+    def split_kernel(self) -> GRUKernels:
+        """The hidden layer's kernel [g, D/g + 3H, D/g] in the three parts that :meth:`step` multiplies with."""
+        kernel = self.hidden.kernel[...]
+        width = kernel.shape[2]
+        # [g, 3H, D/g] → [3H, D]: the blocks' outputs lie side by side.
+        dense = kernel[:, width:].transpose(1, 0, 2).reshape(kernel.shape[1] - width, -1)
+        end_of_state = 2 * (len(dense) // 3)
+        return GRUKernels(kernel[:, :width], dense[:end_of_state], dense[end_of_state:])
+
+    def action_term(self, action: jax.Array, kernels: GRUKernels) -> jax.Array:
+        """What the action [..., A] and the bias contribute to the hidden layer: [..., D].
+
+        Entries beyond ±1 act like ±1; their gradient is divided by their size instead of cut (as in ``_core``).
         """
         bounded = action / jax.lax.stop_gradient(jnp.maximum(1, jnp.abs(action)))
-        return self.action_in(bounded) @ mixing.action + self.hidden.bias.astype(action.dtype)
+        return self.action_in(bounded) @ kernels.action.astype(action.dtype) + self.hidden.bias.astype(action.dtype)
 
-    def __call__(
-        self, state: Latent, action_share: jax.Array, gate_bias: jax.Array, products: Callable[..., jax.Array]
-    ) -> jax.Array:
-        """Next deterministic state [..., D]; ``products`` with the kernels of :class:`Mixing`."""
-        deter, stoch = products("deter_in", state.deter), products("stoch_in", state.flat_stoch)
-        embedded = jnp.concatenate([self.deter_in.finish(deter), self.stoch_in.finish(stoch)], -1)
-        hidden = products("own", state.deter) + products("shared", embedded) + action_share
-        gates = products("gates", jax.nn.silu(self.norm(hidden)), 3)
-        reset, candidate, update = (gates[i] + gate_bias[i] for i in range(3))
+    def step(self, state: Latent, action_term: jax.Array, kernels: GRUKernels) -> jax.Array:
+        """Next deterministic state [..., D] from states [...] and :meth:`action_term` [..., D]."""
+        # Kernels are cast here, inside of scans, so that a scan sums up their gradients in float32.
+        recurrent, dense = (kernel.astype(state.deter.dtype) for kernel in (kernels.recurrent, kernels.input))
+        embedded = jnp.concatenate([self.deter_in(state.deter), self.stoch_in(state.flat_stoch)], -1)
+        hidden = block_matmul(state.deter, recurrent) + embedded @ dense + action_term
+        reset, candidate, update = self.gates.split(jax.nn.silu(self.norm(hidden)), 3)
         candidate = jnp.tanh(jax.nn.sigmoid(reset) * candidate)
         update = jax.nn.sigmoid(update - 1)
         return update * candidate + (1 - update) * state.deter
 
 
 class RSSM(nnx.Module):
-    """Latent dynamics. Activations follow the dtype of the states and inputs.
+    """Latent dynamics (``RSSM``). Activations follow the dtype of the states and inputs.
 
     Args:
       config: sizes.
-      token_dim: width of the encoder's output.
+      token_dim: width E of the encoder's output.
       rngs: source of the initial weights.
     """
 
@@ -139,78 +151,73 @@ class RSSM(nnx.Module):
         *,
         remat: bool = False,
     ) -> tuple[Latent, jax.Array]:
-        """Posterior states along a sequence, one ``lax.scan``.
+        """Posterior states along a sequence, one ``lax.scan`` (``observe``).
 
         Args:
           initial: state before the first row, [B, ...].
           tokens: encoded observations [B, T, E].
-          actions: embedded *previous* actions [B, T, A]: row t holds what was done at t − 1.
-          is_first: [B, T]; true rows start from zeros, as if nothing had been done before.
-          key: for the draws, or None for modes.
-          remat: keep only the states for the backward pass.
+          actions: embedded *previous* actions [B, T, A]: row t holds the action chosen at t − 1.
+          is_first: [B, T], bool or 0 and 1; where true, state and previous action are zeroed first.
+          key: for sampling the latents (consumed), or None for modes.
+          remat: keep only the states for the backward pass and recompute the steps there.
 
         Returns:
           States [B, T, ...] and posterior logits [B, T, S, C].
         """
         keep = 1 - is_first.astype(tokens.dtype)[..., None]
-        mixing = self.core.mixing(tokens.dtype)
-        kernel = self.posterior_hidden.linear.kernel.astype(tokens.dtype)
-        from_deter, from_tokens = jnp.split(kernel, [initial.deter.shape[-1]])
-        kernels = mixing.kernels | {
-            "posterior": from_deter,
-            "logits": self.posterior_logits.kernel.astype(tokens.dtype),
-        }
-        action_shares = self.core.action_share(actions * keep, mixing)
-        token_shares = tokens @ from_tokens + self.posterior_hidden.linear.bias.astype(tokens.dtype)
-        graph, weights = nnx.split(self)
+        # Before the scan, for all rows at once: everything that depends on no state. The posterior's kernel is split
+        # by input, h and token, like the GRU's.
+        kernels = self.core.split_kernel()
+        kernel, bias = self.posterior_hidden.linear.kernel[...], self.posterior_hidden.linear.bias[...]
+        deter_kernel, token_kernel = jnp.split(kernel, [initial.deter.shape[-1]])
+        action_terms = self.core.action_term(actions * keep, kernels)
+        token_terms = tokens @ token_kernel.astype(tokens.dtype) + bias.astype(tokens.dtype)
+        uniforms = self.sampling_uniforms(key, tokens.shape[1], len(tokens))
 
-        def step(weights: Any, products: Products, state: Latent, row: tuple, noise: jax.Array | None) -> tuple:
-            rssm, gate_bias = nnx.merge(graph, weights[0]), weights[1]
-            action_share, token_share, keep_t = row
+        def step(state: Latent, inputs: tuple) -> tuple[Latent, tuple[Latent, jax.Array]]:
+            (action_term, token_term, keep_t), uniform = inputs
             state = Latent(state.deter * keep_t, state.stoch * keep_t[..., None])
-            deter = rssm.core(state, action_share, gate_bias, products)
-            hidden = jax.nn.silu(rssm.posterior_hidden.norm(products("posterior", deter) + token_share))
-            logits = products("logits", hidden) + rssm.posterior_logits.bias.astype(hidden.dtype)
-            logits = rssm._to_latents(logits)
-            state = Latent(deter, rssm._draw(logits, noise))
+            deter = self.core.step(state, action_term, kernels)
+            hidden = deter @ deter_kernel.astype(deter.dtype) + token_term
+            logits = self._to_latents(self.posterior_logits(jax.nn.silu(self.posterior_hidden.norm(hidden))))
+            state = Latent(deter, self._sample(logits, uniform))
             return state, (state, logits)
 
-        rows = jax.tree.map(_swap_time, (action_shares, token_shares, keep))
-        shared, noise = (nnx.to_pure_dict(weights), mixing.gate_bias), self.noise(key, tokens.shape[1], len(tokens))
         if remat:
-            # A scan keeps the recomputation apart by itself.
-            one = lambda state, now: step(shared, Products(kernels), state, *now)  # noqa: E731
-            _, out = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), initial, (rows, noise))
-        else:
-            _, out = late_scan(step, shared, kernels, initial, rows, noise)
+            # A scan's backward pass is a loop of its own, which already keeps XLA from merging the recomputation away.
+            step = jax.checkpoint(step, prevent_cse=False)
+        rows = jax.tree.map(_swap_time, (action_terms, token_terms, keep))
+        _, out = jax.lax.scan(step, initial, (rows, uniforms))
         states, logits = jax.tree.map(_swap_time, out)
         return states, logits
 
     def prior(self, deter: jax.Array) -> jax.Array:
-        """Logits [..., S, C] of the stochastic part predicted from the deterministic part [..., D] alone."""
+        """Logits [..., S, C] of the stochastic part predicted from the deterministic part [..., D] (``_prior``)."""
         return self._to_latents(self.prior_logits(self.prior_hidden(deter)))
 
-    def noise(self, key: jax.Array | None, *shape: int) -> jax.Array | None:
-        """What drawing the stochastic part takes: numbers from [0, 1), [*shape, S], or None for modes.
+    def predict(
+        self, state: Latent, action: jax.Array, uniforms: jax.Array | None, kernels: GRUKernels | None = None
+    ) -> Latent:
+        """One imagined step from states [...] and embedded actions [..., A] (``imagine``).
 
-        For all steps of a scan at once: drawn one by one inside of it they cost more.
+        Args:
+          state: where to start, [...].
+          action: embedded, [..., A].
+          uniforms: of :meth:`sampling_uniforms`, [..., S]; None takes the modes.
+          kernels: in a scan, the core's ``split_kernel()``, made once.
+        """
+        deter = self.core(state, action, kernels)
+        return Latent(deter, self._sample(self.prior(deter), uniforms))
+
+    def sampling_uniforms(self, key: jax.Array | None, *shape: int) -> jax.Array | None:
+        """Uniforms from [0, 1) for sampling the latents, [*shape, S]; None (modes) without a key.
+
+        They are drawn for all steps of a scan at once: drawn inside, step by step, they take longer.
         """
         return None if key is None else jax.random.uniform(key, (*shape, self.latents[0]))
 
-    def predict(
-        self, state: Latent, action: jax.Array, noise: jax.Array | None, mixing: Mixing | None = None
-    ) -> Latent:
-        """One imagined step from [..., ] states and embedded actions [..., A].
-
-        ``noise`` [..., S] is of :meth:`noise`; ``mixing`` spares cutting it again.
-        """
-        mixing = mixing or self.core.mixing(action.dtype)
-        action_share = self.core.action_share(action, mixing)
-        deter = self.core(state, action_share, mixing.gate_bias, Products(mixing.kernels))
-        return Latent(deter, self._draw(self.prior(deter), noise))
-
-    def _draw(self, logits: jax.Array, noise: jax.Array | None) -> jax.Array:
-        return OneHot.from_logits(logits, self.unimix).pick(noise).astype(logits.dtype)
+    def _sample(self, logits: jax.Array, uniforms: jax.Array | None) -> jax.Array:
+        return OneHot.from_logits(logits, self.unimix).sample_straight_through(uniforms).astype(logits.dtype)
 
     def _to_latents(self, logits: jax.Array) -> jax.Array:
         return logits.reshape(*logits.shape[:-1], *self.latents)

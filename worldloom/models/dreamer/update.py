@@ -72,10 +72,10 @@ def make_update(
             def objective(trained: Params) -> Any:
                 model = merge(model_class, config, {**trained, **fixed})
                 out = model.losses(batch, key, scale=scale, remat=training.remat)
-                return out.total, ({"loss": out.total, **out.terms}, out)
+                return out.total, out
 
-            grads, (terms, out) = jax.grad(objective, has_aux=True)(trained)
-            return (grads, terms), (out.latents, out.returns, out.return_range, out.metrics)
+            grads, out = jax.grad(objective, has_aux=True)(trained)
+            return (grads, out.terms), (out.latents, out.returns, out.return_range, out.metrics)
 
         if training.microbatches == 1:
             (grads, terms), (latents, _, return_range, extras) = gradients(batch, key)

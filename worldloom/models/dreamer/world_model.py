@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
+from worldloom.models.dreamer.arrays import (
+    embed_actions,
+    prepare_observations,
+    restore_observations,
+    unwrap_single_action,
+)
 from worldloom.models.dreamer.config import DreamerV3Config
+from worldloom.models.dreamer.losses import LOSS_TERMS, LossOutput, loss
 from worldloom.models.dreamer.networks import Actor, Decoder, Encoder, Head, ReturnRange
 from worldloom.models.dreamer.rssm import RSSM, Latent
-from worldloom.models.dreamer.spaces import embed_actions, prepare_observations, restore_observations, strip_single
-from worldloom.ops.distributions import draw
+from worldloom.ops.distributions import sample_actions
 from worldloom.ops.keys import split_key
 from worldloom.ops.symexp_twohot import symexp_twohot_mean
 
@@ -25,9 +30,9 @@ class Trajectory(NamedTuple):
     """An imagined future, time-major.
 
     Attributes:
-      states: [H + 1, B, ...]; row 0 is the state it started from.
+      states: [H + 1, B, ...]; row 0 is the initial state.
       rewards: predicted rewards of arriving at states 1 … H, [H, B].
-      continues: predicted probabilities (times 1 − 1 / ``return_horizon``) that the episode goes on there, [H, B].
+      continues: predicted probabilities (times 1 − 1 / ``return_horizon``) that the episode continues there, [H, B].
     """
 
     states: Latent
@@ -38,7 +43,7 @@ class Trajectory(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ActorCarry:
-    """What acting remembers between two steps of B environments.
+    """The state of acting between two steps of B environments.
 
     Attributes:
       latent: state after the last observation, [B, ...].
@@ -60,13 +65,17 @@ class DreamerV3WorldModel(WorldModel):
 
     config_class = DreamerV3Config
     untrained = ("slow_critic", "return_range")
+    loss_hooks = ("losses",)
+    views = ("compute_loss", "encode", "observe", "predict", "imagine")
+    loss_terms: ClassVar[tuple[str, ...]] = LOSS_TERMS
+    """Names of the scalars of :meth:`compute_loss`, the total first."""
 
     config: DreamerV3Config
     encoder: Encoder
     rssm: RSSM
     decoder: Decoder
     reward: Head
-    continuation: Head
+    continuation: Head  # The continue head; the attribute stays, because saved weights are named after it.
     actor: Actor
     critic: Head
     slow_critic: Head
@@ -89,19 +98,12 @@ class DreamerV3WorldModel(WorldModel):
             "return_range": ReturnRange(),
         }
 
-    @property
-    def algorithm(self) -> types.ModuleType:
-        """``worldloom.models.dreamer``."""
-        from worldloom.models import dreamer
-
-        return dreamer
-
     def initial_state(self, batch_size: int) -> Latent:
         """The state before any observation: zeros [B, ...]."""
         return zero_carry(self.config, batch_size, self.dtype).latent
 
     def initial_carry(self, batch_size: int) -> ActorCarry:
-        """What :meth:`act` starts from when all B environments are about to show their first observation."""
+        """The carry of :meth:`act` before the first observation of B environments."""
         return zero_carry(self.config, batch_size, self.dtype)
 
     @compiled
@@ -122,31 +124,32 @@ class DreamerV3WorldModel(WorldModel):
     def predict(self, state: Latent, action: Any, key: jax.Array | None = None) -> Latent:
         """State [B, ...] imagined after acting [B, ...] in ``state``."""
         embedded = embed_actions(self.config, action, 1, self.dtype)
-        return self.rssm.predict(state, embedded, self.rssm.noise(key, len(embedded)))
+        return self.rssm.predict(state, embedded, self.rssm.sampling_uniforms(key, len(embedded)))
 
     @compiled
     def imagine(self, state: Latent, actions: Any, key: jax.Array | None = None) -> Trajectory:
-        """What following ``actions`` [H, B, ...] from ``state`` [B, ...] leads to, one ``lax.scan``.
+        """The future predicted for ``actions`` [H, B, ...] from ``state`` [B, ...], one ``lax.scan``.
 
         Raises ``DataError`` for actions of another shape.
         """
         embedded = embed_actions(self.config, actions, 2, self.dtype)
         check_time_first(embedded.shape[1:-1], state.deter.shape[:-1])
-        mixing = self.rssm.core.mixing(self.dtype)
+        kernels = self.rssm.core.split_kernel()
 
         def step(state: Latent, inputs: tuple) -> tuple[Latent, Latent]:
-            action, noise = inputs
-            state = self.rssm.predict(state, action, noise, mixing)
+            action, uniforms = inputs
+            state = self.rssm.predict(state, action, uniforms, kernels)
             return state, state
 
-        _, later = jax.lax.scan(step, state, (embedded, self.rssm.noise(key, *embedded.shape[:2])))
+        uniforms = self.rssm.sampling_uniforms(key, *embedded.shape[:2])
+        _, later = jax.lax.scan(step, state, (embedded, uniforms))
         states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, later)
         features = later.features
         return Trajectory(states, self.predict_reward(features), self.predict_continue(features))
 
     @compiled
     def decode(self, state: Latent) -> dict[str, Any]:
-        """What the model expects in ``state`` [..., ]: observation, reward of arriving there, continue, value.
+        """Predictions from ``state`` [...]: observation, reward of arriving there, continue, value.
 
         ``obs`` has the layout of ``config.obs_shape``: vectors in their own units, images from 0 to 1. ``continue``
         is a probability times 1 − 1 / ``return_horizon``.
@@ -159,24 +162,37 @@ class DreamerV3WorldModel(WorldModel):
             "value": symexp_twohot_mean(self.critic(features)),
         }
 
+    def losses(
+        self,
+        batch: Mapping[str, Any],
+        key: jax.Array | None = None,
+        *,
+        scale: jax.Array | None = None,
+        remat: bool = False,
+    ) -> LossOutput:
+        """The loss of a batch [B, T, ...] with its terms and states: what training minimises, to be traced.
+
+        A subclass overrides this method to change the loss. Arguments as for
+        :func:`worldloom.models.dreamer.losses.loss`.
+        """
+        return loss(self, batch, key, scale=scale, remat=remat)
+
     @compiled
     def compute_loss(self, batch: Mapping[str, Any], key: jax.Array | None = None) -> dict[str, jax.Array]:
         """The loss terms of a batch [B, T, ...] as scalars; ``"loss"`` is their weighted sum."""
-        from worldloom.models.dreamer.loss import loss
-
-        return loss(self, batch, key)[1][0]
+        return self.losses(batch, key).terms
 
     @compiled
     def act(
         self, carry: ActorCarry | None, obs: Any, key: jax.Array | None = None, *, is_first: jax.Array | None = None
     ) -> tuple[ActorCarry, Any]:
-        """Take in ``obs`` [B, ...] and choose actions [B, ...] by the policy.
+        """Update the state with ``obs`` [B, ...] and sample actions [B, ...] from the policy.
 
         Args:
-          carry: what the call before returned; None at the start.
+          carry: what the previous call returned; None at the start.
           obs: the observations just received.
-          key: draws latents and actions as in training; None takes the modes of both.
-          is_first: bool [B]; true where ``obs`` starts a new episode, whose memory is then cleared.
+          key: for sampling latents and actions as in training; None takes the modes of both.
+          is_first: bool [B]; true where ``obs`` starts a new episode, which resets the state there.
 
         Returns:
           The new carry and the actions: int32 [B] where discrete, float32 [B, A] where continuous (not clipped).
@@ -189,7 +205,7 @@ class DreamerV3WorldModel(WorldModel):
             carry = dataclasses.replace(carry, is_first=carry.is_first | jnp.asarray(is_first, bool))
         latent_key, action_key = split_key(key)
         latent = self._posterior(carry, obs, latent_key)
-        action = strip_single(self.config, draw(self.actor(latent.features), action_key))
+        action = unwrap_single_action(self.config, sample_actions(self.actor(latent.features), action_key))
         embedded = embed_actions(self.config, action, 1, self.dtype)
         return ActorCarry(latent, embedded, jnp.zeros_like(carry.is_first)), action
 
@@ -198,18 +214,18 @@ class DreamerV3WorldModel(WorldModel):
         return symexp_twohot_mean(self.reward(features))
 
     def predict_continue(self, features: jax.Array) -> jax.Array:
-        """Probability [...] that the episode goes on after features [..., F], times 1 − 1 / ``return_horizon``."""
+        """Discount [...] after features [..., F]: probability of continuing, times 1 − 1 / ``return_horizon``."""
         return jax.nn.sigmoid(self.continuation(features)[..., 0])
 
     def _posterior(self, carry: ActorCarry, obs: dict[str, jax.Array], key: jax.Array | None) -> Latent:
-        # A sequence of one row, so that acting and training share every line.
+        # A sequence of one row, so that acting and training share all code.
         tokens, action, is_first = (x[:, None] for x in (self.encoder(obs), carry.action, carry.is_first))
         states, _ = self.rssm.observe(carry.latent, tokens, action, is_first, key)
         return jax.tree.map(lambda x: x[:, 0], states)
 
 
 def zero_carry(config: DreamerV3Config, batch_size: int, dtype: jnp.dtype) -> ActorCarry:
-    """Zero state, no action, and an episode about to start in each of B environments."""
+    """Zero state, zero action, and ``is_first`` set in each of B environments."""
     deter = jnp.zeros((batch_size, config.deter_dim), dtype)
     stoch = jnp.zeros((batch_size, config.num_latents, config.num_categories), dtype)
     action = jnp.zeros((batch_size, config.action_width), dtype)
