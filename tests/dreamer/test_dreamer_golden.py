@@ -11,11 +11,11 @@ import pytest
 from worldloom.interop.dreamerv3 import load_official_dreamerv3, official_name, to_official_dreamerv3
 from worldloom.models.base import merge
 from worldloom.models.params import flatten
-from worldloom.models.dreamer import DreamerV3WorldModel, init_state, update
+from worldloom.models.dreamer import DreamerV3WorldModel, init_state, make_update
 from worldloom.models.dreamer.arrays import prepare_observations
 from worldloom.models.dreamer.losses import LOSS_TERMS
 from worldloom.training.config import TrainingConfig
-from worldloom.training.step import CompiledUpdate
+from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard
 
 OPTIMIZED = os.environ.get("WORLDLOOM_TEST_OPTIMIZED") == "1"
 VARIANTS = ("image-continuous", "vector-discrete", "vector-free-nats")
@@ -139,8 +139,9 @@ def test_three_optimizer_steps(recorded, way, elsewhere):
         remat=way == "rematerialised",
     )
     state = init_state(recorded.model, training, jax.random.key(0))
+    update = make_update(recorded.model.config, training)
     if way == "in one call":
-        state, losses = three_at_once(state, recorded.batch)
+        state, losses = three_at_once(update, state, recorded.batch)
     else:
         step = jax.jit(lambda state: update(state, recorded.batch, None))
         losses = []
@@ -159,12 +160,12 @@ def test_three_optimizer_steps(recorded, way, elsewhere):
     assert wrong <= 1e-4 * total, {name: int(mask.sum()) for name, mask in off.items() if mask.any()}
 
 
-def three_at_once(state, batch):
+def three_at_once(update, state, batch):
     """The state after three updates in one compiled call, and their losses."""
     modes = CompiledUpdate(lambda state, batch, _: update(state, batch, None), LOSS_TERMS, False, False, False)
     batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
-    state, _, outcome = modes(state, modes.fresh_guard(), batches, 3)
-    return state, outcome.rows[:, 0]
+    learner, output = modes(Learner(state, NonFiniteGuard.create()), batches, 3)
+    return learner.state, output.metrics[:, 0]
 
 
 def test_open_loop(recorded):

@@ -50,12 +50,13 @@ def rows(batch_size, length, seed):
 def trained():
     training = TrainingConfig(learning_rate=1e-3, grad_clip=0, device="cpu")
     state = dreamer.init_state(DreamerV3WorldModel(CONFIG, device="cpu"), training, jax.random.key(0))
+    update = dreamer.make_update(CONFIG, training)
     batches = jax.tree.map(lambda *x: np.stack(x), *[rows(8, 8, seed) for seed in range(STEPS)])
 
     @jax.jit
     def train(state, batches):
         def step(state, batch):
-            state, metrics = dreamer.update(state, batch, jax.random.fold_in(state.key, state.step))
+            state, metrics = update(state, batch, jax.random.fold_in(state.key, state.step))
             return state, metrics["loss"]
 
         return jax.lax.scan(step, state, batches)

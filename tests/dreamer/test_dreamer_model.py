@@ -376,12 +376,12 @@ def test_act_samples_from_the_policy():
 def test_update_returns_metrics_and_fresh_latents():
     model = make_model(**SPACES["vector-continuous"])
     training = TrainingConfig(batch_size=B, sequence_length=T - 1, learning_rate=1e-2, device="cpu")
-    spec = dreamer.window(model.config, training)
+    spec = dreamer.replay_spec(model.config, training)
     assert (spec.rows, spec.cross_episodes) == (T, True)
     state = dreamer.init_state(model, training, jax.random.key(0))
     context = {name: jnp.zeros((B, *shape)) for name, shape in spec.latents.items()}
     batch = {**random_batch(model.config), "context": context}
-    step = jax.jit(dreamer.update, donate_argnums=0)
+    step = jax.jit(dreamer.make_update(model.config, training), donate_argnums=0)
     for n in range(4):
         state, metrics = step(state, batch, jax.random.fold_in(state.key, n))
         if n == 0:
@@ -400,7 +400,7 @@ def test_slow_critic_follows_after_the_step():
     model = make_model(**SPACES["vector-continuous"], slow_critic_rate=0.25)
     training = TrainingConfig(learning_rate=1e-2, device="cpu")
     old = dreamer.init_state(model, training, jax.random.key(0))
-    new, _ = jax.jit(dreamer.update)(old, random_batch(model.config), None)
+    new, _ = jax.jit(dreamer.make_update(model.config, training))(old, random_batch(model.config), None)
     expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, old.params["slow_critic"], new.params["critic"])
     assert_trees_close(new.params["slow_critic"], expected, rtol=1e-6)
     start = jax.tree.map(lambda a, b: np.array_equal(a, b), model.params["slow_critic"], model.params["critic"])
@@ -409,16 +409,15 @@ def test_slow_critic_follows_after_the_step():
 
 def test_plain_mode_asks_for_no_latents():
     config = DreamerV3Config(**SMALL, **SPACES["vector-continuous"], replay_context=False)
-    spec = dreamer.window(config, TrainingConfig(sequence_length=8))
+    spec = dreamer.replay_spec(config, TrainingConfig(sequence_length=8))
     assert (spec.rows, dict(spec.latents)) == (8, {})
 
 
-def test_act_of_a_state_and_initial_carry(vector_model):
-    state = dreamer.init_state(vector_model, TrainingConfig(device="cpu"), jax.random.key(0))
+def test_the_policy_and_its_initial_carry(vector_model):
     obs = random_obs(vector_model.config, (B,))
     carry = dreamer.initial_carry(vector_model.config, B)
-    after, action = dreamer.act(state, carry, obs, jax.random.key(5))
-    same, same_action = dreamer.act(state, None, obs, jax.random.key(5))
+    after, action = dreamer.ALGORITHM.policy(vector_model, carry, obs, jax.random.key(5))
+    same, same_action = dreamer.ALGORITHM.policy(vector_model, None, obs, jax.random.key(5))
     assert_trees_close(after, same, rtol=0)
     np.testing.assert_array_equal(action, same_action)
     stored = dreamer.stored_latents(after)
@@ -455,7 +454,7 @@ def test_nothing_is_nan_over_200_updates_on_extreme_data():
     for batch in batches:
         batch["obs"], batch["rewards"] = batch["obs"] * 1e4, batch["rewards"] * 1e6
     with jax.debug_nans(True):
-        step = jax.jit(dreamer.update)
+        step = jax.jit(dreamer.make_update(model.config, training))
         for n in range(200):
             state, metrics = step(state, batches[n % 4], jax.random.fold_in(state.key, n))
     assert all(np.isfinite(metrics[name]) for name in LOSS_TERMS)

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from math import inf
-from typing import Annotated, Any, NamedTuple, Self, cast
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, cast
 
 from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer
 from worldloom.errors import ConfigError
@@ -67,6 +67,8 @@ class DreamerV3Config(BaseConfig):
     Raises:
       ConfigError: a value is out of range; ``UnknownFieldError`` for a field that does not exist.
     """
+
+    example_shapes: ClassVar[Mapping[str, Any]] = {"obs_shape": (64, 64, 3), "action_dim": 6}
 
     obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]
     """Shape of one observation, or a mapping of names to shapes. Three axes are an image (channels first or last,
