@@ -121,7 +121,7 @@ def read_replay(path):
 def small_blocks():
     """Memory is taken in blocks; of 32 MiB, they would hide what a reader takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worldloom.replay.rows.BLOCK_BYTES", 256)
+        patch.setattr("worldloom.replay.table.BLOCK_BYTES", 256)
         yield
 
 
