@@ -121,7 +121,7 @@ def read_replay(path):
 def small_blocks():
     """Smaller memory blocks: those of 32 MiB would hide how much a reader allocates."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worldloom.replay.rows.BLOCK_BYTES", 256)
+        patch.setattr("worldloom.replay.table.BLOCK_BYTES", 256)
         yield
 
 

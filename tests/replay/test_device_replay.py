@@ -1,4 +1,4 @@
-"""Replay on a device against the buffer it copies: the same rows, the same latents, whatever happens in between."""
+"""Replay on a device against the buffer it copies: the same rows and latents after any sequence of changes."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def episode(draw, steps, *, picture=False):
     return obs, draw.uniform(-1, 1, (steps, 1)), draw.normal(size=steps)
 
 
-def look_up(device, ids):
+def gather(device, ids):
     """The batch of rows [B, T], as a compiled update sees it."""
     small = device._buffer.take(ids, observations=False)
     assert "obs" not in small
@@ -31,17 +31,18 @@ def assert_same(device, buffer, *, latents, update=0):
     ids = buffer.draw(6, 4, update=update, cross_episodes=True)
     expected = buffer.take(ids, latents=latents)
     del expected["row_ids"]
-    found = look_up(device, ids)
+    found = gather(device, ids)
     assert found.keys() == expected.keys()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
 
 
-@pytest.mark.parametrize("kind", ["vector", "picture", "both"])
-def test_a_batch_is_that_of_the_buffer(kind):
+@pytest.mark.parametrize("kind", ["vector", "picture", "both", "dict of obs"])
+def test_a_batch_equals_that_of_the_buffer(kind):
     draw, buffer = np.random.default_rng(0), ReplayBuffer(100)
     for steps in (9, 4, 30):
         obs, actions, rewards = episode(draw, steps, picture=kind == "picture")
         obs = {"eyes": episode(draw, steps, picture=True)[0], "joints": obs} if kind == "both" else obs
+        obs = {"obs": obs} if kind == "dict of obs" else obs
         buffer.add_episode(obs, actions, rewards, terminated=True)
     device = DeviceReplay(buffer, latents=False, device=jax.devices()[0], capacity=len(buffer))
     device.copy_new_rows()
@@ -63,8 +64,8 @@ steps = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(steps=steps, capacity=st.sampled_from([24, 64]), room=st.sampled_from([4, 24, 64]))
-def test_it_follows_whatever_happens(steps, capacity, room):
-    """Rows come and go, latents are written, some twice, some for rows that are gone; ``truth`` is all on the host."""
+def test_it_matches_the_buffer_after_any_changes(steps, capacity, room):
+    """Rows are added and evicted, latents written, some twice, some for evicted rows; ``truth`` stays on the host."""
     draw = np.random.default_rng(len(steps))
     truth, buffer = (ReplayBuffer(capacity, latents={"deter": (DETER,)}) for _ in range(2))
     device = DeviceReplay(buffer, latents=True, device=jax.devices()[0], capacity=room)
@@ -96,7 +97,7 @@ def test_it_follows_whatever_happens(steps, capacity, room):
 
 def assert_same_latents(device, truth, update):
     ids = truth.draw(6, 4, update=update, cross_episodes=True)
-    found, expected = look_up(device, ids), truth.take(ids, latents=True)
+    found, expected = gather(device, ids), truth.take(ids, latents=True)
     np.testing.assert_array_equal(found["context"]["deter"], expected["context"]["deter"])
     np.testing.assert_array_equal(found["obs"], expected["obs"])
 
@@ -113,7 +114,7 @@ def test_new_rows_are_written_in_place():
     assert device.ring["obs"].unsafe_buffer_pointer() == address
 
 
-def test_a_buffer_with_a_way_of_its_own_stays_on_the_host():
+def test_a_buffer_that_overrides_sampling_stays_on_the_host():
     class Prioritised(ReplayBuffer):
         def draw(self, *args, **kwargs):
             return super().draw(*args, **kwargs)

@@ -40,7 +40,7 @@ def test_minari_counts_discrete_actions_from_zero():
     assert next(buffer.episodes())["actions"].argmax(axis=1)[:2].tolist() == [0, 2]
 
 
-def test_minari_refuses_what_it_cannot_scale():
+def test_minari_refuses_actions_it_cannot_scale():
     box = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
     assert len(from_minari(minari_dataset(box, [[0.5], [0.5]]))) == 6
     with pytest.raises(DataError, match="Scale"):
@@ -82,7 +82,7 @@ def test_d4rl_without_next_observations_leaves_out_the_last_step():
 @pytest.mark.parametrize(
     ("change", "message"), [({"timeouts": None}, "no timeouts"), ({"rewards": np.zeros(3)}, "lengths")]
 )
-def test_d4rl_files_laid_out_otherwise(change, message):
+def test_d4rl_files_with_another_layout_are_refused(change, message):
     file = {k: v for k, v in flat(**change).items() if v is not None}
     with pytest.raises(FileFormatError, match=message):
         list(flat_episodes(file, "x"))

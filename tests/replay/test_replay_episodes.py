@@ -1,4 +1,4 @@
-"""Episodes in: both layouts, dtypes, and everything that is refused at the door."""
+"""Adding episodes: both layouts, dtypes, and everything that is refused before it is stored."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def content(buffer):
     return repr(buffer), buffer.summary(), buffer.state_dict(), buffer.obs_shape, buffer.action_dim, episodes
 
 
-def only(buffer):
+def only_episode(buffer):
     (episode,) = buffer.episodes()
     return episode
 
@@ -32,7 +32,7 @@ def only(buffer):
 def test_gymnasium_layout_becomes_rows_by_the_arrival_rule():
     buffer = ReplayBuffer()
     ids = buffer.add_episode([[1.0], [2.0], [3.0]], [[0.5], [-0.5]], [10.0, 20.0], terminated=True)
-    row = only(buffer)
+    row = only_episode(buffer)
     np.testing.assert_array_equal(row["obs"], [[1], [2], [3]])
     np.testing.assert_array_equal(row["actions"], [[0.5], [-0.5], [0]])
     np.testing.assert_array_equal(row["rewards"], [0, 10, 20])
@@ -62,7 +62,7 @@ def test_equal_lengths_are_stored_as_given():
     episode = gymnasium_episode(steps=6)
     buffer = ReplayBuffer()
     buffer.add_episode(episode["obs"][1:], episode["actions"], episode["rewards"], np.zeros(6))
-    row = only(buffer)
+    row = only_episode(buffer)
     np.testing.assert_array_equal(row["actions"], episode["actions"].astype(np.float32))
     np.testing.assert_array_equal(row["rewards"], episode["rewards"].astype(np.float32))
 
@@ -88,7 +88,7 @@ def test_equal_lengths_are_stored_as_given():
 def test_only_termination_is_terminal_and_the_last_row_always_ends(ends, terminal):
     buffer = ReplayBuffer()
     buffer.add_episode(**gymnasium_episode(), **ends)
-    row = only(buffer)
+    row = only_episode(buffer)
     assert row["is_terminal"].tolist() == [False] * 5 + [terminal]
     assert row["is_last"].tolist() == [False] * 5 + [True]
 
@@ -101,7 +101,7 @@ def test_discrete_actions_from_integers_and_one_hots_agree():
     booleans.add_episode(obs, np.eye(3, dtype=bool)[index], rewards)
     expected = [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 0]]
     for buffer in (integers, one_hots, booleans):
-        np.testing.assert_array_equal(only(buffer)["actions"], expected)
+        np.testing.assert_array_equal(only_episode(buffer)["actions"], expected)
         assert (buffer.action_type, buffer.action_dim) == ("discrete", 3)
 
 
@@ -146,21 +146,21 @@ def test_dict_observations_and_actions_keep_the_declared_order():
 def test_images_stay_uint8_or_become_float32(given, stored):
     buffer = ReplayBuffer()
     buffer.add_episode(np.ones((3, 3, 8, 8), given), np.zeros((2, 1)), np.zeros(2))
-    assert only(buffer)["obs"].dtype == stored
+    assert only_episode(buffer)["obs"].dtype == stored
 
 
 def test_integer_vectors_become_float32():
     buffer = ReplayBuffer()
     buffer.add_episode(np.array([[1, 2], [3, 4]]), np.zeros((1, 1)), [1])
-    assert only(buffer)["obs"].dtype == np.float32
+    assert only_episode(buffer)["obs"].dtype == np.float32
 
 
 def test_stored_rows_are_copies():
     buffer, obs = ReplayBuffer(), np.zeros((3, 2), np.float32)
     buffer.add_episode(obs, np.zeros((2, 1)), np.zeros(2))
     obs[:] = 9
-    only(buffer)["obs"][:] = 8
-    assert not only(buffer)["obs"].any()
+    only_episode(buffer)["obs"][:] = 8
+    assert not only_episode(buffer)["obs"].any()
 
 
 def test_tasks():
@@ -248,7 +248,7 @@ def test_bad_episodes_are_refused_and_leave_the_buffer_as_it_was(name):
     "name",
     [n for n in BAD if n not in ("obs shape", "obs dict", "action shape", "action integers", "action dict", "task")],
 )
-def test_a_bad_first_episode_leaves_the_buffer_empty_and_undecided(name):
+def test_a_bad_first_episode_leaves_the_buffer_empty_and_without_a_schema(name):
     buffer = ReplayBuffer()
     with pytest.raises(DataError):
         buffer.add_episode(**BAD[name][0])
@@ -279,7 +279,7 @@ def test_bad_discrete_actions(actions, message):
     assert len(buffer) == 0
 
 
-def test_a_stray_index_does_not_widen_actions_without_end():
+def test_a_stray_index_does_not_widen_actions_without_limit():
     buffer = ReplayBuffer()
     with pytest.raises(DataError, match="say action_dim"):
         buffer.add_episode(np.zeros((3, 2)), [0, 10**6], np.zeros(2))
@@ -375,7 +375,7 @@ def test_from_episodes_and_split():
         buffer.split(1.5)
 
 
-def test_repr_and_summary_say_what_is_there():
+def test_repr_and_summary_describe_the_content():
     assert repr(ReplayBuffer(10)) == "ReplayBuffer(0 of 10 rows)"
     buffer = ReplayBuffer.from_episodes([gymnasium_episode(steps=n) for n in (2, 5)], 1_000)
     assert repr(buffer) == (

@@ -1,4 +1,4 @@
-"""Saving and loading, and files that are not what they seem."""
+"""Saving and loading ``.npz`` files, and damaged or malicious ones."""
 
 import io
 import json
@@ -8,9 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from worldloom.errors import FileFormatError
-from worldloom.replay import ReplayBuffer
+from worldloom.errors import DataError, FileFormatError
+from worldloom.replay import ReplayBuffer, ReplayStore
 from worldloom.replay.sampling import uniform
+from worldloom.replay.serialization import BufferDescription
 
 
 def mixed_buffer(capacity=37):
@@ -79,7 +80,7 @@ def test_saving_twice_gives_the_same_bytes_and_numpy_can_read_them(saved, tmp_pa
         assert arrays["obs/image"].dtype == np.uint8
 
 
-def test_small_blocks_change_nothing(saved, monkeypatch):
+def test_the_block_size_does_not_change_the_content(saved, monkeypatch):
     expected = ReplayBuffer.load(saved)
     monkeypatch.setattr("worldloom.replay.table.BLOCK_BYTES", 1000)
     buffer = ReplayBuffer.load(saved)
@@ -102,7 +103,7 @@ def test_an_empty_buffer_keeps_what_was_declared(tmp_path):
     )
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_litter(saved, monkeypatch):
+def test_a_failed_save_leaves_the_old_file_and_no_temporary_one(saved, monkeypatch):
     before = saved.read_bytes()
 
     def full(*args, **kwargs):
@@ -115,11 +116,73 @@ def test_a_failed_save_leaves_the_old_file_and_no_litter(saved, monkeypatch):
     assert [p.name for p in saved.parent.iterdir()] == ["replay.npz"]
 
 
-def test_an_absent_file_and_a_folder_are_what_they_are(tmp_path):
+def test_a_missing_file_and_a_folder_raise_the_usual_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         ReplayBuffer.load(tmp_path / "nothing.npz")
     with pytest.raises(OSError, match=r".*"):
         ReplayBuffer.load(tmp_path)
+
+
+def one_array_buffer(obs=None, actions=None):
+    """Three rows of a single observation and action array, or of dicts with one entry each."""
+    buffer = ReplayBuffer(9)
+    buffer.add_episode(np.arange(3.0)[:, None] if obs is None else obs, [0, 1] if actions is None else actions, [1, 2])
+    return buffer
+
+
+def test_a_dict_with_the_single_key_stays_a_dict(tmp_path):
+    """Inside, a single array is named "obs" or "action"; a dict with this one key must not be taken for it."""
+    single = one_array_buffer()
+    mapping = one_array_buffer({"obs": np.arange(3.0)[:, None]}, {"action": [0, 1]})
+    assert (single.obs_shape, single.action_dim, single.action_type) == ((1,), 2, "discrete")
+    assert (mapping.obs_shape, mapping.action_dim) == ({"obs": (1,)}, {"action": 2})
+    loaded = [ReplayBuffer.load(b.save(tmp_path / "x.npz")) for b in (single, mapping)]
+    stored = [ReplayStore(tmp_path / "y").load(ReplayStore(tmp_path / "y").write(b)) for b in (single, mapping)]
+    for one, other in ((single, mapping), loaded, stored):
+        assert (repr(one), repr(other)) == (repr(single), repr(mapping))
+        left, right = one.take(np.arange(3)), other.take(np.arange(3))
+        np.testing.assert_array_equal(left["obs"], right["obs"]["obs"])
+        np.testing.assert_array_equal(left["actions"], right["actions"]["action"])
+        with pytest.raises(DataError, match="obs is one array; here it must be a dict of obs"):
+            other.add_episode(np.zeros((3, 1)), {"action": [0, 1]}, [0, 0])
+        with pytest.raises(DataError, match="actions is a dict of action; here it must be one array"):
+            one.add_episode(np.zeros((3, 1)), {"action": [0, 1]}, [0, 0])
+
+
+def test_a_single_array_has_no_key_in_files(tmp_path):
+    """The format of all versions so far: column ``obs`` and key "" for a single array, ``obs/<key>`` for a dict."""
+    path = one_array_buffer().save(tmp_path / "x.npz")
+    with np.load(path) as arrays:
+        assert set(arrays) == {"meta", "obs", "actions", "rewards", "flags", "stream"}
+        assert json.loads(arrays["meta"].tobytes()) == {
+            "format": "worldloom.replay",
+            "version": 1,
+            "capacity": 9,
+            "first_row": 0,
+            "next_row": 3,
+            "declared": {"obs_shape": None, "action_dim": None, "action_type": None},
+            "schema": {
+                "obs": [["", [1], "float32"]],
+                "actions": [["", "discrete", 2, False]],
+                "has_task": False,
+            },
+            "latents": {},
+        }
+    with np.load(one_array_buffer({"obs": np.zeros((3, 1))}, {"action": [0, 1]}).save(path)) as arrays:
+        assert {"obs/obs", "actions/action"} < set(arrays)
+        schema = json.loads(arrays["meta"].tobytes())["schema"]
+        assert schema["obs"] == [["obs", [1], "float32"]]
+        assert schema["actions"] == [["action", "discrete", 2, False]]
+
+
+def test_the_content_makes_an_equal_buffer():
+    """The record that every file format writes and reads."""
+    content = mixed_buffer().content()
+    assert (content.description.first_row, content.description.num_rows) == (11, 37)
+    assert content.rows.columns == content.description.row_columns
+    assert content.latents.columns == content.description.latent_columns
+    assert BufferDescription.from_json(json.loads(json.dumps(content.description.to_json()))) == content.description
+    assert_equal_content(ReplayBuffer.from_content(content), mixed_buffer())
 
 
 def members(path):
@@ -195,6 +258,14 @@ HOSTILE = {
     "schema huge": lambda p: meta_with(
         p, schema={"obs": [["", [2**60], "uint8"]], "actions": [["", "discrete", 2, True]], "has_task": False}
     ),
+    "an array without a name beside others": lambda p: meta_with(
+        p,
+        schema={
+            "obs": [["", [2], "uint8"], ["a", [2], "uint8"]],
+            "actions": [["", "discrete", 2, True]],
+            "has_task": False,
+        },
+    ),
     "huge latents": lambda p: meta_with(p, latents={"deter": [10**12]}),
     "nan reward": lambda p: changed(p, "rewards", 3, np.nan),
     "infinite obs": lambda p: changed(p, "obs/vector", (3, 1), np.inf),
@@ -212,7 +283,7 @@ HOSTILE = {
 
 @pytest.mark.filterwarnings("default::UserWarning")
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_refused_without_taking_memory(name, saved):
+def test_hostile_files_are_refused_without_allocating_memory(name, saved):
     rewrite(saved, HOSTILE[name](saved))
     size = saved.stat().st_size
     tracemalloc.start()
@@ -230,7 +301,7 @@ def test_compressed_files_are_refused(saved):
         ReplayBuffer.load(saved)
 
 
-def test_a_directory_that_promises_more_than_the_file_has_costs_nothing(tmp_path):
+def test_a_directory_that_promises_more_than_the_file_has_allocates_nothing(tmp_path):
     path, rows = ReplayBuffer(10).save(tmp_path / "x.npz"), 10**10
     schema = {"obs": [["", [2], "uint8"]], "actions": [["", "discrete", 2, True]], "has_task": False}
     contents = {**members(path), **meta_with(path, capacity=rows, next_row=rows, schema=schema)}
@@ -273,7 +344,7 @@ def test_other_files_are_refused(data, tmp_path):
 
 @pytest.mark.filterwarnings("default")
 def test_damaged_files_are_refused_or_hold_what_was_saved(saved):
-    """A flipped byte where no checksum looks (a date, padding) may go unnoticed, but then nothing is different."""
+    """A flipped byte that no checksum covers (a date, padding) may go unnoticed, but then the content is the same."""
     good = saved.read_bytes()
     expected = ReplayBuffer.load(saved)
     unnoticed = 0

@@ -1,4 +1,4 @@
-"""Windows out: what a window may hold, how likely each is, and that a batch depends on nothing but its arguments."""
+"""Sampling windows: what a window may hold, its probability, and that a batch depends only on its arguments."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def numbered(lengths, capacity=100_000, **described):
     return buffer
 
 
-def same(left, right):
+def assert_same(left, right):
     assert left.keys() == right.keys()
     for key in left:
         np.testing.assert_array_equal(left[key], right[key])
@@ -121,7 +121,7 @@ def test_successive_updates_and_seeds_draw_independently():
 
 
 def test_draws_are_the_same_on_every_machine_and_numpy():
-    # Recorded: a resumed run on another machine must go on with the batches it would have had.
+    # Recorded: a run resumed on another machine must continue with the same batches.
     np.testing.assert_array_equal(numbered([10, 20, 30]).draw(6, 3, seed=42, update=7)[:, 0], RECORDED)
     np.testing.assert_array_equal(
         numbered([10, 20, 30]).draw(6, 3, seed=42, update=7, cross_episodes=True)[:, 0], RECORDED_CROSSING
@@ -138,13 +138,13 @@ def test_sample_is_a_pure_function_of_seed_update_and_content(crossing):
     first = left.sample(16, 4, seed=1, update=3, cross_episodes=crossing)
     left.sample(3, 2, seed=9)
     np.random.default_rng(0).random(10)
-    same(left.sample(16, 4, seed=1, update=3, cross_episodes=crossing), first)
-    same(right.sample(16, 4, seed=1, update=3, cross_episodes=crossing), first)
+    assert_same(left.sample(16, 4, seed=1, update=3, cross_episodes=crossing), first)
+    assert_same(right.sample(16, 4, seed=1, update=3, cross_episodes=crossing), first)
     for other in ({"seed": 2, "update": 3}, {"seed": 1, "update": 4}):
         assert not np.array_equal(left.draw(16, 4, **other, cross_episodes=crossing), first["row_ids"])
 
 
-def test_different_ways_to_the_same_content_give_the_same_batches():
+def test_the_same_content_gives_the_same_batches_however_it_was_added():
     grown = numbered([6] * 9, capacity=24)
     kept = grown.episodes()
     again = ReplayBuffer(1000)
@@ -167,7 +167,7 @@ def test_short_episodes_are_kept_reported_and_never_sampled():
         buffer.sample(1, 20, cross_episodes=True)
 
 
-def test_an_empty_buffer_says_so():
+def test_an_empty_buffer_raises():
     for call in (lambda b: b.sample(1, 1), lambda b: b.sample(1, 1, cross_episodes=True), lambda b: b.take([0])):
         with pytest.raises(DataError, match="empty"):
             call(ReplayBuffer())
@@ -198,17 +198,17 @@ def test_an_episode_longer_than_the_buffer_keeps_its_end():
     assert episode["obs"][:, 1].tolist() == list(range(42, 50))
 
 
-def test_blocks_do_not_show(monkeypatch):
+def test_the_block_size_does_not_change_batches(monkeypatch):
     whole = numbered([7, 30, 11, 25], capacity=50)
     monkeypatch.setattr("worldloom.replay.table.BLOCK_BYTES", 100)  # four rows
     pieces = numbered([7, 30, 11, 25], capacity=50)
     assert pieces.content().rows.block_rows == 4
     assert len(pieces.content().rows._blocks) <= 50 / 4 + 2
     for crossing in (False, True):
-        same(*(b.sample(32, 9, cross_episodes=crossing) for b in (whole, pieces)))
+        assert_same(*(b.sample(32, 9, cross_episodes=crossing) for b in (whole, pieces)))
 
 
-def test_rows_forgotten_at_either_end_free_their_blocks(monkeypatch):
+def test_rows_dropped_at_either_end_free_their_blocks(monkeypatch):
     monkeypatch.setattr("worldloom.replay.table.BLOCK_BYTES", 1)
     buffer = numbered([20])
     buffer.load_state_dict({"first_row": 5, "next_row": 12})
@@ -216,7 +216,7 @@ def test_rows_forgotten_at_either_end_free_their_blocks(monkeypatch):
     assert buffer.episode_lengths.tolist() == [7]
 
 
-def test_memory_is_taken_for_rows_not_for_capacity():
+def test_memory_is_allocated_for_rows_not_for_capacity():
     buffer = ReplayBuffer(10**12)
     buffer.add_episode(np.zeros((3, 64, 64, 3), np.uint8), np.zeros((2, 1)), np.zeros(2))
     assert sum(a.nbytes for block in buffer.content().rows._blocks.values() for a in block.values()) <= 2**25
@@ -273,7 +273,7 @@ def test_bad_latents_write_nothing(ids, latents, message):
     assert not buffer.take(np.arange(12)[:, None], latents=True)["context"]["deter"].any()
 
 
-def test_latents_can_be_added_to_rows_already_there():
+def test_latents_can_be_added_to_existing_rows():
     buffer = numbered([6, 6])
     with pytest.raises(DataError, match="ensure_latents"):
         buffer.sample(2, 3, latents=True)

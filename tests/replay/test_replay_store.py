@@ -1,4 +1,4 @@
-"""Replay on disk: the same buffer comes back, what changed is all that is written, and damage does not pass."""
+"""Replay on disk: the same buffer is loaded, only what changed is written, and damage is detected."""
 
 import copy
 import errno
@@ -22,7 +22,7 @@ from worldloom.replay.sampling import uniform
 
 
 def add(buffer, values, first=None, streams=None):
-    """One row per stream that says its ``values``: float observation, image, reward, latent; an index as action."""
+    """One row per stream, filled with its entry of ``values``: observations, reward, latent, and an index as action."""
     values = np.asarray(values)
     first = np.zeros(len(values), bool) if first is None else np.asarray(first)
     image = np.broadcast_to(values[:, None, None, None] % 251, (len(values), 3, 2, 1)).astype(np.uint8)
@@ -34,7 +34,7 @@ def add(buffer, values, first=None, streams=None):
 
 
 def filled(rows=60, *, capacity=45, block_bytes=256, episode=9):
-    """Several blocks (of 8 rows, latents of 32), eviction amid one, unfinished blocks, an episode in progress."""
+    """Several blocks (of 8 rows, latents of 32), eviction inside one, unfinished blocks, an episode in progress."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("worldloom.replay.table.BLOCK_BYTES", block_bytes)
         buffer = ReplayBuffer(capacity, action_dim=3, latents={"deter": (2,)})
@@ -52,7 +52,7 @@ def files(folder):
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(folder).iterdir()}
 
 
-def test_the_same_rows_come_back_and_the_run_goes_on(tmp_path):
+def test_the_same_rows_are_loaded_and_the_run_continues(tmp_path):
     buffer = filled()
     reference = json.loads(json.dumps(ReplayStore(tmp_path / "store").write(buffer)))
     again = ReplayStore(tmp_path / "store").load(reference)
@@ -79,7 +79,7 @@ def test_an_empty_or_new_buffer_keeps_what_was_declared(rows, tmp_path):
     add(again, [5], [True])
 
 
-def test_a_buffer_of_your_own_can_hold_what_comes_back(tmp_path):
+def test_an_existing_buffer_can_adopt_what_is_loaded(tmp_path):
     buffer, own = filled(), ReplayBuffer(3)
     own.adopt(ReplayStore(tmp_path / "store").load(ReplayStore(tmp_path / "store").write(buffer)))
     assert content(own, tmp_path) == content(buffer, tmp_path)
@@ -87,15 +87,15 @@ def test_a_buffer_of_your_own_can_hold_what_comes_back(tmp_path):
     assert own.capacity == len(own) == 45
 
 
-def test_numbers_go_on_in_an_emptied_buffer(tmp_path):
+def test_row_numbers_continue_in_an_emptied_buffer(tmp_path):
     buffer = filled()
     buffer.load_state_dict({"first_row": 60, "next_row": 60})
     again = ReplayStore(tmp_path).load(ReplayStore(tmp_path).write(buffer))
     assert add(again, [0], [True]).tolist() == [60]
 
 
-class Moments:
-    """A run that saves, goes back and forgets at will, and remembers what it should find."""
+class RunModel:
+    """A run that saves, restores and truncates at random, and keeps the content that each reference must restore."""
 
     def __init__(self, folder, data):
         self.folder, self.data, self.value = folder, data, 0
@@ -105,7 +105,7 @@ class Moments:
         self.saved, self.pending = [], None
 
     def rows(self):
-        """Of some of two environments, with crashes."""
+        """Add rows of some of two environments, with crashes."""
         for _ in range(self.data.draw(st.integers(1, 12))):
             streams = self.data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=2, unique=True))
             crash = self.data.draw(st.integers(0, 5)) == 0
@@ -128,13 +128,13 @@ class Moments:
         self.pending = self.store.snapshot(self.buffer), content(self.buffer, self.folder)
 
     def finish(self):
-        """What was saved is written only now, whatever has happened since."""
+        """Write the pending snapshot only now, whatever has changed since."""
         if self.pending:
             pending, expected = self.pending
             self.saved.append((pending.write(), expected))
             self.pending = None
 
-    def back(self):
+    def restore(self):
         self.finish()
         if self.saved:
             reference, expected = self.data.draw(st.sampled_from(self.saved))
@@ -143,8 +143,8 @@ class Moments:
             self.buffer = self.store.load(reference)
             assert content(self.buffer, self.folder) == expected
 
-    def forget(self):
-        """All that came after a moment in the past are undone, without reading anything."""
+    def truncate(self):
+        """Drop the newest rows, without reading anything."""
         state = self.buffer.state_dict()
         if state["next_row"] > state["first_row"]:
             end = self.data.draw(st.integers(state["first_row"], state["next_row"]))
@@ -159,14 +159,14 @@ class Moments:
 
 @given(data=st.data(), block=st.sampled_from([1, 60, 300, 10_000]))
 @settings(max_examples=100, deadline=None)
-def test_any_moment_saved_comes_back(data, block, tmp_path_factory):
+def test_any_saved_moment_is_restored(data, block, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("worldloom.replay.table.BLOCK_BYTES", block)
         patch.setattr("worldloom.replay.chunks.PIECE_BYTES", 64)
         patch.setattr(os, "fsync", lambda descriptor: None)
-        run = Moments(folder, data)
-        what = ["rows", "rows", "latents", "latents", "more_latents", "save", "save", "back", "forget", "collect"]
+        run = RunModel(folder, data)
+        what = ["rows", "rows", "latents", "latents", "more_latents", "save", "save", "restore", "truncate", "collect"]
         for action in data.draw(st.lists(st.sampled_from(what), max_size=25)):
             getattr(run, action)()
         run.finish()
@@ -175,7 +175,7 @@ def test_any_moment_saved_comes_back(data, block, tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def test_a_snapshot_is_of_its_moment_whatever_comes_before_it_is_written(tmp_path):
+def test_a_snapshot_keeps_its_content_whatever_changes_before_it_is_written(tmp_path):
     buffer, store = filled(), ReplayStore(tmp_path / "store")
     expected, pending = content(buffer, tmp_path), store.snapshot(buffer)
     buffer.write_latents(np.arange(15, 60), {"deter": np.ones((45, 2))})
@@ -216,8 +216,8 @@ def test_after_loading_only_what_changed_is_written(tmp_path):
     assert [name.rsplit("-", 1)[0] for name in files(tmp_path).keys() - before.keys()] == ["latents-000000000032-28"]
 
 
-def test_an_episode_closed_later_changes_no_file(tmp_path):
-    """The end that a crash gave an episode follows from the rows, and is not written with them."""
+def test_an_episode_interrupted_later_changes_no_file(tmp_path):
+    """That an episode was interrupted is derived from the rows, and not written with them."""
     buffer = filled(rows=40, capacity=1000)
     before = ReplayStore(tmp_path).write(buffer)
     add(buffer, [40], [True])
@@ -227,8 +227,8 @@ def test_an_episode_closed_later_changes_no_file(tmp_path):
     assert not ReplayStore(tmp_path).load(before).take(np.array([39]))["is_last"].any()
 
 
-def test_files_that_are_there_are_not_written_by_another_store_either(tmp_path):
-    """As when a run is resumed by way of a folder's name; only what is not a full block is written anew."""
+def test_existing_files_are_not_written_again_by_another_store(tmp_path):
+    """As when a run is resumed from a folder: only blocks that are not full are written again."""
     buffer = ReplayStore(tmp_path / "a").load(ReplayStore(tmp_path / "a").write(filled()))
     before = files(tmp_path / "a")
     reference = ReplayStore(tmp_path / "a").write(buffer)
@@ -271,7 +271,7 @@ def test_files_are_deleted_when_nothing_refers_to_them(tmp_path):
     assert content(ReplayStore(tmp_path).load(references[-1]), tmp_path / "x")
     with pytest.raises(FileFormatError):
         ReplayStore(tmp_path).load(references[0])
-    # The newest is never collected, even by someone who does not know of it yet.
+    # The newest reference is kept even if the caller does not list it.
     assert store.collect([]) == []
     before = files(tmp_path)
     with pytest.raises(FileFormatError):
@@ -280,8 +280,8 @@ def test_files_are_deleted_when_nothing_refers_to_them(tmp_path):
     assert ReplayStore(tmp_path / "none").collect([]) == []
 
 
-def test_a_store_of_many_blocks_takes_little_memory_and_few_descriptors(tmp_path, monkeypatch):
-    """12 MB in 192 files: loading and sampling stay within a few blocks, and 8 descriptors."""
+def test_a_store_of_many_blocks_needs_little_memory_and_few_descriptors(tmp_path, monkeypatch):
+    """12 MB in 192 files: loading and sampling use the memory of a few blocks, and 8 file descriptors."""
     monkeypatch.setattr("worldloom.replay.table.BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr("worldloom.replay.chunks.MAP_CACHE.max_open", 8)
     buffer, episode = ReplayBuffer(3072), np.zeros((256, 64, 21, 3), np.uint8)
@@ -307,7 +307,7 @@ def test_a_store_of_many_blocks_takes_little_memory_and_few_descriptors(tmp_path
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-# ---- a full disk, damaged files, made-up references ------------------------------------------------------------------
+# ---- a full disk, damaged files, invalid references ------------------------------------------------------------------
 
 
 def test_a_full_disk_is_reported_and_what_was_saved_stays(tmp_path, monkeypatch):
@@ -328,13 +328,13 @@ def test_a_full_disk_is_reported_and_what_was_saved_stays(tmp_path, monkeypatch)
         pending.write()
     assert len(files(tmp_path / "store").keys() - before.keys()) == 1
     assert content(ReplayStore(tmp_path / "store").load(reference), tmp_path) == expected
-    # Space again: what is left is written, by the same snapshot or the next.
+    # With space again, the remaining files are written, by the same snapshot or the next.
     later = pending.write()
     assert later == store.write(buffer)
     assert content(store.load(later), tmp_path) == content(buffer, tmp_path)
 
 
-def test_a_limit_of_the_system_is_reported_too(tmp_path):
+def test_a_file_size_limit_is_reported_too(tmp_path):
     buffer, store = filled(rows=300, capacity=300, block_bytes=20_000), ReplayStore(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
@@ -346,7 +346,7 @@ def test_a_limit_of_the_system_is_reported_too(tmp_path):
     assert files(tmp_path) == {}
 
 
-def spoil(path, n, where, what):
+def damage(path, n, where, what):
     """Damage of kind ``n % 6`` at a random place."""
     data = bytearray(path.read_bytes())
     place = int(where * len(data))
@@ -372,7 +372,7 @@ def test_damaged_files_are_refused(tmp_path):
     for n, (which, where, what) in enumerate(uniform(1, 0, (300, 3))):
         path = paths[int(which * len(paths))]
         good = path.read_bytes()
-        spoil(path, n, where, what)
+        damage(path, n, where, what)
         if path.exists() and path.read_bytes() == good:
             continue
         with pytest.raises(FileFormatError, match=path.name):
@@ -381,7 +381,7 @@ def test_damaged_files_are_refused(tmp_path):
     store.load(reference)
 
 
-def test_two_files_exchanged_are_refused(tmp_path):
+def test_two_swapped_files_are_refused(tmp_path):
     store = ReplayStore(tmp_path)
     reference = store.write(filled())
     one, other = sorted(tmp_path.glob("rows-*-8-*"))[:2]
@@ -407,14 +407,14 @@ def set_in(path, value):
 
 
 ROWS, LATENTS = ("chunks", "rows", "files"), ("chunks", "latents", "files")
-MADE_UP = {
+INVALID = {
     "another format": set_in(["format"], "x"),
     "another version": set_in(["version"], 2),
     "no chunks": set_in(["chunks"], KeyError),
     "chunks a text": set_in(["chunks"], "rows"),
     "files a number": set_in(ROWS, 3),
     "file a text": set_in([*ROWS, 0], "../../etc/passwd"),
-    "checksum that leads out": set_in([*ROWS, 0, "sha256"], "../" * 20 + "abcd"),
+    "checksum that leaves the folder": set_in([*ROWS, 0, "sha256"], "../" * 20 + "abcd"),
     "checksum too short": set_in([*ROWS, 0, "sha256"], "0" * 16),
     "checksum of another": set_in([*ROWS, 1, "sha256"], "0" * 64),
     "checksum a number": set_in([*ROWS, 0, "sha256"], 3),
@@ -448,17 +448,17 @@ MADE_UP = {
     "schema huge": set_in(["schema", "obs", 0], ["image", [2**39], "uint8"]),
     "schema narrower": set_in(["schema", "obs", 0], ["image", [3, 2, 2], "uint8"]),
     "schema of another kind": set_in(["schema", "obs", 0], ["image", [3, 2, 1], "float32"]),
-    "more actions taken than there are": set_in(["schema", "actions", 0], ["", "discrete", 1, True]),
+    "action index out of range": set_in(["schema", "actions", 0], ["", "discrete", 1, True]),
     "latents huge": set_in(["latents", "deter"], [10**11]),
     "latents of text": set_in(["latents", "deter"], "22"),
 }
 
 
-@pytest.mark.parametrize("name", MADE_UP)
-def test_made_up_references_are_refused_without_taking_memory(name, tmp_path):
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_references_are_refused_without_allocating_memory(name, tmp_path):
     store = ReplayStore(tmp_path)
     reference = copy.deepcopy(store.write(filled()))
-    MADE_UP[name](reference)
+    INVALID[name](reference)
     tracemalloc.start()
     try:
         with pytest.raises(FileFormatError, match="replay"):
@@ -468,8 +468,8 @@ def test_made_up_references_are_refused_without_taking_memory(name, tmp_path):
         tracemalloc.stop()
 
 
-def test_what_breaks_the_rules_is_refused_though_its_checksum_is_right(tmp_path):
-    """A chunk file whose writer did not go through the door."""
+def test_invalid_rows_are_refused_even_if_their_checksum_is_right(tmp_path):
+    """A chunk file whose writer did not validate its rows."""
     for column, value in (("rewards", np.nan), ("actions", 7), ("flags", 6), ("obs/vector", np.inf)):
         buffer = filled()
         buffer.content().rows.put(column, np.array([30]), np.array([value]))
@@ -478,7 +478,7 @@ def test_what_breaks_the_rules_is_refused_though_its_checksum_is_right(tmp_path)
             ReplayStore(tmp_path).load(reference)
 
 
-def test_something_else_under_the_name_is_refused_without_waiting(tmp_path):
+def test_a_folder_or_pipe_in_place_of_a_file_is_refused_without_blocking(tmp_path):
     store = ReplayStore(tmp_path)
     reference = store.write(filled())
     for make in (Path.mkdir, os.mkfifo):

@@ -1,4 +1,4 @@
-"""Rows of several environments arriving interleaved, checked against a model made of plain lists."""
+"""Interleaved rows of several environments, checked against a model made of plain lists."""
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ def add(buffer, *rows):
     return buffer.add_rows(value[:, None], actions, rewards, first, last, terminal, streams=[r["stream"] for r in rows])
 
 
-class Lists:
-    """The rules, said with lists: rows in order of arrival, dropped from the front."""
+class ListModel:
+    """The same rules with plain lists: rows in order of arrival, dropped from the front."""
 
     def __init__(self, capacity):
         self.capacity, self.rows = capacity, []
@@ -79,10 +79,10 @@ def assert_holds(buffer, model):
 
 @given(history=histories(), capacity=st.integers(1, 40), rows=st.integers(1, 6), block=st.sampled_from([1, 60, 10_000]))
 @settings(max_examples=200, deadline=None)
-def test_any_history_leaves_what_the_lists_hold(history, capacity, rows, block):
+def test_any_history_leaves_the_same_rows_as_the_list_model(history, capacity, rows, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("worldloom.replay.table.BLOCK_BYTES", block)
-        buffer, model = ReplayBuffer(capacity), Lists(capacity)
+        buffer, model = ReplayBuffer(capacity), ListModel(capacity)
         for call in history:
             add(buffer, *call)
             model.add(*call)
@@ -98,7 +98,7 @@ def test_any_history_leaves_what_the_lists_hold(history, capacity, rows, block):
 
 @given(history=histories(), back=st.integers(0, 30))
 @settings(max_examples=100, deadline=None)
-def test_going_back_to_a_checkpoint_is_as_if_nothing_had_come_after(history, back):
+def test_restoring_a_checkpoint_undoes_everything_after_it(history, back):
     buffer, then = ReplayBuffer(10_000), ReplayBuffer(10_000)
     keep = max(1, len(history) - back)
     for call in history[:keep]:
@@ -110,7 +110,7 @@ def test_going_back_to_a_checkpoint_is_as_if_nothing_had_come_after(history, bac
     buffer.load_state_dict(state)
     assert_same(buffer, then)
     for stream in range(4):
-        # Whether an episode is in progress comes back too: it decides which row may follow.
+        # Whether an episode is in progress is restored too: it decides which row may follow.
         answers = []
         for other in (buffer, then):
             try:
@@ -128,7 +128,7 @@ def assert_same(left, right):
             np.testing.assert_array_equal(one[key], other[key])
 
 
-def test_going_back_to_nothing_and_to_what_is_gone():
+def test_restoring_an_empty_buffer_and_evicted_rows():
     buffer = ReplayBuffer(3)
     empty = buffer.state_dict()
     add(buffer, row(0, first=True))
@@ -231,7 +231,7 @@ def test_bad_rows_are_refused_and_leave_the_buffer_as_it_was(changes, message):
     buffer.add_rows(**GOOD)
 
 
-def test_a_row_for_a_stream_whose_rows_have_all_left_goes_on():
+def test_a_stream_whose_rows_were_all_evicted_continues_its_episode():
     buffer = ReplayBuffer(2)
     add(buffer, row(0, first=True, stream=5))
     for n in range(1, 4):

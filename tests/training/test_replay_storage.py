@@ -1,4 +1,4 @@
-"""Where replay lies moves no bit: weights, latents, checkpoints and what a resumed run does."""
+"""Host and device storage of replay give the same bits: weights, latents, checkpoints and resumed runs."""
 
 import jax
 import numpy as np
@@ -58,7 +58,7 @@ def test_checkpoints_go_from_one_to_the_other(config, tmp_path):
 
 
 @pytest.mark.parametrize("capacity", [1, 4])
-def test_online_in_a_buffer_that_forgets(config, capacity):
+def test_online_in_a_buffer_that_evicts_rows(config, capacity):
     trainers = []
     for storage in ("host", "device"):
         env = make_env(Glide, 2, seed=3)
@@ -101,8 +101,8 @@ def test_either_family(name, obs_shape):
     assert_same(*found)
 
 
-def test_more_rows_than_there_was_room_for_may_arrive_while_training(config):
-    """The copy on the device begins with room for the rows that are there, and grows."""
+def test_the_copy_on_the_device_grows_while_training(config):
+    """It is allocated for the rows held at the start of training."""
 
     def trained(storage):
         buffer = fill(ReplayBuffer(10_000))

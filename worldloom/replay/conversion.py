@@ -129,7 +129,7 @@ def convert_actions(array: np.ndarray, action: Action, optional: np.ndarray, wha
         return convert_continuous(array, action, what), action
     index = _to_indices(array, action, optional, what)
     if not action.fixed:
-        # A stray number must not widen all batches; whoever has more actions than the limit can declare them.
+        # A stray number must not widen all batches; more actions than the limit have to be declared.
         action = action._replace(dim=max(action.dim, min(int(index.max(initial=0)) + 1, MAX_INFERRED_ACTIONS)))
     bad = (index >= action.dim) | (index < 0) & ~(optional & (index == -1))
     if bad.any():

@@ -77,9 +77,8 @@ def from_hdf5(path: str | Path, *, capacity: int | None = None) -> ReplayBuffer:
       DataError: the episodes hold something that a buffer refuses.
     """
     h5py = _import_extra("h5py")
-    Path(path).open(
-        "rb"
-    ).close()  # raises the usual OSError for a missing file, which h5py would not distinguish from a damaged one
+    # Raises the usual OSError for a missing file, which h5py would not tell from a damaged one.
+    Path(path).open("rb").close()
     try:
         file = h5py.File(path, "r")
     except OSError as error:

@@ -58,7 +58,7 @@ class DeviceReplay:
         self._reset(capacity)
 
     def _reset(self, capacity: int) -> None:
-        """Forget all copies; :meth:`copy_new_rows` allocates ``capacity`` slots and fills them again."""
+        """Drop all copies; :meth:`copy_new_rows` then allocates ``capacity`` slots and fills them."""
         self.ring: Ring = {}
         self._capacity, self._end = capacity, 0
         # Per slot: the number of its row, and whether its latents are newer than the buffer's.

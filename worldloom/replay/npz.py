@@ -123,7 +123,7 @@ class NpzFile:
             )
         # The position of a ZipExtFile counts uncompressed bytes, and so does file_size.
         if stream.tell() + length * column.nbytes != self._infos[name].file_size:
-            raise FileFormatError(f"its member '{name}' has another size than its header says")
+            raise FileFormatError(f"its member '{name}' has another size than its header declares")
 
     @staticmethod
     def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

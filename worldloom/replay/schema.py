@@ -119,7 +119,11 @@ class Schema:
     # ---- in files -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values. Pairs instead of objects, because the order of keys matters; a single array's key is ``""``."""
+        """As JSON values. Lists instead of objects, because the order of keys matters; a single array has key ``""``.
+
+        Returns:
+          ``{"obs": [[key, shape, dtype], …], "actions": [[key, kind, dim, fixed], …], "has_task": bool}``.
+        """
         obs = [(key if self.obs_is_mapping else _SINGLE, column) for key, column in self.obs.items()]
         actions = [(key if self.actions_is_mapping else _SINGLE, action) for key, action in self.actions.items()]
         return {

@@ -77,15 +77,8 @@ def validate_episode(
 ) -> tuple[Schema, Arrays]:
     """The columns of one episode in either layout of ``ReplayBuffer.add_episode``.
 
-    Args:
-      schema: that of the rows already held; None infers it from this episode.
-      declared: what the user declared; read only without ``schema``.
-      obs: see ``ReplayBuffer.add_episode``, like ``actions``, ``rewards`` and ``task``.
-      actions: likewise.
-      rewards: likewise.
-      ends: dones, terminated and truncated.
-      task: likewise.
-      stream: number of the stream that the rows are added to.
+    Without ``schema``, that of the rows already held, it is inferred from this episode and from what was ``declared``.
+    ``ends`` are dones, terminated and truncated; ``stream`` is the number of the stream that the rows are added to.
 
     Returns:
       The schema, with the number of discrete actions increased where it is not fixed, and {column: [rows, ...]}.
@@ -131,17 +124,9 @@ def validate_step(
 ) -> tuple[Schema, Arrays]:
     """The columns of one row from each of N environments (see ``ReplayBuffer.add_rows``), and their schema.
 
-    The earlier rows of the streams are not known here: whether a row may follow them is for the caller to check.
-
-    Args:
-      schema: that of the rows already held; None infers it from these rows.
-      declared: what the user declared; read only without ``schema``.
-      obs: see ``ReplayBuffer.add_rows``, like the other arguments.
-      actions: likewise.
-      rewards: likewise.
-      flags: is_first, is_last and is_terminal.
-      task: likewise.
-      streams: likewise.
+    Without ``schema``, that of the rows already held, it is inferred from these rows and from what was ``declared``.
+    ``flags`` are is_first, is_last and is_terminal. The earlier rows of the streams are not known here; the caller must
+    check whether these may follow them.
 
     Returns:
       The schema, with the number of discrete actions increased where it is not fixed, and {column: [N, ...]}.
