@@ -1,7 +1,6 @@
 """TD-MPC2: a decoder-free world model that acts by planning in its latent space."""
 
 from worldloom.models.tdmpc2.config import TDMPC2Config
-from worldloom.models.tdmpc2.model import LatentState, TDMPC2WorldModel, Trajectory
 from worldloom.models.tdmpc2.update import (
     LOSS_TERMS,
     RANDOM_PREFILL,
@@ -13,6 +12,7 @@ from worldloom.models.tdmpc2.update import (
     update,
     window,
 )
+from worldloom.models.tdmpc2.world_model import LatentState, TDMPC2WorldModel, Trajectory
 
 __all__ = [
     "LOSS_TERMS",

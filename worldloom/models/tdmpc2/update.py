@@ -13,25 +13,15 @@ import optax
 from worldloom.errors import DataError
 from worldloom.models.base import Params, merge
 from worldloom.models.parts import over_parts, part_keys, split_rows
+from worldloom.models.tdmpc2.batch import TrainBatch, prepare_batch
 from worldloom.models.tdmpc2.config import TDMPC2Config
-from worldloom.models.tdmpc2.loss import (
-    Rollouts,
-    Rows,
-    first_values,
-    model_loss,
-    move_scale,
-    policy_loss,
-    read_rows,
-    with_f1,
-)
-from worldloom.models.tdmpc2.model import TDMPC2WorldModel
+from worldloom.models.tdmpc2.losses import LOSS_TERMS as LOSS_TERMS
+from worldloom.models.tdmpc2.losses import Rollouts, first_values, update_scale, with_f1
 from worldloom.models.tdmpc2.networks import project_rows
+from worldloom.models.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.ops.keys import split_key
 from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
 from worldloom.state import TrainState, WindowSpec
-
-LOSS_TERMS = ("loss", "consistency", "reward", "value", "termination", "policy")
-"""Names of the losses in metrics; ``loss`` is the model's total and leaves ``policy`` out."""
 
 RANDOM_PREFILL = True
 """Online training begins with uniformly random actions."""
@@ -69,7 +59,8 @@ def update(
 
     Args:
       state: from :func:`init_state` or the last update.
-      batch: rows [B, T, …], T > ``horizon``; ``is_first`` marks where another episode begins. See ``loss.read_rows``.
+      batch: rows [B, T, …], T > ``horizon``; ``is_first`` marks where another episode begins. See
+        ``batch.prepare_batch``.
       key: of this update's draws; None takes their modes.
 
     Returns:
@@ -79,16 +70,17 @@ def update(
     config, training = state.config, state.training
     parts = training.microbatches
     model_keys, policy_keys = (part_keys(each, parts) for each in split_key(key, 2))
-    rows = read_rows(config, batch)
+    rows = prepare_batch(config, batch)
     task = rows.task
     params = _project_tasks(state.params, task)
     rows, tasks = split_rows((rows, task), parts)
     rebuild = lambda trained: merge(TDMPC2WorldModel, config, {**params, **trained})  # noqa: E731
 
     # 1. Encoder, dynamics, reward, Q networks, termination, task embedding.
-    def model_gradients(inputs: tuple[Rows, jax.Array | None]) -> Any:
+    def model_gradients(inputs: tuple[TrainBatch, jax.Array | None]) -> Any:
         def objective(trained: Params) -> Any:
-            return model_loss(rebuild(trained), *inputs, remat=training.remat)
+            total, terms, rollouts = rebuild(trained).model_loss(*inputs, remat=training.remat)
+            return total, (terms, rollouts)
 
         (loss, (terms, rollouts)), grads = jax.value_and_grad(objective, has_aux=True)(_model_part(params))
         return (grads, {"loss": loss, **terms}), rollouts
@@ -107,11 +99,11 @@ def update(
     scale = None
     if parts > 1:
         values = over_parts(lambda inputs: ((), first_values(rebuild({}), *inputs)), (rollouts, tasks, policy_keys))[1]
-        scale = move_scale(params["scale"]["value"], values, config.tau)
+        scale = update_scale(params["scale"]["value"], values, config.tau)
 
     def policy_gradients(inputs: tuple[Rollouts, jax.Array | None, jax.Array | None]) -> Any:
         def objective(trained: Params) -> Any:
-            return policy_loss(rebuild(trained), *inputs, scale=scale, remat=training.remat)
+            return rebuild(trained).policy_loss(*inputs, scale=scale, remat=training.remat)
 
         of_policy = {"policy": params["policy"], **_tasks(params)}
         (policy, metrics), grads = jax.value_and_grad(objective, has_aux=True)(of_policy)
