@@ -1,4 +1,4 @@
-"""TDMPC2Config: presets counted without allocating, what follows from other fields, what is refused."""
+"""TDMPC2Config: parameter counts of presets (nothing is allocated), derived values, refused values."""
 
 import json
 import warnings

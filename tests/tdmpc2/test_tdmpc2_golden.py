@@ -33,7 +33,7 @@ def settings(recorded):
 
 
 def overrides(recorded, settings):
-    """Config fields that the arrays do not tell, from the reference's settings."""
+    """Config fields that cannot be inferred from the arrays, from the reference's settings."""
     names = (
         "horizon num_samples num_elites num_pi_trajs iterations temperature min_std max_std episode_length simnorm_dim"
         " rho tau entropy_coef"
@@ -127,7 +127,7 @@ def test_whole_plan(model, recorded, task):
     action, mean = planner.plan(model, z, previous, None, noise=noise, task=task)
     np.testing.assert_allclose(action, recorded["expect/plan_action"], **VALUES)
     np.testing.assert_allclose(mean, recorded["expect/plan_new_mean"], **VALUES)
-    # Two environments in one call are planned for as each alone.
+    # Two environments in one call get the plans that each gets alone.
     twice = lambda x: None if x is None else jnp.stack([x, x])  # noqa: E731
     both = planner.plan(model, twice(z), twice(previous), None, noise=twice(noise), task=twice(task))
     np.testing.assert_allclose(both[0], twice(action), rtol=1e-5, atol=1e-5)

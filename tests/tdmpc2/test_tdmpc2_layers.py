@@ -71,8 +71,8 @@ def test_initial_weights_are_normal_and_not_truncated():
     np.testing.assert_array_equal(head.kernel[...], 0.0)
 
 
-def test_normed_linear_normalises_behind_its_dropout():
-    """Dropout of everything but one unit leaves a LayerNorm that saturates; behind the norm it would leave zeros."""
+def test_normed_linear_normalises_after_its_dropout():
+    """Rows with all units dropped become zeros; all others have mean 0, which dropout after the norm would change."""
     layer = NormedLinear(3, 4, activation=lambda x: x, dropout=0.75, **FLOAT, rngs=nnx.Rngs(0))
     x = jnp.ones((2_000, 3))
     out = layer(x, jax.random.key(0))
@@ -144,7 +144,7 @@ def test_discrete_prior_sums_over_actions():
 
 
 def test_a_certain_discrete_prior_can_be_corrected():
-    """The cross entropy's gradient on the logits is π − π*, however little the policy thinks of the better action."""
+    """The loss's gradient on the logits is π − π*, however small the probability of the better action is."""
     values = jnp.array([[0.0, 0.02, 0.01]])
     best = jax.nn.softmax(values / 0.01, axis=-1)
 
@@ -154,7 +154,7 @@ def test_a_certain_discrete_prior_can_be_corrected():
 
     for logits in (jnp.zeros((1, 3)), jnp.array([[20.0, 0.0, 0.0]])):
         np.testing.assert_allclose(jax.grad(loss)(logits), jax.nn.softmax(logits) - best, atol=1e-6)
-    # Nothing moves where value plus β times entropy is greatest, and without β that is the best action.
+    # The gradient is 0 where value plus β times entropy is greatest; with β = 0 that is the best action.
     np.testing.assert_allclose(jax.grad(loss)(jnp.log(best)), np.zeros((1, 3)), atol=1e-6)
     sure = jnp.array([[-50.0, 0.0, -50.0]])
     np.testing.assert_allclose(CategoricalSample(sure, sure, sure).objective(values, 0.0), 0.0, atol=1e-6)

@@ -1,5 +1,7 @@
 """The interface of the world model in its variants: vectors, images, discrete actions, terminations, tasks."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from tdmpc2_variants import VARIANTS, make, observations, random_batch, tasks
 
 from worldloom.errors import DataError
+from worldloom.models import tdmpc2
 from worldloom.models.base import merge
 from worldloom.models.tdmpc2 import LOSS_TERMS, TDMPC2WorldModel, initial_carry
-from worldloom.models.tdmpc2.networks import Transition
+from worldloom.models.tdmpc2.networks import FusedDynamicsReward
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -52,7 +55,7 @@ def test_actions_that_are_not_time_first_are_refused():
         model.imagine(state, jnp.zeros((4, 5), jnp.int32))
 
 
-def test_act_takes_as_many_of_everything():
+def test_act_needs_carry_and_flags_of_as_many_environments():
     model = make("discrete")
     one = np.asarray(observations(model.config, 1))[0]
     with pytest.raises(DataError, match=r"For a single (one|environment): obs\[None\], and action\[0\]"):
@@ -107,7 +110,7 @@ def test_a_bias_that_simplexes_cannot_see_has_no_gradient(simnorm_dim, sees):
     assert bool(jnp.any(gradient != 0)) == sees
 
 
-def test_multitask_masks_actions_and_tells_tasks_apart():
+def test_multitask_masks_actions_and_distinguishes_tasks():
     model = make("multitask")
     obs, task = observations(model.config, 3), jnp.array([1, 1, 0])
     state = model.encode(np.stack([obs[0]] * 3), task=task)
@@ -161,16 +164,16 @@ def test_continues_in_place_of_is_terminal():
 
 
 @pytest.mark.parametrize("variant", ["vector", "multitask"])
-def test_merged_transition_is_dynamics_and_reward(variant):
+def test_fused_dynamics_and_reward_are_each_alone(variant):
     model = make(variant)
     task = jnp.asarray(2) if model.config.multitask else None
     z, actions = model.encode(observations(model.config, 7), task=task).z, jnp.linspace(-1, 1, 14).reshape(7, 2)
     for latent in (z, z[0]):
-        after, reward = model.transition(task)(latent, actions)
+        after, reward = model.fused_dynamics_reward(task)(latent, actions)
         each = jnp.broadcast_to(latent, z.shape)
         np.testing.assert_allclose(after, model.next_latent(each, actions, task), atol=1e-6)
         np.testing.assert_allclose(reward, model.reward_logits(each, actions, task), atol=1e-6)
-    assert isinstance(model.transition(task), Transition)
+    assert isinstance(model.fused_dynamics_reward(task), FusedDynamicsReward)
 
 
 def test_saved_model_predicts_the_same(tmp_path):
@@ -190,3 +193,35 @@ def test_bfloat16_stays_near_float32():
     assert half.params["q"]["members"]["head"]["kernel"].dtype == jnp.float32
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=0.05, atol=1e-3, err_msg=name)
+
+
+class Halved(TDMPC2WorldModel):
+    """Losses of its own: half the model's total, and a policy loss that is 7 higher."""
+
+    def model_loss(self, batch, key=None, *, remat=False):
+        total, terms, rollouts = super().model_loss(batch, key, remat=remat)
+        return tdmpc2.losses.ModelLoss(total / 2, terms, rollouts)
+
+    def policy_loss(self, rollouts, task, key=None, *, scale=None, remat=False):
+        loss, metrics = super().policy_loss(rollouts, task, key, scale=scale, remat=remat)
+        return tdmpc2.losses.PolicyLoss(loss + 7.0, metrics)
+
+
+def test_a_subclass_may_have_other_losses():
+    model = make()
+    other = Halved(model.config)
+    other.load_params(model.params)
+    batch = random_batch(model.config)
+    plain, changed = model.compute_loss(batch, jax.random.key(0)), other.compute_loss(batch, jax.random.key(0))
+    assert TDMPC2WorldModel.loss_terms == LOSS_TERMS
+    assert set(plain) == set(changed) == set(LOSS_TERMS)
+    np.testing.assert_allclose(changed["loss"], plain["loss"] / 2, rtol=1e-6)
+    np.testing.assert_allclose(changed["policy"], plain["policy"] + 7.0, rtol=1e-6)
+    np.testing.assert_allclose(changed["value"], plain["value"], rtol=1e-6)
+
+
+def test_losses_and_planner_do_not_import_the_world_model():
+    """They state what they use of it as protocols; the world model imports them."""
+    folder = Path(tdmpc2.__file__).parent
+    for name in ("batch", "config", "losses", "networks", "planner"):
+        assert "tdmpc2.world_model" not in (folder / f"{name}.py").read_text(encoding="utf-8"), name

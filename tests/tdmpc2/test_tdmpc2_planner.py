@@ -23,7 +23,7 @@ class Known:
         self.config, self.step, self.value, self.ends = config, step, value, ends
         self.prior_action = prior or (lambda z: jnp.zeros((*z.shape[:-1], config.action_dim)))
 
-    def transition(self, task):
+    def fused_dynamics_reward(self, task):
         return lambda z, action: self.step(jnp.broadcast_to(z, (*action.shape[:-1], z.shape[-1])), action)
 
     def prior(self, z, task, key=None):
@@ -125,13 +125,13 @@ def test_score_discounts_rewards_and_stops_at_terminations():
     on = Known(config(), count, worth)
     expected = 1 + GAMMA * 2 + GAMMA**2 * 3 + GAMMA**3 * 100
     np.testing.assert_allclose(jax.jit(lambda z: planner.score(on, z, actions))(z), [expected] * 4, rtol=1e-6)
-    # The second step's latent is terminal: its reward counts, nothing behind it does.
+    # The second step's latent is terminal: its reward counts, nothing after it does.
     ended = Known(config(episodic=True), count, worth, ends=lambda z: jnp.where(z[:, 0] == 2.0, 1.0, -1.0))
     np.testing.assert_allclose(jax.jit(lambda z: planner.score(ended, z, actions))(z), [1 + GAMMA * 2] * 4, rtol=1e-6)
 
 
-def test_first_plan_ignores_the_past_and_later_ones_shift_the_mean():
-    """With iterations that change nothing, the returned mean is the mean that candidates were drawn around."""
+def test_first_plan_starts_from_zero_and_later_ones_shift_the_mean():
+    """With equal weights of all candidates, the returned mean is the mean that candidates were drawn around."""
     flat = Known(config(min_std=0.05, max_std=0.05, temperature=0.0, num_samples=512, num_elites=512, iterations=1,
                         num_pi_trajs=0), lambda z, a: (z, 0 * a[:, 0]), lambda z, a: 0 * z[:, 0])  # fmt: skip
     plan = inline(flat)
@@ -141,7 +141,7 @@ def test_first_plan_ignores_the_past_and_later_ones_shift_the_mean():
 
 
 def test_only_the_mean_is_warm_started():
-    """Whatever the last plan's spread was, the first candidates of the next one cover the whole range."""
+    """The std starts at ``max_std`` in every plan, so that the first candidates cover the whole range."""
     flat = Known(config(temperature=0.0, num_elites=512, iterations=1, num_pi_trajs=0), lambda z, a: (z, 0 * a[:, 0]),
                  lambda z, a: 0 * z[:, 0])  # fmt: skip
     model_key = jax.random.key(0)
@@ -242,7 +242,7 @@ def test_discrete_plan_finds_the_only_good_sequence():
 
 
 def test_mixed_values_are_those_of_all_lengths():
-    """Reward 1 per step and Q = 10 · (steps done), by hand for λ = 0.25; λ = 1 asks the last latent alone."""
+    """Reward 1 per step and Q = 10 · (steps done), by hand for λ = 0.25; λ = 1 uses the last latent alone."""
     step = lambda z, action: (z + 1.0, jnp.ones(z.shape[0]))  # noqa: E731
     actions = jax.nn.one_hot(jnp.zeros((3, 4), int), 2)
     estimates = [0.0, 1 + 0.5 * 10, 1.5 + 0.25 * 20, 1.75 + 0.125 * 30]

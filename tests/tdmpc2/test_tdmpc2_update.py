@@ -1,4 +1,4 @@
-"""The update: what it changes and what it must not, in every variant."""
+"""The update: what it changes and what it must not change, in every variant."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_long_task_embeddings_are_shrunk_where_used_and_written_back():
     table = jnp.array([[3.0, 4.0], [0.3, 0.4], [6.0, 8.0]])
     projected = project_rows(table, jnp.array([0, 1, 0]))
     np.testing.assert_allclose(projected, [[0.6, 0.8], [0.3, 0.4], [6.0, 8.0]], rtol=1e-6)
-    model = make("multitask", tau=0.02)  # not the shared one: its weights change
+    model = make("multitask", tau=0.02)  # another config than other tests use: `make` caches, and the weights change
     params = model.params
     params["task_embedding"]["table"] = 10.0 * jnp.ones((3, 4))
     model.load_params(params)
@@ -71,7 +71,7 @@ def test_losses_of_a_new_model_are_known():
 
 
 def test_first_update_leaves_hidden_reward_and_q_weights():
-    """Behind heads of zero there is no gradient yet; the heads themselves move."""
+    """No gradient passes through zero heads; the heads themselves change."""
     model = make()
     state = init_state(model, TrainingConfig(grad_clip=20.0), jax.random.key(0))
     after, _ = step(state, random_batch(model.config), jax.random.key(0))
@@ -133,7 +133,7 @@ def test_dropout_is_on_in_value_and_policy_losses_only():
 
 
 def test_terminal_transitions_do_not_bootstrap():
-    """A value of 100 behind the last row reaches the loss only where that row is not terminal."""
+    """A change of the target Q networks reaches the loss only where the next row is not terminal."""
     model = make("episodic")
     batch = random_batch(model.config, size=2, rows=3)
     batch["is_terminal"] = np.zeros((2, 3), bool)
@@ -151,7 +151,7 @@ def test_terminal_transitions_do_not_bootstrap():
 
 
 def test_value_scale_clamps_before_averaging():
-    """Values all alike: the newest width is 1 (clamped), and a scale of 3 moves 1 % of the way to it."""
+    """All values are equal: the newest width is clamped to 1, and a scale of 3 moves 1 % of the way to it."""
     model = make(tau=0.01)
     params = model.params
     params["scale"]["value"] = jnp.float32(3.0)
@@ -203,8 +203,8 @@ def test_terminal_rows_need_an_episodic_model():
         check_data(make().config, has_terminals=True)
 
 
-def test_nothing_behind_an_episode_counts():
-    """A window over an end has the losses of its rollouts that stay inside, whatever the next episode looks like."""
+def test_nothing_after_an_episode_counts():
+    """The losses of a window over an episode's end are those of the rollout steps inside, whatever follows."""
     model = perturbed(make("episodic"))
     batch, other = random_batch(model.config, size=3, rows=6), random_batch(model.config, size=3, rows=6, seed=1)
     batch["is_terminal"], first = np.zeros((3, 6), bool), np.zeros((3, 6), bool)
@@ -219,10 +219,10 @@ def test_nothing_behind_an_episode_counts():
     a, b = model.compute_loss(batch), model.compute_loss(swapped)
     for name in ("loss", "consistency", "reward", "value", "termination"):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-6)
-    # Without the mark what follows does count.
+    # Without is_first what follows does count.
     unmarked = [model.compute_loss(rows | {"is_first": np.zeros((3, 6), bool)}) for rows in (batch, swapped)]
     assert abs(unmarked[0]["loss"] - unmarked[1]["loss"]) > 1e-3
-    # Step h of a rollout is averaged over the starts that have it: rows 0, 1, 2 for h = 0 and rows 0, 1 for h = 1.
+    # Step h is averaged over the rollouts that have it: starts 0, 1, 2 for h = 0 and starts 0, 1 for h = 1.
     z = model.encode(batch["obs"].reshape(18, -1)).z.reshape(3, 6, -1)
     action = jnp.asarray(batch["actions"])
     one = model.next_latent(z[:, :3], action[:, :3], None)

@@ -1,4 +1,4 @@
-"""Layers of TD-MPC2: affine map, LayerNorm, Mish."""
+"""Layers of TD-MPC2: affine map, LayerNorm, Mish (reference: ``common/layers.py``)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# The reference truncates at ±2 absolute, 100 standard deviations: in effect not at all.
+# The reference's `init.weight_init`: normal, truncated at ±2, which at 100 standard deviations truncates nothing.
 _kernel_init = nnx.initializers.normal(0.02)
 
 
 def mish(x: jax.Array) -> jax.Array:
     """x · tanh(log(1 + eˣ)), elementwise (Misra 2019).
 
-    tanh(log(1 + e)) = n / (n + 2) with n = e·(e + 2): one exponential instead of three transcendentals, which on a
-    CPU is a quarter of the time. Beyond 20 the factor is 1 in float32 and eˣ must not overflow.
+    With e = eˣ and n = e·(e + 2), tanh(log(1 + e)) = n / (n + 2): one exponential instead of three transcendental
+    functions, which on a CPU takes a quarter of the time.
     """
+    # Above 20 the factor is 1 in float32; the bound keeps e · (e + 2) from overflowing.
     e = jnp.exp(jnp.minimum(x, 20.0))
     n = e * (e + 2.0)
     return x * (n / (n + 2.0))
 
 
 class NormedLinear(nnx.Module):
-    """activation(LayerNorm(dropout(x·W + b))): the dropout sits before the norm.
+    """activation(LayerNorm(dropout(x·W + b))), with the dropout before the norm (reference: ``layers.NormedLinear``).
 
-    Products are taken in ``dtype``, everything after them in float32.
+    Args:
+      in_features: width of the input.
+      out_features: width of the output.
+      activation: applied to the normalised output.
+      dropout: rate, in [0, 1); active where a call gives a key.
+      dtype: dtype of the matrix product; parameters and everything after the product are float32.
+      rngs: source of the initial weights.
     """
 
     def __init__(
@@ -40,7 +47,7 @@ class NormedLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.affine = nnx.Linear(in_features, out_features, kernel_init=_kernel_init, dtype=dtype, rngs=rngs)
-        # PyTorch's epsilon; the two-pass variance does not cancel.
+        # PyTorch's epsilon. Flax's fast variance E[x²] − E[x]² loses digits to cancellation.
         self.norm = nnx.LayerNorm(out_features, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
         self.activation = activation
         self.dropout = dropout
@@ -50,7 +57,7 @@ class NormedLinear(nnx.Module):
         return self.after_affine(self.affine(x), key)
 
     def after_affine(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Everything behind the affine map, for callers that merge several affine maps into one product."""
+        """Everything after the affine map, [..., out] → [..., out], for callers that fuse several affine maps."""
         x = x.astype(jnp.float32)
         if self.dropout and key is not None:
             kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
@@ -59,15 +66,15 @@ class NormedLinear(nnx.Module):
 
 
 class NormedMLP(nnx.Module):
-    """Hidden :class:`NormedLinear` layers and a last layer, plain or normed.
+    """Hidden :class:`NormedLinear` layers and a last layer, affine or normed (reference: ``layers.mlp``).
 
     Args:
       in_features: width of the input.
-      hidden: widths of the hidden layers.
+      hidden: widths of the hidden layers, at least one.
       out_features: width of the output.
       out_activation: makes the last layer a :class:`NormedLinear` with this activation; None leaves it affine.
       dropout: rate in the first layer.
-      zero_head: start the (affine) last layer at zero.
+      zero_head: initialise an affine last layer with zeros.
       dtype: dtype of matrix products; parameters and outputs are float32.
       rngs: source of the initial weights.
     """
@@ -98,12 +105,12 @@ class NormedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[..., in] → [..., out] float32; a key turns the dropout on."""
-        # One axis of rows: XLA's CPU reductions and products slow down by a quarter over [H, B, 1, width].
+        # Flattened to [rows, width]: on [H, B, 1, width] XLA's CPU reductions and products are a quarter slower.
         rows = x.reshape(-1, x.shape[-1])
         return self.after_first_affine(self.hidden[0].affine(rows), key).reshape(*x.shape[:-1], -1)
 
     def after_first_affine(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Everything behind the first affine map: [..., hidden[0]] → [..., out] float32."""
+        """Everything after the first affine map: [..., hidden[0]] → [..., out] float32."""
         x = self.hidden[0].after_affine(x, key)
         for layer in self.hidden[1:]:
             x = layer(x)

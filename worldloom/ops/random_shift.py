@@ -7,15 +7,15 @@ import jax.numpy as jnp
 
 
 def random_shift(images: jax.Array, key: jax.Array, pad: int = 3) -> jax.Array:
-    """Move each image by whole pixels, up to ``pad`` in each direction, repeating border pixels.
+    """Shift each image by whole pixels, up to ``pad`` in each direction, repeating border pixels.
 
-    Uniform over the (2·pad + 1)² offsets, one per image, the same for all its channels (Kostrikov et al. 2020;
-    ``ShiftAug`` of the TD-MPC2 reference, whose bilinear sampling equals this crop up to rounding).
+    The offset is uniform over (2·pad + 1)², one per image, the same for all its channels (Kostrikov et al. 2020;
+    reference: ``layers.ShiftAug``, whose bilinear sampling at integer offsets equals this crop up to rounding).
 
     Args:
       images: [N, H, W, C].
       key: consumed.
-      pad: largest shift in pixels.
+      pad: largest shift in pixels, at least 0.
 
     Returns:
       [N, H, W, C] of the dtype of ``images``.

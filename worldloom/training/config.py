@@ -10,24 +10,28 @@ from worldloom.devices import check_device_name
 
 @config_dataclass
 class TrainingConfig(BaseConfig):
-    """How long, on what and how a model is trained. Steps are optimizer updates.
+    """Length, batches, optimizer and schedule of a training run. Steps are optimizer updates.
 
-    ``learning_rate``, ``warmup_steps``, ``weight_decay`` and ``grad_clip`` reach the optimizer of either family;
-    what else its optimizer needs (AGC, epsilon, groups) belongs to the model's config.
+    ``learning_rate``, ``warmup_steps``, ``weight_decay`` and ``grad_clip`` apply to the optimizer of either family;
+    its other constants (AGC, epsilon, parameter groups) belong to the model's config.
+
+    Raises:
+      ConfigError: a value is of another type than its field or out of range; ``UnknownFieldError`` for a field that
+        does not exist.
     """
 
     total_steps: Annotated[int, Ge(1)] = 50_000
-    """Updates in all."""
+    """Total number of updates."""
     batch_size: Annotated[int, Ge(1)] = 16
     """Windows per update."""
     sequence_length: Annotated[int, Ge(1)] = 50
-    """Rows per window that gradients run through."""
+    """Rows per window, all of which gradients flow through."""
     learning_rate: Annotated[float, Gt(0)] = 3e-4
     """Step size after warm-up; the reference programs use 4e-5 (DreamerV3) and 3e-4 (TD-MPC2)."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Decoupled decay of kernels, multiplied by the learning rate; 0 is off."""
+    """Decoupled weight decay of kernels, multiplied by the learning rate; 0 is off."""
     grad_clip: Annotated[float, Ge(0)] = 100.0
-    """Largest global gradient norm; 0 is off. DreamerV3's adaptive clipping is a field of its own config."""
+    """Largest global gradient norm; 0 is off. DreamerV3's adaptive clipping is ``agc`` in its own config."""
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Updates over which the learning rate rises linearly from 0."""
     log_interval: Annotated[int, Ge(1)] = 1_000
@@ -35,36 +39,36 @@ class TrainingConfig(BaseConfig):
     eval_interval: Annotated[int, Ge(0)] = 5_000
     """Updates between two evaluations; 0 is never."""
     save_interval: Annotated[int, Ge(0)] = 10_000
-    """Updates between two checkpoints; 0 is only at the end."""
+    """Updates between two checkpoints; 0 saves only at the end."""
     device: str = "cuda"
     """``auto cpu cuda gpu tpu`` or numbered (``cuda:1``); ``cuda`` without a GPU trains on what JAX has."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 42
-    """Root of all randomness of the run: batches, sampling, dropout."""
+    """Seed of all randomness of the run: batches, sampling, dropout."""
     env_steps: Annotated[int, Ge(0)] = 0
-    """Environment steps in all, action repeat counted, at which online training ends; 0: ``total_steps`` decides."""
+    """Total environment steps, counting action repeat, at which online training ends; 0: ``total_steps`` decides."""
     prefill: Annotated[int, Ge(1)] = 1_000
     """Decision steps before the first online update: TD-MPC2 takes random actions, DreamerV3 its initial policy's."""
     prefill_updates: Annotated[int, Ge(0)] = 0
-    """Updates done in a burst when the prefill is there; the TD-MPC2 reference does as many as prefill steps."""
+    """Updates done at once when the prefill is complete; the TD-MPC2 reference does as many as prefill steps."""
     train_ratio: Annotated[float, Ge(0)] = 0.0
     """Rows replayed per decision step, of which an update replays ``batch_size`` × ``sequence_length`` (TD-MPC2:
     rows of its window); 0 is one update per decision step."""
     replay_capacity: Annotated[int, Ge(1)] = 1_000_000
-    """Rows that online training keeps; ignored for a buffer of your own."""
+    """Capacity of the replay buffer of online training, in rows; ignored if you pass a buffer."""
     updates_per_call: Annotated[int, Ge(0)] = 0
-    """Most updates in one compiled call (it holds as many batches on the device); 0 is 1 on a CPU and 8 elsewhere.
-    Models of images do one on a CPU, where convolutions are slow in loops. The result does not depend on it."""
+    """Maximum number of updates per compiled call, which holds as many batches on the device; 0 is 1 on a CPU and 8
+    elsewhere. Image models do one on a CPU, where convolutions are slow in loops. Results do not depend on it."""
     microbatches: Annotated[int, Ge(1)] = 1
-    """Parts in which a batch is worked through, one after the other, with one optimizer step at the end. Gradients are
-    those of the whole batch, memory that of ``batch_size / microbatches`` windows. Divides ``batch_size``."""
+    """Number of parts of a batch whose gradients are accumulated before one optimizer step. Gradients are those of the
+    whole batch, activation memory is that of ``batch_size / microbatches`` windows. Divides ``batch_size``."""
     remat: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, more time."""
     replay_storage: Annotated[str, OneOf("auto", "host", "device")] = "auto"
-    """Where batches are put together. ``host``: in the computer's memory, and sent to the device. ``device``: rows are
-    copied to the device once, which takes memory for ``replay_capacity`` of them (of recorded data: for those there
-    are). ``auto``: on a GPU or TPU if they take at most half of what is free there. Batches are the same."""
+    """Where batches are assembled. ``host``: in host memory, then copied to the device. ``device``: each row is copied
+    to the device once, which needs memory for ``replay_capacity`` rows (for recorded data: for its rows). ``auto``: on
+    a GPU or TPU if the rows need at most half of its free memory. Batches are the same."""
     skip_nonfinite: bool = False
-    """Leave out updates whose loss or gradient is NaN or infinite and count them, instead of stopping."""
+    """Skip and count updates whose loss or gradient is NaN or infinite, instead of stopping."""
 
     def __post_init__(self) -> None:
         check(
@@ -74,9 +78,9 @@ class TrainingConfig(BaseConfig):
         check_device_name(self.device)
 
     def of_update(self) -> TrainingConfig:
-        """This config with everything at its default that one update does not read.
+        """A copy with all fields at their defaults that a single update does not read.
 
-        It is a static part of the compiled state: runs that differ in seed or length only share one program.
+        It is a static argument of the compiled update: runs that differ only in seed or length share one compilation.
         """
         read = ("batch_size", "sequence_length", "learning_rate", "weight_decay", "grad_clip", "warmup_steps")
         return TrainingConfig(**{name: getattr(self, name) for name in (*read, "microbatches", "remat")})

@@ -11,11 +11,11 @@ from worldloom.config import BaseConfig, Between, Ge, OneOf, check, config_datac
 from worldloom.errors import ConfigError
 
 IMAGE_SIZE = 64
-"""Height and width of images: the reference's convolutions take no other."""
+"""Height and width of images, fixed by the reference's convolutions."""
 IMAGE_LATENT = 512
-"""Latent size that those convolutions end in: 32 channels of 4×4."""
+"""Latent size of images: those convolutions end in 32 channels of 4×4."""
 
-# The reference program's `model_size` table.
+# The reference's `MODEL_SIZE` table (`common/__init__.py`).
 _SIZE_FIELDS = ("encoder_dim", "hidden_dim", "latent_dim", "encoder_layers", "num_q")
 _SIZES = {
     "1m": (256, 384, 128, 2, 2),
@@ -25,13 +25,13 @@ _SIZES = {
     "317m": (4096, 4096, 1376, 5, 8),
 }
 _PRESETS: dict[str, dict[str, Any]] = {
-    # Ours, for tests and laptops: planning at every step must be cheap on two cores.
+    # Not in the reference, for tests and laptops: planning at every step must be cheap on two cores.
     "tiny": dict(zip(_SIZE_FIELDS, (64, 64, 64, 2, 2), strict=True))
     | {"num_samples": 64, "num_elites": 12, "num_pi_trajs": 8, "iterations": 3},
     **{size: dict(zip(_SIZE_FIELDS, values, strict=True)) for size, values in _SIZES.items()},
 }
 
-# Names of the earlier PyTorch library: renamed here, or without meaning here.
+# Fields of the earlier PyTorch library: renamed here, or without a counterpart.
 _RENAMED = {"num_q_networks": "num_q", "num_hidden_layers": "mlp_layers", "gamma": "discount"}
 _DROPPED = (
     "model_name", "latent_type", "deter_dim", "stoch_dim", "dynamics_type", "learning_rate", "grad_clip", "device",
@@ -50,11 +50,11 @@ class TDMPC2Config(BaseConfig):
     obs_shape: tuple[int, ...]
     """Shape of one observation: ``(D,)`` for vectors; ``(C, 64, 64)`` or ``(64, 64, C)`` for (stacked) images."""
     action_dim: Annotated[int, Ge(1)]
-    """Width A of a continuous action in [−1, 1], or number of discrete actions."""
+    """Dimensions A of a continuous action in [−1, 1], or number of discrete actions."""
     latent_dim: Annotated[int, Ge(1)] = 512
     """Latent size L, a multiple of ``simnorm_dim``; images need 512."""
     num_q: Annotated[int, Ge(2)] = 5
-    """Q networks N, at least 2: two are drawn for each use."""
+    """Q networks N: two of them are drawn for each use."""
     mlp_layers: Annotated[int, Ge(1)] = 2
     """Hidden layers of dynamics, reward, termination, policy and Q networks."""
     hidden_dim: Annotated[int, Ge(1)] = 512
@@ -68,44 +68,44 @@ class TDMPC2Config(BaseConfig):
     num_bins: Annotated[int, Ge(2)] = 101
     """Bins K of reward and value."""
     vmin: float = -10.0
-    """Symlog of the lowest bin: returns below −(e¹⁰ − 1) = −22025 saturate."""
+    """Position of the lowest bin in symlog space: returns below −(e¹⁰ − 1) = −22025 are clipped."""
     vmax: float = 10.0
-    """Symlog of the highest bin."""
+    """Position of the highest bin in symlog space."""
     dropout: Annotated[float, Between(0, 0.99)] = 0.01
-    """Dropout rate in the first layer of the Q networks; on in value and policy loss."""
+    """Dropout rate in the first layer of the Q networks, active in the value and policy losses."""
     action_type: Annotated[str, OneOf("continuous", "discrete")] = "continuous"
-    """``continuous`` or ``discrete``; the latter has no counterpart in the reference, see ``networks``."""
+    """``continuous`` or ``discrete``; the reference has no discrete actions, see ``networks``."""
     symlog_obs: bool = False
     """Feed symlog of vector observations to the encoder (what the oldest published checkpoints expect)."""
     episodic: bool = False
-    """Learn terminations: a head, its loss, and plans that end. Without it episodes only ever hit time limits."""
+    """Learn terminations: a head, its loss, and plans that end. If False, episodes may only end by time limits."""
 
     num_tasks: Annotated[int, Ge(0)] = 0
     """Tasks of a multitask model; 0 is a single-task model, without embedding."""
     task_dim: Annotated[int, Ge(0)] = 96
     """Width E of the task embedding (the reference: 96, or 64 for the 30-task models 5m, 19m and 48m)."""
     action_dims: tuple[int, ...] = ()
-    """Valid action dimensions per task; further ones are masked. Empty: all ``action_dim``."""
+    """Valid action dimensions per task; the remaining ones are masked. Empty: ``action_dim`` for all."""
     episode_lengths: tuple[int, ...] = ()
     """Decision steps of an episode per task; empty: ``episode_length`` for all."""
 
     episode_length: Annotated[int, Ge(1)] = 500
-    """Decision steps T of an episode, from which the discount follows."""
+    """Decision steps T of an episode, which determine the discount."""
     discount: Annotated[float | None, Between(0, 1)] = None
-    """γ; None follows from the episode length: clip((f − 1) / f, discount_min, discount_max) with f = T / 5."""
+    """γ; None is clip((f − 1) / f, discount_min, discount_max) with f = T / ``discount_denom``."""
     discount_denom: Annotated[float, Ge(1e-6)] = 5.0
-    """The 5 of that rule."""
+    """Divisor of the episode length in that rule."""
     discount_min: Annotated[float, Between(0, 1)] = 0.95
-    """Lower end of that rule."""
+    """Lower bound of γ in that rule."""
     discount_max: Annotated[float, Between(0, 1)] = 0.995
-    """Upper end of that rule."""
+    """Upper bound of γ in that rule."""
 
     horizon: Annotated[int, Ge(1)] = 3
     """Steps H of the latent rollout, in the loss and in plans."""
     rho: Annotated[float, Between(0, 1)] = 0.5
     """ρ: weight ρᵗ of step t in the losses."""
     tau: Annotated[float, Between(0, 1)] = 0.01
-    """Step of the target Q networks and of the value scale towards their newest values."""
+    """Rate at which the target Q networks and the value scale move towards their newest values."""
     consistency_coef: Annotated[float, Ge(0)] = 20.0
     """Weight of the latent consistency loss."""
     reward_coef: Annotated[float, Ge(0)] = 0.1
@@ -118,8 +118,8 @@ class TDMPC2Config(BaseConfig):
     """Weight β of the policy's (scaled) entropy beside its normalised value; for discrete actions the temperature of
     the Boltzmann policy that the prior is fitted to."""
     advantage_coef: Annotated[float | None, Between(0, 0.999)] = None
-    """Weight α of the regret taken off TD targets, for discrete actions: widens the gap between them 1 / (1 − α) times.
-    None is 0.9 for discrete and 0 for continuous actions. See ``advantage_weight``."""
+    """Weight α of the regret subtracted from TD targets, for discrete actions: widens the gap between their values
+    1 / (1 − α) times. None is 0.9 for discrete and 0 for continuous actions. See ``advantage_weight``."""
     encoder_lr_scale: Annotated[float, Ge(0)] = 0.3
     """Factor on the learning rate of the encoder."""
     pi_adam_eps: Annotated[float, Ge(0)] = 1e-5
@@ -132,7 +132,7 @@ class TDMPC2Config(BaseConfig):
     mpc: bool = True
     """Act by planning; False acts by the policy prior alone."""
     iterations: Annotated[int | None, Ge(1)] = None
-    """Refinements of a plan; None is 6, or 8 from 20 action dimensions on. See ``planner_iterations``."""
+    """Iterations of a plan; None is 6, or 8 from 20 action dimensions on. See ``planner_iterations``."""
     num_samples: Annotated[int, Ge(1)] = 512
     """Candidate action sequences per iteration, policy trajectories included."""
     num_elites: Annotated[int, Ge(1)] = 64
@@ -142,8 +142,8 @@ class TDMPC2Config(BaseConfig):
     temperature: Annotated[float, Ge(0)] = 0.5
     """Elite i weighs exp(temperature · (valueᵢ − best value))."""
     planner_lambda: Annotated[float | None, Between(0, 1)] = None
-    """λ of a candidate's value: 1 counts on the last latent alone (the reference); below, Q values along the way count
-    too. None is 1 for continuous and 0.5 for discrete actions. See ``value_lambda``."""
+    """λ of a candidate's value: 1 bootstraps from the last latent alone (the reference); below 1 the Q values of
+    earlier latents count too. None is 1 for continuous and 0.5 for discrete actions. See ``value_lambda``."""
     min_std: Annotated[float, Ge(0)] = 0.05
     """Lower bound of the plan's standard deviation; for discrete actions, the share of uniform candidates."""
     max_std: Annotated[float, Ge(0)] = 2.0
@@ -152,7 +152,7 @@ class TDMPC2Config(BaseConfig):
     precision: Annotated[str, OneOf("auto", "float32", "bfloat16")] = "auto"
     """Dtype of matrix products: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on GPU and TPU."""
     model_type: Annotated[str, OneOf("tdmpc2")] = "tdmpc2"
-    """Always ``tdmpc2``; says in a ``config.json`` which family it belongs to."""
+    """Always ``tdmpc2``: the family that a ``config.json`` belongs to."""
 
     def __post_init__(self) -> None:
         self._check_observations()
@@ -224,12 +224,12 @@ class TDMPC2Config(BaseConfig):
 
     @property
     def multitask(self) -> bool:
-        """Whether there is a task embedding; then ``task`` is needed wherever the model is used."""
+        """Whether there is a task embedding; then all methods of the model need ``task``."""
         return self.num_tasks > 0 and self.task_dim > 0
 
     @property
     def embedding_dim(self) -> int:
-        """Width of the task embedding in the networks' inputs, 0 for one task."""
+        """Width of the task embedding in the networks' inputs, 0 for a single-task model."""
         return self.task_dim if self.multitask else 0
 
     @property
@@ -244,7 +244,7 @@ class TDMPC2Config(BaseConfig):
 
     @property
     def planner_iterations(self) -> int:
-        """Refinements of a plan: ``iterations``, or 6, or 8 from 20 action dimensions on."""
+        """Iterations of a plan: ``iterations``, or 6, or 8 from 20 action dimensions on."""
         if self.iterations is not None:
             return self.iterations
         return 8 if self.action_dim >= 20 else 6

@@ -1,12 +1,12 @@
-"""Networks of TD-MPC2: encoders, task embedding, policy priors, the value scale.
+"""Networks of TD-MPC2: encoders, task embedding, policy priors, the value scale, the planner's fused networks.
 
-Inputs are concatenated as in the reference: [observation | task] for the encoder, [latent | task] for the policy and
-the termination head, [latent | task | action] for dynamics, reward and Q networks.
+Inputs are concatenated as in the reference (``common/world_model.py``): [observation | task] for the encoder,
+[latent | task] for the policy and the termination head, [latent | task | action] for dynamics, reward and Q networks.
 
 Discrete actions are not in the reference. Here the policy prior is a categorical over one-hot actions, and values are
 exact expectations over them, as in the discrete soft actor-critic (Christodoulou 2019), instead of reparameterised
 samples. It is fitted to the Boltzmann policy of the Q networks by cross entropy, like the M-step of MPO (Abdolmaleki
-et al. 2018): see ``CategoricalSample.objective``. The planner's part of it is described in ``planner``.
+et al. 2018): see ``CategoricalSample.objective``. How discrete actions are planned is described in ``planner``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from worldloom.ops.random_shift import random_shift
 from worldloom.ops.simnorm import simnorm
 from worldloom.ops.symlog import symlog
 
-# Of the standard normal's log density, to the reference's digits.
+# log(2π) / 2, with as many digits as the reference's `math.gaussian_logprob`.
 _HALF_LOG_2PI = 0.9189385175704956
 _MASKED = -1e9
 """Logit of actions that a task does not have."""
@@ -34,7 +34,11 @@ _MASKED = -1e9
 
 @dataclasses.dataclass(frozen=True)
 class SimNorm:
-    """:func:`worldloom.ops.simnorm.simnorm` as an activation that compares by value."""
+    """:func:`worldloom.ops.simnorm.simnorm` with its group size, as an activation.
+
+    Compares by value, unlike a closure: models of equal configs then have equal graph definitions and share one
+    compilation.
+    """
 
     group: int
 
@@ -44,7 +48,7 @@ class SimNorm:
 
 
 class VectorEncoder(nnx.Module):
-    """Vector observation and task embedding → latent."""
+    """Vector observation and task embedding → latent (reference: ``layers.enc``, ``state``)."""
 
     def __init__(self, config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.symlog_obs = config.symlog_obs
@@ -58,16 +62,17 @@ class VectorEncoder(nnx.Module):
         )
 
     def __call__(self, obs: jax.Array, embedding: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """[..., D] and [..., E] → [..., L]. Nothing is random here; ``key`` is for images."""
+        """[..., D] and [..., E] → [..., L]. Deterministic: ``key`` is unused, as only images are shifted."""
         del key
         obs = obs.astype(jnp.float32)
         return self.mlp(jnp.concatenate([symlog(obs) if self.symlog_obs else obs, embedding], axis=-1))
 
 
 class ImageEncoder(nnx.Module):
-    """64×64 images → latent: random shift, four valid convolutions, SimNorm; no linear layer, no norm.
+    """64×64 images → latent: random shift, four valid convolutions, SimNorm; no linear layer, no LayerNorm.
 
-    The shift is part of the encoder, in training and in acting alike (data augmentation of Kostrikov et al. 2020).
+    Reference: ``layers.conv``. The shift (data augmentation of Kostrikov et al. 2020) is part of the encoder, both in
+    training and in acting.
     """
 
     def __init__(self, config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -80,7 +85,7 @@ class ImageEncoder(nnx.Module):
     def __call__(self, obs: jax.Array, embedding: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[..., C, 64, 64] or [..., 64, 64, C] (uint8 0–255, or float 0–1) → [..., 512].
 
-        ``embedding`` is empty: image models have one task. Without a key images are not shifted.
+        ``embedding`` has width 0: image models have one task. Without a key images are not shifted.
         """
         del embedding
         x = obs.reshape(-1, *obs.shape[-3:])
@@ -89,15 +94,16 @@ class ImageEncoder(nnx.Module):
         x = (x / jnp.float32(255) if x.dtype == jnp.uint8 else x.astype(jnp.float32)) - 0.5
         for conv in self.convs[:-1]:
             x = nnx.relu(conv(x))
-        x = self._last(x).astype(jnp.float32)
-        # Channel-major, as PyTorch flattens: a simplex is eight neighbouring pixels of one channel.
+        x = self._last_conv(x).astype(jnp.float32)
+        # Channel-major, as PyTorch flattens: with 8 features a simplex is 8 neighbouring pixels of one channel.
         return self.simnorm(x.transpose(0, 3, 1, 2).reshape(*obs.shape[:-3], -1))
 
-    def _last(self, x: jax.Array) -> jax.Array:
-        """The last convolution. Where its bias cannot matter it has no gradient, not even a rounded one.
+    def _last_conv(self, x: jax.Array) -> jax.Array:
+        """The last convolution, without gradient to its bias where the bias cannot change the output.
 
-        The map is 4×4: a simplex of 2, 4, 8 or 16 neighbours lies within one channel, and a softmax does not see what
-        all its inputs share. The bias's gradient is then zero but for rounding, which Adam would magnify.
+        The feature map is 4×4, so that a simplex of 2, 4, 8 or 16 neighbours lies within one channel. The channel's
+        bias shifts all inputs of its softmax alike, which a softmax is invariant to. The bias's exact gradient is then
+        0; the computed one is rounding noise, and Adam would scale that up to full steps.
         """
         conv = self.convs[-1]
         if conv.bias is None or 16 % self.simnorm.group:
@@ -108,7 +114,7 @@ class ImageEncoder(nnx.Module):
 
 
 def _convolution(inputs: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    bound = (inputs * size * size) ** -0.5  # PyTorch's default: uniform up to 1 / √fan-in, the bias too.
+    bound = (inputs * size * size) ** -0.5  # PyTorch's default: uniform in ±1 / √fan-in, for the bias too.
     init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
     return nnx.Conv(
         inputs,
@@ -124,7 +130,7 @@ def _convolution(inputs: int, size: int, stride: int, dtype: jnp.dtype, rngs: nn
 
 
 class TaskEmbedding(nnx.Module):
-    """One learned vector per task, of norm at most 1."""
+    """One learned vector per task, of norm at most 1 (reference: ``nn.Embedding`` with ``max_norm=1``)."""
 
     def __init__(self, config: TDMPC2Config, rngs: nnx.Rngs):
         shape = (config.num_tasks, config.task_dim)
@@ -133,39 +139,44 @@ class TaskEmbedding(nnx.Module):
     def __call__(self, task: jax.Array) -> jax.Array:
         """Integers [...] → [..., E]."""
         rows = self.table[...][task]
-        return rows * jax.lax.stop_gradient(_shrink_to_unit(rows))
+        return rows * jax.lax.stop_gradient(_unit_ball_factor(rows))
 
 
 def project_rows(table: jax.Array, task: jax.Array) -> jax.Array:
-    """``table`` [num_tasks, E] with the rows of ``task`` shrunk to norm 1 where they are longer.
+    """Project the rows that ``task`` (integers [...]) names onto the unit ball: [num_tasks, E] → [num_tasks, E].
 
-    PyTorch's ``max_norm`` does so in place at every lookup: the shrunk rows are what the optimizer steps from.
+    PyTorch's ``max_norm`` rescales rows in place at every lookup, so that the optimizer steps from the rescaled rows.
     """
     used = jnp.zeros(table.shape[0], bool).at[task].set(True)
-    return jnp.where(used[:, None], table * _shrink_to_unit(table), table)
+    return jnp.where(used[:, None], table * _unit_ball_factor(table), table)
 
 
-def _shrink_to_unit(rows: jax.Array) -> jax.Array:
+def _unit_ball_factor(rows: jax.Array) -> jax.Array:
+    """[..., E] → factors [..., 1] that bring rows longer than 1 to norm 1; 1 for others. The 1e-7 is PyTorch's."""
     norm = jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(rows)), axis=-1, keepdims=True))
     return jnp.where(norm > 1.0, 1.0 / (norm + 1e-7), 1.0)
 
 
 class ValueScale(nnx.Module):
-    """Running width of the values that the policy maximises: the 5th to 95th percentile of a batch, at least 1."""
+    """Running scale [] of the values that the policy maximises (reference: ``common/scale.py``, ``RunningScale``).
+
+    An average of widths between the 5th and 95th percentile of a batch's values, each at least 1; see
+    :func:`worldloom.models.tdmpc2.losses.update_scale`.
+    """
 
     def __init__(self) -> None:
         self.value = Statistic(jnp.ones((), jnp.float32))
 
 
 class GaussianSample(NamedTuple):
-    """A draw of the continuous prior.
+    """A sample of the continuous prior.
 
     Attributes:
       action: [..., A] in (−1, 1).
       mean: [..., A] the mode, tanh of the Gaussian's mean.
       log_std: [..., A] of the Gaussian before tanh.
       entropy: [...] minus the log density of ``action``.
-      scaled_entropy: [...] what the policy loss uses: the Gaussian's part of it times the number of dimensions.
+      scaled_entropy: [...] used by the policy loss: minus the Gaussian's log density times the number of dimensions.
     """
 
     action: jax.Array
@@ -175,7 +186,7 @@ class GaussianSample(NamedTuple):
     scaled_entropy: jax.Array
 
     def evaluate(self, value: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Values to average over: that of the one sample, [...], with a gradient to the policy."""
+        """Input of ``average``: the value of the one sample, [...], with a gradient to the policy."""
         return value(self.action)
 
     def average(self, values: jax.Array) -> jax.Array:
@@ -187,12 +198,12 @@ class GaussianSample(NamedTuple):
         return self.average(self.evaluate(value))
 
     def objective(self, values: jax.Array, beta: float) -> jax.Array:
-        """What the policy maximises: the value plus β times the scaled entropy, [...]."""
+        """The policy's objective [...]: value plus β times scaled entropy (reference: ``update_pi``)."""
         return values + beta * self.scaled_entropy
 
 
 class GaussianPolicy(nnx.Module):
-    """Policy prior of continuous actions: tanh of a diagonal Gaussian."""
+    """Policy prior of continuous actions: tanh of a diagonal Gaussian (reference: ``WorldModel.pi``)."""
 
     def __init__(self, config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.log_std_range = (config.log_std_min, config.log_std_max)
@@ -205,12 +216,12 @@ class GaussianPolicy(nnx.Module):
 
         Args:
           x: [..., L + E] latent and task embedding.
-          mask: [..., A], 1 for dimensions that the task has.
-          key: of the noise; None is noise 0, the mode.
-          noise: [..., A] instead of a key.
+          mask: [..., A], 1 for dimensions that the task has, 0 for others.
+          key: key of the noise; None is noise 0, the mode.
+          noise: [..., A] standard normal, in place of a key.
 
-        The entropy follows the reference program since October 2024: the literal ratio of its code reduces to
-        −size · Gaussian log density, without the tanh term.
+        ``scaled_entropy`` follows the reference since October 2024, whose code multiplies the entropy by the ratio
+        size · Gaussian log density / log density: that is −size · Gaussian log density, without the tanh term.
         """
         mean, raw = jnp.split(self.mlp(x), 2, axis=-1)
         low, high = self.log_std_range
@@ -226,7 +237,7 @@ class GaussianPolicy(nnx.Module):
 
 
 class CategoricalSample(NamedTuple):
-    """A draw of the discrete prior.
+    """A sample of the discrete prior.
 
     Attributes:
       action: [..., A] one-hot.
@@ -245,12 +256,12 @@ class CategoricalSample(NamedTuple):
 
     @property
     def entropy(self) -> jax.Array:
-        """[...] in nats, exact."""
+        """[...] in nats, the exact sum."""
         return -jnp.sum(self.probs * self.log_probs, axis=-1)
 
     @property
     def valid(self) -> jax.Array:
-        """bool [..., A], whether the task has the action."""
+        """bool [..., A], True for actions that the task has."""
         return self.log_probs > 0.5 * _MASKED
 
     @property
@@ -273,20 +284,20 @@ class CategoricalSample(NamedTuple):
         return self.average(self.evaluate(value))
 
     def regret(self, value: Callable[[jax.Array], jax.Array], action: jax.Array) -> jax.Array:
-        """How much better than ``action`` [..., A] the best action is, [...]."""
+        """Value of the best action minus that of ``action`` [..., A]: [...], at least 0 for valid actions."""
         values = self.evaluate(value)
         return jnp.max(values, axis=-1, where=self.valid, initial=-jnp.inf) - jnp.sum(values * action, axis=-1)
 
     def objective(self, values: jax.Array, beta: float) -> jax.Array:
-        """What the policy maximises: minus its cross entropy from the best policy under ``values`` [..., A], [...].
+        """The policy's objective [...]: Σ_a π*_a · log π_a, where π* is optimal under ``values`` [..., A].
 
-        Value plus β times entropy is greatest for π* ∝ exp(value / β). Ascending that sum itself, through the
-        probabilities, moves logits by π · advantage: nothing, once the policy is certain, however wrong it has become.
-        The cross entropy from π* has the same optimum and moves them by π* − π.
+        π* ∝ exp(value / β) maximises value plus β times entropy. Gradient ascent on that sum itself moves logits by
+        π · advantage, which vanishes once the policy is certain, even if it is wrong. This negative cross entropy has
+        the same maximiser, and its gradient on the logits is π* − π.
         """
         scores = jnp.where(self.valid, jax.lax.stop_gradient(values) / jnp.maximum(beta, 1e-8), -jnp.inf)
-        best = jax.nn.softmax(scores, axis=-1)
-        return jnp.sum(best * self.log_probs, axis=-1)
+        optimal = jax.nn.softmax(scores, axis=-1)
+        return jnp.sum(optimal * self.log_probs, axis=-1)
 
 
 class CategoricalPolicy(nnx.Module):
@@ -298,7 +309,7 @@ class CategoricalPolicy(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, key: jax.Array | None = None, noise: jax.Array | None = None
     ) -> CategoricalSample:
-        """As :class:`GaussianPolicy`; ``noise`` [..., A] is Gumbel noise on the log probabilities."""
+        """Sample one action per latent, as :class:`GaussianPolicy` does; ``noise`` [..., A] is standard Gumbel."""
         log_probs = jax.nn.log_softmax(jnp.where(mask > 0, self.mlp(x), _MASKED), axis=-1)
         if noise is None:
             noise = jnp.zeros_like(log_probs) if key is None else jax.random.gumbel(key, log_probs.shape)
@@ -311,15 +322,15 @@ def _policy_mlp(config: TDMPC2Config, outputs: int, dtype: jnp.dtype, rngs: nnx.
     return NormedMLP(inputs, [config.hidden_dim] * config.mlp_layers, outputs, dtype=dtype, rngs=rngs)
 
 
-class Transition:
-    """Dynamics and reward of the same latent and action, for the planner: one product for both first layers.
+class FusedDynamicsReward:
+    """Dynamics and reward of the same latent and action in the planner, their first layers fused into one product.
 
-    The product is split by input, so that a latent shared by all candidates is multiplied once: its term
-    broadcasts against the candidates' actions.
+    Both networks read [latent | task | action]. The product of the first layers is split by input: a latent that all
+    candidates share is then multiplied once, and its term broadcasts against the candidates' actions.
 
     Args:
       dynamics: [latent | task | action] → next latent.
-      reward: [latent | task | action] → logits, of the same hidden width.
+      reward: [latent | task | action] → reward logits, with hidden layers of the same width.
       embedding: [E] task embedding, common to all candidates.
       latent_dim: L.
     """
@@ -330,13 +341,13 @@ class Transition:
         self.dtype = first[0].dtype
         kernel = jnp.concatenate([layer.kernel[...] for layer in first], axis=1).astype(self.dtype)
         bias = jnp.concatenate([jnp.asarray(layer.bias) for layer in first])
-        of_latent, of_task, of_action = jnp.split(kernel, [latent_dim, latent_dim + embedding.shape[-1]])
-        self.of_latent, self.of_action = of_latent, of_action
-        self.constant = bias + (embedding.astype(self.dtype) @ of_task).astype(jnp.float32)
+        latent_kernel, task_kernel, action_kernel = jnp.split(kernel, [latent_dim, latent_dim + embedding.shape[-1]])
+        self.latent_kernel, self.action_kernel = latent_kernel, action_kernel
+        self.constant = bias + (embedding.astype(self.dtype) @ task_kernel).astype(jnp.float32)
 
     def __call__(self, z: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """z [N, L] or [L], action [N, A] → next latent [N, L] and reward logits [N, K]."""
-        first = (z.astype(self.dtype) @ self.of_latent).astype(jnp.float32) + self.constant
-        first = first + (action.astype(self.dtype) @ self.of_action).astype(jnp.float32)
-        for_dynamics, for_reward = jnp.split(first, 2, axis=-1)
-        return self.dynamics.after_first_affine(for_dynamics), self.reward.after_first_affine(for_reward)
+        """z [N, L], or [L] if shared, and action [N, A] → next latent [N, L] and reward logits [N, K]."""
+        first = (z.astype(self.dtype) @ self.latent_kernel).astype(jnp.float32) + self.constant
+        first = first + (action.astype(self.dtype) @ self.action_kernel).astype(jnp.float32)
+        dynamics_first, reward_first = jnp.split(first, 2, axis=-1)
+        return self.dynamics.after_first_affine(dynamics_first), self.reward.after_first_affine(reward_first)

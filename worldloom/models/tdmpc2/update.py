@@ -15,7 +15,7 @@ from worldloom.models.base import merge
 from worldloom.models.microbatch import accumulate, part_keys, split_rows
 from worldloom.models.tdmpc2.batch import TrainBatch, prepare_batch
 from worldloom.models.tdmpc2.config import TDMPC2Config
-from worldloom.models.tdmpc2.losses import Rollouts, first_values, move_scale, with_f1
+from worldloom.models.tdmpc2.losses import Rollouts, first_values, update_scale, with_f1
 from worldloom.models.tdmpc2.networks import project_rows
 from worldloom.models.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.ops.keys import split_key
@@ -97,7 +97,7 @@ def make_update(
             values = accumulate(
                 lambda inputs: ((), first_values(rebuild({}), *inputs)), (rollouts, tasks, policy_keys)
             )[1]
-            scale = move_scale(params["scale"]["value"], values, config.tau)
+            scale = update_scale(params["scale"]["value"], values, config.tau)
 
         def policy_gradients(inputs: tuple[Rollouts, jax.Array | None, jax.Array | None]) -> Any:
             def objective(trained: Params) -> Any:

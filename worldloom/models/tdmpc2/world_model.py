@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,19 @@ from flax import nnx
 
 from worldloom.errors import DataError
 from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
-from worldloom.models.tdmpc2 import loss, planner
+from worldloom.models.tdmpc2 import losses, planner
+from worldloom.models.tdmpc2.batch import TrainBatch, prepare_batch
 from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.models.tdmpc2.losses import ModelLoss, PolicyLoss, Rollouts
 from worldloom.models.tdmpc2.networks import (
     CategoricalPolicy,
     CategoricalSample,
+    FusedDynamicsReward,
     GaussianPolicy,
     GaussianSample,
     ImageEncoder,
     SimNorm,
     TaskEmbedding,
-    Transition,
     ValueScale,
     VectorEncoder,
 )
@@ -41,7 +42,7 @@ class LatentState:
 
     @property
     def features(self) -> jax.Array:
-        """[..., L], what heads read."""
+        """[..., L], the input of all heads."""
         return self.z
 
 
@@ -49,9 +50,9 @@ class Trajectory(NamedTuple):
     """An imagined rollout, time first.
 
     Attributes:
-      states: latents [H+1, B, L]; the first is the state it started from.
+      states: latents [H+1, B, L]; the first is the start state.
       rewards: [H, B] expected reward of each step, in the units of the data.
-      continues: [H, B] probability that the episode goes on after each step; 1 unless the config is ``episodic``.
+      continues: [H, B] probability that the episode continues after each step; 1 unless the config is ``episodic``.
     """
 
     states: LatentState
@@ -65,11 +66,18 @@ class TDMPC2WorldModel(WorldModel):
     Continuous actions are float [..., A] in [−1, 1]; discrete ones integers [...] or one-hots [..., A]. A multitask
     model takes ``task``, integers with the batch axes, in every method; others take none. Wherever ``key`` is None,
     every draw takes its mode: mean actions, the first two Q networks, no dropout, no image shift.
+
+    A subclass changes the losses by overriding :meth:`model_loss` or :meth:`policy_loss`, which training and
+    :meth:`compute_loss` call. What losses and planner use of a model is listed in ``losses.LossModel`` and
+    ``planner.PlannerModel``.
     """
 
     config: TDMPC2Config
     config_class = TDMPC2Config
     untrained = ("target_q", "scale")
+    loss_hooks = ("model_loss", "policy_loss")
+    views = ("compute_loss", "encode", "observe", "predict", "imagine")
+    loss_terms: ClassVar[tuple[str, ...]] = losses.LOSS_TERMS
 
     encoder: VectorEncoder | ImageEncoder
     dynamics: NormedMLP
@@ -83,7 +91,10 @@ class TDMPC2WorldModel(WorldModel):
 
     @staticmethod
     def build(config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """Parts: encoder, dynamics, reward, policy, q, target_q, scale; termination and task_embedding if needed."""
+        """Encoder, dynamics, reward, policy, q, target_q and scale; termination and task_embedding by the config.
+
+        Q networks and their targets start as equal copies: both ensembles draw from the same key.
+        """
         c = config
         z, za = c.latent_dim + c.embedding_dim, c.latent_dim + c.embedding_dim + c.action_dim
         hidden = [c.hidden_dim] * c.mlp_layers
@@ -109,23 +120,16 @@ class TDMPC2WorldModel(WorldModel):
             parts["task_embedding"] = TaskEmbedding(c, rngs)
         return parts
 
-    @property
-    def algorithm(self) -> types.ModuleType:
-        """:mod:`worldloom.models.tdmpc2`."""
-        from worldloom.models import tdmpc2
-
-        return tdmpc2
-
     # The interface that both families share.
 
     def initial_state(self, batch_size: int) -> LatentState:
-        """The latent of no information: uniform simplices, [batch_size, L]."""
+        """Uninformative latents: uniform simplices, [batch_size, L]."""
         shape = (batch_size, self.config.latent_dim)
         return LatentState(jnp.full(shape, 1.0 / self.config.simnorm_dim, jnp.float32))
 
     @compiled
     def encode(self, obs: jax.Array, key: jax.Array | None = None, *, task: jax.Array | None = None) -> LatentState:
-        """Observations [B, *obs_shape] → latents. ``key`` shifts images at random, as in training."""
+        """Observations [B, *obs_shape] → latents [B, L]. ``key`` shifts images at random, as in training."""
         return LatentState(self.latent(obs, task, key))
 
     @compiled
@@ -138,7 +142,10 @@ class TDMPC2WorldModel(WorldModel):
         *,
         task: jax.Array | None = None,
     ) -> LatentState:
-        """Latent after acting and seeing ``obs``: TD-MPC2 has no memory, so this encodes ``obs`` alone."""
+        """Latents [B, L] after acting and observing ``obs`` [B, *obs_shape].
+
+        TD-MPC2 has no recurrent state: this encodes ``obs``; ``state`` and ``action`` are unused.
+        """
         del state, action
         return LatentState(self.latent(obs, task, key))
 
@@ -146,7 +153,10 @@ class TDMPC2WorldModel(WorldModel):
     def predict(
         self, state: LatentState, action: jax.Array, key: jax.Array | None = None, *, task: jax.Array | None = None
     ) -> LatentState:
-        """One imagined step; the dynamics are deterministic and use no key."""
+        """One imagined step: latents [B, L] and actions [B, A] or integers [B] → latents [B, L].
+
+        The dynamics are deterministic; ``key`` is unused. Raises ``DataError`` for actions of another shape.
+        """
         del key
         return LatentState(self.next_latent(state.z, self.as_vectors(action, state.z.ndim), task))
 
@@ -154,9 +164,9 @@ class TDMPC2WorldModel(WorldModel):
     def imagine(
         self, state: LatentState, actions: jax.Array, key: jax.Array | None = None, *, task: jax.Array | None = None
     ) -> Trajectory:
-        """Roll ``actions`` [H, B, A] (or integers [H, B]) out from ``state``; one scan.
+        """Roll out ``actions`` [H, B, A] (or integers [H, B]) from ``state`` [B, L]; one scan.
 
-        Raises ``DataError`` for actions of another shape.
+        The dynamics are deterministic; ``key`` is unused. Raises ``DataError`` for actions of another shape.
         """
         del key
         actions = self.as_vectors(actions, state.z.ndim + 1)
@@ -174,10 +184,10 @@ class TDMPC2WorldModel(WorldModel):
 
     @compiled
     def decode(self, state: LatentState, *, task: jax.Array | None = None) -> dict[str, jax.Array]:
-        """What can be read off a latent alone: ``value`` [...] of the prior's mean action, in the units of the data.
+        """Predictions from latents [..., L]: ``value`` [...] of the prior's mean action, in the units of the data.
 
-        With terminations also ``continue`` and ``termination`` [...], probabilities that sum to 1. There is no
-        decoder, and rewards need an action: :meth:`imagine` returns them.
+        For ``episodic`` configs also ``continue`` and ``termination`` [...], probabilities that sum to 1. Observations
+        are not decoded, and rewards need an action: :meth:`imagine` returns them.
         """
         action = self.prior(state.z, task).mean
         decoded = {"value": self.q_values(state.z, action, task, self.q_pair(None)).mean(0)}
@@ -188,17 +198,17 @@ class TDMPC2WorldModel(WorldModel):
 
     @compiled
     def compute_loss(self, batch: dict[str, Any], key: jax.Array | None = None) -> dict[str, jax.Array]:
-        """``loss consistency reward value termination policy`` of a batch [B, T, …] with T > ``horizon``.
+        """``loss_terms`` of a batch [B, T, …] with T > ``horizon``, scalars; see :func:`prepare_batch` for its keys.
 
-        ``loss`` is the model's total. ``policy`` has its own step and is not part of it; it is taken with the current
-        Q networks and value scale. Raises ``DataError`` for batches that do not fit the config.
+        ``loss`` is the model's total. ``policy`` has its own optimizer step and is not part of it; here it is computed
+        with the current Q networks and value scale. Raises ``DataError`` for batches that do not fit the config.
         """
-        rows = loss.read_rows(self.config, batch)
+        prepared = prepare_batch(self.config, batch)
         model_key, policy_key = split_key(key, 2)
-        total, (terms, rollouts) = loss.model_loss(self, rows, model_key)
-        policy, _ = loss.policy_loss(self, rollouts, rows.task, policy_key)
-        names = ("consistency", "reward", "value", "termination")
-        return {"loss": total, **{name: terms[name] for name in names}, "policy": policy}
+        of_model = self.model_loss(prepared, model_key)
+        of_policy = self.policy_loss(of_model.rollouts, prepared.task, policy_key)
+        terms = {"loss": of_model.total, **of_model.terms, "policy": of_policy.loss}
+        return {name: terms[name] for name in self.loss_terms}
 
     @compiled
     def act(
@@ -216,14 +226,18 @@ class TDMPC2WorldModel(WorldModel):
         Args:
           carry: [B, H, A] means of the previous plans, the warm start; None at the first step of all episodes.
           obs: [B, *obs_shape].
-          key: of candidates, prior, choice and exploration; None gives the mode of each, hence no exploration.
+          key: key of candidates, prior, choice among elites and exploration; None takes the mode of each, hence no
+            exploration.
           task: [B] for multitask models.
-          is_first: [B], True where an episode starts: that plan starts cold.
+          is_first: [B], True where an episode starts: that plan has no warm start.
           explore: add exploration noise, as when collecting data; False for evaluation with sampled elites.
 
         Returns:
-          carry: for the next call.
+          carry: [B, H, A] for the next call.
           action: [B, A] in [−1, 1], or integers [B].
+
+        Raises:
+          DataError: ``obs`` has no batch axis, or ``carry`` or ``is_first`` belongs to another number of environments.
         """
         encode_key, plan_key = split_key(key, 2)
         z = self.latent(obs, task, encode_key)
@@ -244,10 +258,28 @@ class TDMPC2WorldModel(WorldModel):
             action = jnp.where(explore, sample.action, sample.mean)
         return carry, jnp.argmax(action, axis=-1) if self.config.action_type == "discrete" else action
 
-    # Pieces for loss and planner. Latents are plain arrays [..., L]; ``task`` broadcasts against their batch axes.
+    # The losses of training. Not compiled by themselves: the update that calls them is.
+
+    def model_loss(self, batch: TrainBatch, key: jax.Array | None = None, *, remat: bool = False) -> ModelLoss:
+        """Loss of everything but the policy, see :func:`worldloom.models.tdmpc2.losses.model_loss`."""
+        return losses.model_loss(self, batch, key, remat=remat)
+
+    def policy_loss(
+        self,
+        rollouts: Rollouts,
+        task: jax.Array | None,
+        key: jax.Array | None = None,
+        *,
+        scale: jax.Array | None = None,
+        remat: bool = False,
+    ) -> PolicyLoss:
+        """Loss of the policy prior, see :func:`worldloom.models.tdmpc2.losses.policy_loss`."""
+        return losses.policy_loss(self, rollouts, task, key, scale=scale, remat=remat)
+
+    # Networks as functions of latents [..., L]; ``task`` broadcasts against their batch axes.
 
     def latent(self, obs: jax.Array, task: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
-        """Observations [..., *obs_shape] → [..., L]."""
+        """Observations [..., *obs_shape] → [..., L]. Raises ``DataError`` for another shape."""
         shape = self.config.obs_shape
         obs = jnp.asarray(obs)
         if obs.shape[max(obs.ndim - len(shape), 0) :] != shape:
@@ -264,18 +296,18 @@ class TDMPC2WorldModel(WorldModel):
         """[..., K] of the reward for ``action`` at ``z``."""
         return self.reward(self._join(z, task, action))
 
-    def transition(self, task: jax.Array | None) -> Transition:
-        """Dynamics and reward together, for many actions and one ``task`` []; the planner's inner loop."""
-        return Transition(self.dynamics, self.reward, self.embed(task, ()), self.config.latent_dim)
+    def fused_dynamics_reward(self, task: jax.Array | None) -> FusedDynamicsReward:
+        """Dynamics and reward in one, for many actions and one ``task`` []: the planner's inner loop."""
+        return FusedDynamicsReward(self.dynamics, self.reward, self.embed(task, ()), self.config.latent_dim)
 
     def termination_logits(self, z: jax.Array) -> jax.Array:
-        """[...] of ``z`` being terminal; for ``episodic`` configs only, which have one task."""
+        """Logits [...] of ``z`` being terminal; for ``episodic`` configs only, which have one task."""
         return self.termination(z)[..., 0]
 
     def prior(
         self, z: jax.Array, task: jax.Array | None, key: jax.Array | None = None, noise: jax.Array | None = None
     ) -> GaussianSample | CategoricalSample:
-        """A sample of the policy prior at ``z``; ``noise`` replaces its draw."""
+        """A sample of the policy prior at ``z``; ``noise`` [..., A] replaces its draw."""
         return self.policy(self._join(z, task), self.action_mask(task), key, noise)
 
     def q_logits(
@@ -288,7 +320,7 @@ class TDMPC2WorldModel(WorldModel):
         members: jax.Array | None = None,
         target: bool = False,
     ) -> jax.Array:
-        """[N, ..., K] of all Q networks, or of ``members`` [n]; a key turns their dropout on."""
+        """Logits [N, ..., K] of all Q networks, or [n, ..., K] of ``members`` [n]; a key turns their dropout on."""
         return (self.target_q if target else self.q)(self._join(z, task, action), key, members=members)
 
     def q_values(
@@ -301,13 +333,14 @@ class TDMPC2WorldModel(WorldModel):
         *,
         target: bool = False,
     ) -> jax.Array:
-        """[n, ...] values of ``members`` [n] in the units of the data."""
+        """Values [n, ...] of the Q networks ``members`` [n], in the units of the data."""
         return self.decode_scalar(self.q_logits(z, action, task, key, members=members, target=target))
 
     def q_pair(self, key: jax.Array | None) -> jax.Array:
         """Indices [2] of two different Q networks, uniform over ordered pairs; the first two without a key."""
         if key is None:
             return jnp.arange(2)
+        # A first index in [0, N) and a step in [1, N) from it, modulo N.
         first, step = jax.random.randint(
             key, (2,), jnp.zeros(2, int), jnp.array([self.config.num_q, self.config.num_q - 1])
         )
@@ -323,17 +356,20 @@ class TDMPC2WorldModel(WorldModel):
         return symlog_twohot.two_hot(x, num_bins=c.num_bins, vmin=c.vmin, vmax=c.vmax)
 
     def gamma(self, task: jax.Array | None) -> jax.Array:
-        """Discount: a scalar, or one for every entry of ``task``."""
+        """Discount γ: a scalar, or one for each entry of ``task``."""
         discounts = jnp.asarray(self.config.discounts, jnp.float32)
         return discounts[task] if self.config.multitask else discounts[0]
 
     def action_mask(self, task: jax.Array | None) -> jax.Array:
-        """[A], or [..., A] with the axes of ``task``: 1 for valid dimensions."""
+        """float32 [A], or [..., A] with the axes of ``task``: 1 for dimensions that the task has, 0 for others."""
         valid = jnp.asarray(self.config.valid_actions)[task if self.config.multitask else 0]
         return (jnp.arange(self.config.action_dim) < valid[..., None]).astype(jnp.float32)
 
     def embed(self, task: jax.Array | None, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Task embedding for every entry of a batch, [*batch_shape, E]; width 0 for a single-task model."""
+        """Task embeddings [*batch_shape, E]; of width 0 for a single-task model.
+
+        Raises ``DataError`` if a multitask model gets no ``task``, or a single-task model gets one.
+        """
         if not self.config.multitask:
             if task is not None:
                 raise DataError("This model has one task; leave task out, or build it with num_tasks.")
@@ -343,7 +379,10 @@ class TDMPC2WorldModel(WorldModel):
         return jnp.broadcast_to(self.task_embedding(jnp.asarray(task)), (*batch_shape, self.config.embedding_dim))
 
     def as_vectors(self, actions: jax.Array, ndim: int) -> jax.Array:
-        """Actions as [..., A] float32 with ``ndim`` axes; integers of discrete actions become one-hots."""
+        """Actions as [..., A] float32 with ``ndim`` axes; integers of discrete actions become one-hots.
+
+        Raises ``DataError`` for another number of axes or another width.
+        """
         actions = jnp.asarray(actions)
         if self.config.action_type == "discrete" and actions.ndim == ndim - 1:
             return jax.nn.one_hot(actions, self.config.action_dim, dtype=jnp.float32)
