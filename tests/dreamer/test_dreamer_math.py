@@ -167,7 +167,7 @@ def test_block_linear_is_block_diagonal():
     np.testing.assert_allclose(layer(x), x @ dense, rtol=1e-5, atol=1e-6)
 
 
-def test_a_known_product_only_lacks_the_gradient_of_its_kernel():
+def test_a_known_product_gives_a_gradient_to_its_kernel_alone():
     mlp = MLP(5, 4, 2, rngs=nnx.Rngs(0))
     graph, weights = nnx.split(mlp)
     x = jax.random.normal(jax.random.key(1), (3, 2, 5))
