@@ -1,4 +1,4 @@
-"""DreamerV3Config: sizes counted to the last parameter, and what is refused at the door."""
+"""DreamerV3Config: sizes counted to the last parameter, and which values are refused."""
 
 import warnings
 
