@@ -1,4 +1,4 @@
-"""DreamerV3Config: sizes counted to the last parameter, and what is refused at the door."""
+"""DreamerV3Config: sizes counted to the last parameter, and which values are refused."""
 
 import warnings
 
@@ -69,8 +69,8 @@ def test_presets_keep_the_kl_settings():
 def test_derived_sizes():
     config = DreamerV3Config(obs_shape=(3, 64, 64), action_dim=18)
     assert (config.num_latents, config.feature_dim, config.width) == (32, 3072, 640)
-    assert config.image_layout("image") == (64, 64, 3, True)
-    assert DreamerV3Config(obs_shape=(64, 96, 1), action_dim=2).image_layout("image") == (64, 96, 1, False)
+    assert config.image_layout("obs") == (64, 64, 3, True)
+    assert DreamerV3Config(obs_shape=(64, 96, 1), action_dim=2).image_layout("obs") == (64, 96, 1, False)
 
 
 def test_several_observations_and_actions():

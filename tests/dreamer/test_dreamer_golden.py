@@ -1,4 +1,4 @@
-"""DreamerV3 against numbers recorded from the reference program, every draw replaced by its mode."""
+"""DreamerV3 against numbers recorded from the reference program, every sample replaced by its mode."""
 
 import json
 import os
@@ -32,7 +32,7 @@ TERMS = {
 
 
 class Recorded:
-    """One golden file: its model, its batch, its expectations, and what the loss computes for them."""
+    """One golden file: its model, its batch, its expected values, and the loss and gradients computed here."""
 
     def __init__(self, variant, data):
         self.variant, self.data = variant, data

@@ -1,4 +1,4 @@
-"""Weights of the reference program: what goes in comes out, and what does not fit is named."""
+"""Weights of the reference program: a round trip changes nothing, and arrays that do not fit are named."""
 
 import json
 import pickle

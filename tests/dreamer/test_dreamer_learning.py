@@ -26,7 +26,7 @@ CONFIG = DreamerV3Config(
 
 
 def rows(batch_size, length, seed):
-    """Action 1 pays 1 and goes on; action 0 pays nothing and ends the episode. The observation shows which it was."""
+    """Action 1 is rewarded with 1; action 0 with 0, and ends the episode. Observations show the previous action."""
     rng = np.random.default_rng(seed)
     actions = rng.integers(0, 2, (batch_size, length)).astype(np.int32)
     previous = np.pad(actions, ((0, 0), (1, 0)))[:, :-1]

@@ -1,4 +1,4 @@
-"""The check values of the specification, exact edge cases, and what sampling must do on average."""
+"""The check values of the specification, exact edge cases, and the statistics of samples."""
 
 import jax
 import jax.numpy as jnp
@@ -132,14 +132,14 @@ def test_rms_norm_check_values():
 
 
 def test_initial_weights_are_different_numbers_of_one_draw():
-    """None is dealt twice, more than were drawn cannot be, and the streams of keys are those of plain Rngs."""
+    """No number is used twice, a request beyond the draw fails, and the key streams are those of plain Rngs."""
     config = DreamerV3Config(obs_shape=(3,), action_dim=2, deter_dim=64, stoch_dim=16, num_categories=4, hidden_dim=32)
     model = DreamerV3WorldModel(config, seed=3, device="cpu")
     kernels = [
         np.ravel(x) for name, x in flatten(model.params).items() if name.endswith("kernel") and "slow" not in name
     ]
     drawn = np.concatenate([x / x.std() for x in kernels if x.any()])
-    # Float32 has 2^24 numbers to draw from, so some coincide; a slice dealt twice would be a tenth of all.
+    # Float32 has 2^24 numbers to draw from, so some coincide; a slice used twice would be a tenth of all.
     assert len(np.unique(drawn)) > 0.97 * drawn.size
     assert abs(drawn.mean()) < 5 / drawn.size**0.5
     rngs = OneDraw(jax.random.key(0), 10)
@@ -167,7 +167,7 @@ def test_block_linear_is_block_diagonal():
     np.testing.assert_allclose(layer(x), x @ dense, rtol=1e-5, atol=1e-6)
 
 
-def test_a_known_product_only_lacks_the_gradient_of_its_kernel():
+def test_a_known_product_gives_a_gradient_to_its_kernel_alone():
     mlp = MLP(5, 4, 2, rngs=nnx.Rngs(0))
     graph, weights = nnx.split(mlp)
     x = jax.random.normal(jax.random.key(1), (3, 2, 5))
@@ -189,7 +189,7 @@ def test_return_range_moves_before_it_divides():
     assert float(update_return_range({"lo": 0.0, "hi": 0.5}, jnp.zeros(7), 0.01)[1]) == 1.0
 
 
-# What modes cannot show. 5 standard errors of n draws bound each frequency: a false alarm once in a million.
+# Statistics of samples. 5 standard errors of n draws bound each frequency: a false alarm once in a million.
 
 
 @pytest.mark.parametrize("logits", [[0.0, 0, 0, 0], [3.0, 1, 0, -1], [100.0, 0, 0, 0]])

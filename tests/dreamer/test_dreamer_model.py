@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from worldloom.errors import DataError
 from worldloom.models import dreamer
@@ -258,7 +259,7 @@ def test_a_stored_latent_continues_the_window(vector_model):
     )
 
 
-def test_no_gradient_reaches_the_context_and_a_new_episode_forgets_it(vector_model):
+def test_no_gradient_reaches_the_context_and_a_new_episode_ignores_it(vector_model):
     batch = random_batch(vector_model.config)
     batch["is_first"][:] = False
     batch["is_first"][0, 1] = True
@@ -279,6 +280,49 @@ def test_no_gradient_reaches_the_context_and_a_new_episode_forgets_it(vector_mod
     other = jax.jit(run)(jax.tree.map(lambda x: x + 1, context))[1]
     np.testing.assert_array_equal(latents.deter[0], other.deter[0])
     assert np.any(latents.deter[1] != other.deter[1])
+
+
+def test_a_single_observation_is_called_obs_and_its_weights_as_in_the_reference():
+    """Saved models depend on the weight names; an observation of a dict keeps its own name in both places."""
+    single = make_model(**SPACES["vector-continuous"])
+    named = make_model(obs_shape={"obs": (5,)}, action_dim=2)
+    state = single.encode(random_obs(single.config, (B,)))
+    assert list(single.config.observations) == list(single.decoder(state)) == list(named.decoder(state)) == ["obs"]
+    assert list(single.params["decoder"]["vectors"]) == ["vector"]
+    assert list(named.params["decoder"]["vectors"]) == ["obs"]
+    assert single.decode(state)["obs"].shape == named.decode(state)["obs"]["obs"].shape == (B, 5)
+    with pytest.raises(DataError, match=r"obs has shape \(2, 4\)"):
+        single.encode(np.zeros((B, 4), np.float32))
+    with pytest.raises(DataError, match=r"obs 'obs' has shape \(2, 4\)"):
+        named.encode({"obs": np.zeros((B, 4), np.float32)})
+
+
+def test_an_overridden_loss_is_what_compute_loss_reports():
+    class Doubled(DreamerV3WorldModel):
+        def losses(self, batch, key=None, **options):
+            out = super().losses(batch, key, **options)
+            return out._replace(total=2 * out.total, terms={**out.terms, "loss": 2 * out.total})
+
+    config = DreamerV3Config(**{**SMALL, **SPACES["vector-continuous"]})
+    batch = random_batch(config)
+    ours, usual = Doubled(config).compute_loss(batch), DreamerV3WorldModel(config).compute_loss(batch)
+    np.testing.assert_allclose(ours["loss"], 2 * usual["loss"], rtol=1e-5)
+    assert set(usual) == set(DreamerV3WorldModel.loss_terms) == set(LOSS_TERMS)
+
+
+def test_imagination_uses_the_parts_that_the_model_has():
+    """The copy without gradients is of the model as it is, not of the one that its config describes."""
+    model = make_model(**SPACES["vector-continuous"])
+
+    class Constant(nnx.Module):
+        def __call__(self, features):
+            logits = jnp.zeros((*features.shape[:-1], model.config.bins))
+            return logits.at[..., -20:].set(9.0)
+
+    batch = random_batch(model.config)
+    assert model.losses(batch).metrics["imagined_reward"] == 0
+    model.reward = Constant()
+    assert model.losses(batch).metrics["imagined_reward"] > 1e3
 
 
 # Which part learns from which term (specification §7). The posterior's layers count as the encoder's.

@@ -62,7 +62,7 @@ def test_the_gru_is_the_textbook_form(getkey):
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_observe_is_the_textbook_step_and_a_posterior_row_by_row(getkey, drawn):
+def test_observe_is_the_textbook_step_and_the_posterior_row_by_row(getkey, drawn):
     """Rows that start an episode begin with zeros; `remat` computes the same."""
     rssm = RSSM(CONFIG, TOKENS, rngs=nnx.Rngs(0))
     nnx.update(rssm, random_like(nnx.state(rssm), 2))
@@ -90,7 +90,7 @@ def test_observe_is_the_textbook_step_and_a_posterior_row_by_row(getkey, drawn):
 
 
 def test_kernel_gradients_of_a_long_bfloat16_scan_are_summed_in_float32(getkey):
-    """Of 200 steps: a sum carried along in bfloat16 would stand still, because its last terms are below half a digit."""
+    """Of 200 steps: carried along in bfloat16, a sum would stand still once its terms are below half a digit of it."""
     graph, weights = nnx.split(RSSM(CONFIG, TOKENS, rngs=nnx.Rngs(0)))
     steps = 200
     tokens, actions = jnp.zeros((B, steps, TOKENS)), 0.5 * jnp.ones((B, steps, 2))
@@ -113,4 +113,4 @@ def test_kernel_gradients_of_a_long_bfloat16_scan_are_summed_in_float32(getkey):
             expected, found, poor = expected[name], found[name], poor[name]
         error = lambda x, expected=expected: float(jnp.abs(x - expected).max() / jnp.abs(expected).max())  # noqa: E731
         assert found.dtype == jnp.float32
-        assert error(found) < error(poor), path
+        assert error(found) < 0.5 * error(poor), path  # Measured: 0.39 or less.

@@ -8,7 +8,7 @@ import pytest
 
 from worldloom import create_world_model
 from worldloom.training import ReplayBuffer, TrainingConfig
-from worldloom.training.collect import acting
+from worldloom.training.collector import compiled_policy
 
 MODELS = {
     "dreamerv3 of vectors": ("dreamerv3:tiny", (5,), {}),
@@ -29,16 +29,18 @@ def programs(request):
     obs = draw.normal(size=(31, *shape)).astype(np.float32)
     if len(shape) == 3:
         obs = draw.integers(0, 256, (31, *shape)).astype(np.uint8)
-    buffer, window = ReplayBuffer(100), algorithm.window(model.config, config)
+    buffer, spec = ReplayBuffer(100), algorithm.replay_spec(model.config, config)
     buffer.add_episode(obs, draw.uniform(-1, 1, (30, 2)).astype(np.float32), draw.normal(size=30), truncated=True)
-    buffer.ensure_latents(window.latents)
-    batch = buffer.sample(2, window.rows, latents=bool(window.latents))
+    buffer.ensure_latents(spec.latents)
+    batch = buffer.sample(2, spec.rows, latents=bool(spec.latents))
     del batch["row_ids"]
     state = algorithm.init_state(model, config.of_update(), jax.random.key(0))
     carry = algorithm.initial_carry(model.config, 3)
+    update = algorithm.make_update(model.config, config.of_update(), model_class=type(model))
+    act = compiled_policy(algorithm.policy, type(model), model.config)
     return [
-        (jax.jit(algorithm.update, donate_argnums=0), (state, batch, jax.random.key(0))),
-        (acting(algorithm.act), (state.replace(opt_state=None), carry, obs[:3], np.ones(3, bool), 1)),
+        (jax.jit(update, donate_argnums=0), (state, batch, jax.random.key(0))),
+        (act, (state.params, state.key, carry, obs[:3], np.ones(3, bool), 1)),
     ]
 
 

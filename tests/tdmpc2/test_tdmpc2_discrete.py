@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel, init_state, update, window
+from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel, init_state, make_update, replay_spec
 from worldloom.replay import ReplayBuffer
 from worldloom.training.config import TrainingConfig
 
@@ -34,8 +34,9 @@ def test_an_agent_learns_to_stay_alive_from_terminations_alone():
         precision="float32",
     )  # fmt: skip
     training = TrainingConfig(batch_size=32, sequence_length=4, learning_rate=3e-3, grad_clip=20.0)
-    model, spec, buffer = TDMPC2WorldModel(config, seed=0), window(config, training), random_walks(60)
-    state, step = init_state(model, training, jax.random.key(0)), jax.jit(update, donate_argnums=0)
+    model, spec, buffer = TDMPC2WorldModel(config, seed=0), replay_spec(config, training), random_walks(60)
+    state = init_state(model, training, jax.random.key(0))
+    step = jax.jit(make_update(config, training), donate_argnums=0)
     for number in range(600):
         batch = buffer.sample(training.batch_size, spec.rows, update=number, cross_episodes=spec.cross_episodes)
         batch.pop("row_ids")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from worldloom.interop import load_official_tdmpc2, to_official_tdmpc2
-from worldloom.models.tdmpc2 import LOSS_TERMS, init_state, planner, update
+from worldloom.models.tdmpc2 import LOSS_TERMS, init_state, make_update, planner
 from worldloom.training.config import TrainingConfig
-from worldloom.training.step import CompiledUpdate
+from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard
 
 OPTIMIZED = os.environ.get("WORLDLOOM_TEST_OPTIMIZED") == "1"
 VARIANTS = ("single", "episodic", "multitask", "image")
@@ -146,13 +146,13 @@ def trained(request, model, batch, settings, elsewhere):
         microbatches=batch_size if request.param == "in parts" else 1,
         remat=request.param == "rematerialised",
     )
-    state = init_state(model, training, jax.random.key(0))
+    state, update = init_state(model, training, jax.random.key(0)), make_update(model.config, training)
     if request.param == "in one call":
         modes = CompiledUpdate(lambda state, batch, _: update(state, batch, None), LOSS_TERMS, False, False, False)
         batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
-        names = modes.names(state, batches)
-        state, _, outcome = modes(state, modes.fresh_guard(), batches, 3)
-        return state, dict(zip(names, np.asarray(outcome.rows).T, strict=True))
+        names = modes.metric_names(state, batches)
+        learner, output = modes(Learner(state, NonFiniteGuard.create()), batches, 3)
+        return learner.state, dict(zip(names, np.asarray(output.metrics).T, strict=True))
     step, metrics = jax.jit(lambda state: update(state, batch, None)), []
     for _ in range(3):
         state, now = step(state)

@@ -1,25 +1,42 @@
 """The update: what it changes and what it must not change, in every variant."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tdmpc2_variants import VARIANTS, make, observations, random_batch, tasks
 
-from worldloom.errors import DataError
-from worldloom.models.tdmpc2 import LOSS_TERMS, act, check_data, init_state, initial_carry, update, window
+from worldloom.errors import ConfigError, DataError
+from worldloom.models.tdmpc2 import (
+    ALGORITHM,
+    LOSS_TERMS,
+    init_state,
+    initial_carry,
+    make_update,
+    replay_spec,
+    validate_data,
+)
 from worldloom.models.tdmpc2.networks import project_rows
 from worldloom.training.config import TrainingConfig
 
 # Compiling is all the time these tests take.
 QUICK = {"xla_backend_optimization_level": 0}
-step = jax.jit(update, compiler_options=QUICK)
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def updating(config, training):
+    """The compiled update of a model under a training config."""
+    return jax.jit(make_update(config, training), compiler_options=QUICK)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_updates_change_every_part_and_stay_finite(variant):
     model = make(variant)
-    state = init_state(model, TrainingConfig(grad_clip=20.0), jax.random.key(0))
+    training = TrainingConfig(grad_clip=20.0)
+    state, step = init_state(model, training, jax.random.key(0)), updating(model.config, training)
     before = state.params
     for n in range(3):
         state, metrics = step(state, random_batch(model.config, seed=n), jax.random.key(n))
@@ -32,12 +49,16 @@ def test_updates_change_every_part_and_stay_finite(variant):
         assert any(jax.tree.leaves(moved)) or name == "scale", name
 
 
-def test_a_state_acts_as_its_model_does():
-    model = make("multitask")
-    state = init_state(model, TrainingConfig(), jax.random.key(0))
-    obs, task = observations(model.config, 4), tasks(model.config, 4)
-    carry, action = jax.jit(act)(state, initial_carry(model.config, 4), obs, jax.random.key(0), **task)
-    expected = model.act(None, obs, jax.random.key(0), **task)
+def test_the_policies_act_as_the_model_does():
+    model = make("vector")
+    obs, first = observations(model.config, 4), initial_carry(model.config, 4)
+    for policy, explore in ((ALGORITHM.policy, True), (ALGORITHM.evaluation_policy, False)):
+        act = jax.jit(lambda params, policy=policy: policy(model.rebuild(model.config, params), first, obs, KEY))
+        assert_acts_alike(act(model.params), model.act(None, obs, KEY, explore=explore))
+
+
+def assert_acts_alike(found, expected):
+    carry, action = found
     np.testing.assert_allclose(carry, expected[0], atol=1e-5)
     np.testing.assert_allclose(action, expected[1], atol=1e-5)
 
@@ -53,7 +74,7 @@ def test_long_task_embeddings_are_shrunk_where_used_and_written_back():
     np.testing.assert_allclose(jnp.linalg.norm(model.task_embedding(jnp.arange(3)), axis=-1), 1.0, rtol=1e-6)
     state = init_state(model, TrainingConfig(learning_rate=1e-6), jax.random.key(0))
     batch = random_batch(model.config) | {"task": np.array([0, 1, 0, 1])}
-    after, _ = step(state, batch, jax.random.key(0))
+    after, _ = updating(model.config, TrainingConfig(learning_rate=1e-6))(state, batch, jax.random.key(0))
     norms = jnp.linalg.norm(after.params["task_embedding"]["table"], axis=-1)
     np.testing.assert_allclose(norms, [1.0, 1.0, 20.0], rtol=1e-4)
 
@@ -74,7 +95,7 @@ def test_first_update_leaves_hidden_reward_and_q_weights():
     """No gradient passes through zero heads; the heads themselves change."""
     model = make()
     state = init_state(model, TrainingConfig(grad_clip=20.0), jax.random.key(0))
-    after, _ = step(state, random_batch(model.config), jax.random.key(0))
+    after, _ = updating(model.config, TrainingConfig(grad_clip=20.0))(state, random_batch(model.config), jax.random.key(0))
     for part in ("reward", "q"):
         before, now = state.params[part], after.params[part]
         before, now = (x.get("members", x) for x in (before, now))
@@ -87,7 +108,7 @@ def test_new_targets_are_copies_and_then_follow_slowly():
     model = make()
     jax.tree.map(np.testing.assert_array_equal, model.params["q"], model.params["target_q"])
     state = init_state(model, TrainingConfig(grad_clip=20.0), jax.random.key(0))
-    after, _ = step(state, random_batch(model.config), jax.random.key(0))
+    after, _ = updating(model.config, TrainingConfig(grad_clip=20.0))(state, random_batch(model.config), jax.random.key(0))
     expected = jax.tree.map(lambda old, new: old + 0.01 * (new - old), state.params["target_q"], after.params["q"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), expected, after.params["target_q"])
 
@@ -156,14 +177,16 @@ def test_value_scale_clamps_before_averaging():
     params = model.params
     params["scale"]["value"] = jnp.float32(3.0)
     state = init_state(model, TrainingConfig(), jax.random.key(0)).replace(params=params)
-    _, metrics = step(state, random_batch(model.config), None)
+    _, metrics = updating(model.config, TrainingConfig())(state, random_batch(model.config), None)
     np.testing.assert_allclose(metrics["pi_scale"], 3.0 + 0.01 * (1.0 - 3.0), rtol=1e-6)
 
 
 def test_training_settings_reach_the_optimizers():
     model = make()
     batch = random_batch(model.config)
-    change = lambda training: step(init_state(model, training, jax.random.key(0)), batch, None)  # noqa: E731
+
+    def change(training):
+        return updating(model.config, training)(init_state(model, training, jax.random.key(0)), batch, None)
 
     warm, metrics = change(TrainingConfig(warmup_steps=10))
     assert metrics["lr"] == 0.0
@@ -188,19 +211,26 @@ def state_of(model):
 
 def test_window_holds_whole_rollouts_of_one_episode():
     config = make(horizon=3).config
-    assert window(config, TrainingConfig(sequence_length=50)) == (50, False, {})
-    assert window(config, TrainingConfig(sequence_length=1)).rows == 4
+    assert replay_spec(config, TrainingConfig(sequence_length=50)) == (50, False, {})
+    assert replay_spec(config, TrainingConfig(sequence_length=1)).rows == 4
 
 
 def test_windows_of_terminating_episodes_run_over_their_ends():
-    assert window(make("episodic").config, TrainingConfig(sequence_length=5)) == (5, True, {})
+    assert replay_spec(make("episodic").config, TrainingConfig(sequence_length=5)) == (5, True, {})
 
 
 def test_terminal_rows_need_an_episodic_model():
-    check_data(make().config, has_terminals=False)
-    check_data(make("episodic").config, has_terminals=True)
-    with pytest.raises(DataError, match="episodic=True"):
-        check_data(make().config, has_terminals=True)
+    for online, error in ((False, DataError), (True, ConfigError)):
+        validate_data(make().config, has_terminals=False, online=online)
+        validate_data(make("episodic").config, has_terminals=True, online=online)
+        with pytest.raises(error, match="episodic=True"):
+            validate_data(make().config, has_terminals=True, online=online)
+
+
+def test_many_tasks_need_recorded_episodes():
+    validate_data(make("multitask").config, has_terminals=False, online=False)
+    with pytest.raises(ConfigError, match="recorded episodes"):
+        validate_data(make("multitask").config, has_terminals=False, online=True)
 
 
 def test_nothing_after_an_episode_counts():
@@ -234,6 +264,7 @@ def test_nothing_after_an_episode_counts():
 def test_updates_are_a_function_of_their_key():
     model = make()
     batch = random_batch(model.config)
+    step = updating(model.config, TrainingConfig())
     runs = [step(state_of(perturbed(model)), batch, jax.random.key(seed))[0].params for seed in (0, 0, 1)]
     jax.tree.map(np.testing.assert_array_equal, runs[0], runs[1])
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), runs[0]["q"], runs[2]["q"])))

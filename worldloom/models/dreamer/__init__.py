@@ -3,6 +3,7 @@
 from worldloom.algorithm import Algorithm
 from worldloom.families import register_family
 from worldloom.models.dreamer.config import DreamerV3Config
+from worldloom.models.dreamer.losses import LOSS_TERMS
 from worldloom.models.dreamer.recipes import recipe
 from worldloom.models.dreamer.rssm import Latent
 from worldloom.models.dreamer.update import init_state, initial_carry, make_update, replay_spec, stored_latents
@@ -12,7 +13,7 @@ ALGORITHM = Algorithm(
     init_state=init_state,
     make_update=make_update,
     replay_spec=replay_spec,
-    loss_terms=DreamerV3WorldModel.loss_terms,
+    loss_terms=LOSS_TERMS,
     # The reference's evaluation mode changes nothing: latents and actions are drawn, and published scores are of that.
     eval_policy=None,
     initial_carry=initial_carry,
@@ -25,6 +26,7 @@ register_family("dreamerv3", DreamerV3Config, DreamerV3WorldModel, ALGORITHM)
 
 __all__ = [
     "ALGORITHM",
+    "LOSS_TERMS",
     "ActorCarry",
     "DreamerV3Config",
     "DreamerV3WorldModel",

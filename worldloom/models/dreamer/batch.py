@@ -42,7 +42,7 @@ def prepare_batch(config: DreamerV3Config, batch: Mapping[str, Any], dtype: jnp.
       batch: ``obs``, ``actions``, ``rewards`` and ``is_terminal`` (or ``continues`` = 1 − is_terminal), all
         [B, T, ...]. Without ``is_first`` no row is an episode's start; without ``is_last`` only terminal rows and
         those before an ``is_first`` end one. With ``context`` = ``{"deter": [B, D], "stoch": [B, S, C]}``, the latent
-        stored with row 0, that row gives its latent and its action only, and the loss counts rows 1 … T − 1.
+        stored with row 0, only that latent and the action of row 0 are used, and the loss counts rows 1 … T − 1.
       dtype: of embedded actions and the stored latent.
 
     Raises:

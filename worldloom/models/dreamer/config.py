@@ -253,7 +253,7 @@ class DreamerV3Config(BaseConfig):
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
-        """Names that :meth:`from_size` takes."""
+        """Sizes that :meth:`from_size` accepts."""
         return tuple(_PRESETS)
 
     @classmethod

@@ -106,8 +106,9 @@ class Decoder(nnx.Module):
     """Latent → observations by name: vectors in symlog space, images [..., H, W, C] from 0 to 1."""
 
     def __init__(self, config: DreamerV3Config, *, rngs: nnx.Rngs):
-        self.vector_keys = tuple((config.weight_name(name), name) for name in config.vector_keys)
-        sizes = {key: math.prod(config.observations[name]) for key, name in self.vector_keys}
+        # Pairs of weight name and observation name, which differ for a single observation.
+        self.vector_names = tuple((config.weight_name(name), name) for name in config.vector_keys)
+        sizes = {weight: math.prod(config.observations[name]) for weight, name in self.vector_names}
         self.image_channels = tuple((name, config.image_layout(name)[2]) for name in config.image_keys)
         if sizes:
             self.mlp = MLP(config.feature_dim, config.width, config.mlp_layers, rngs=rngs)
@@ -118,11 +119,11 @@ class Decoder(nnx.Module):
     def __call__(self, state: Latent) -> dict[str, jax.Array]:
         """Observations [..., n] and [..., H, W, C] of states [...], float32."""
         decoded: dict[str, jax.Array] = {}
-        if self.vector_keys:
+        if self.vector_names:
             # Stochastic part first: the opposite of ``features``, as in the reference program.
             x = self.mlp(jnp.concatenate([state.flat_stoch, state.deter], -1))
-            names = dict(self.vector_keys)
-            decoded |= {names[key]: output(x).astype(jnp.float32) for key, output in self.vectors.items()}
+            names = dict(self.vector_names)
+            decoded |= {names[weight]: output(x).astype(jnp.float32) for weight, output in self.vectors.items()}
         if self.image_channels:
             # One array of all images, cut along its channels.
             ends = [sum(c for _, c in self.image_channels[: i + 1]) for i in range(len(self.image_channels) - 1)]

@@ -97,7 +97,7 @@ class BlockGRU(nnx.Module):
         """The hidden layer's kernel [g, D/g + 3H, D/g] in the three parts that :meth:`step` multiplies with."""
         kernel = self.hidden.kernel[...]
         width = kernel.shape[2]
-        # [g, 3H, D/g] → [3H, D]: the blocks' outputs lie side by side.
+        # [g, 3H, D/g] → [3H, D]: the blocks' outputs side by side.
         dense = kernel[:, width:].transpose(1, 0, 2).reshape(kernel.shape[1] - width, -1)
         end_of_state = 2 * (len(dense) // 3)
         return GRUKernels(kernel[:, :width], dense[:end_of_state], dense[end_of_state:])
@@ -212,7 +212,7 @@ class RSSM(nnx.Module):
     def sampling_uniforms(self, key: jax.Array | None, *shape: int) -> jax.Array | None:
         """Uniforms from [0, 1) for sampling the latents, [*shape, S]; None (modes) without a key.
 
-        They are drawn for all steps of a scan at once: drawn inside, step by step, they take longer.
+        A scan's uniforms are drawn for all steps at once, which is faster than inside, step by step.
         """
         return None if key is None else jax.random.uniform(key, (*shape, self.latents[0]))
 

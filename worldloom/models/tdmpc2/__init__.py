@@ -3,6 +3,7 @@
 from worldloom.algorithm import Algorithm
 from worldloom.families import register_family
 from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.models.tdmpc2.losses import LOSS_TERMS
 from worldloom.models.tdmpc2.recipes import recipe
 from worldloom.models.tdmpc2.update import (
     eval_policy,
@@ -18,7 +19,7 @@ ALGORITHM = Algorithm(
     init_state=init_state,
     make_update=make_update,
     replay_spec=replay_spec,
-    loss_terms=TDMPC2WorldModel.loss_terms,
+    loss_terms=LOSS_TERMS,
     eval_policy=eval_policy,
     initial_carry=initial_carry,
     validate_data=validate_data,
@@ -30,6 +31,7 @@ register_family("tdmpc2", TDMPC2Config, TDMPC2WorldModel, ALGORITHM)
 
 __all__ = [
     "ALGORITHM",
+    "LOSS_TERMS",
     "LatentState",
     "TDMPC2Config",
     "TDMPC2WorldModel",
