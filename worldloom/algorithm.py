@@ -178,8 +178,8 @@ class Algorithm:
         defaults) in ``env`` (a ``VectorEnv``, or None: only what does not depend on one). Fields in ``given`` are
         fixed: they win, and what follows from them follows.
       random_prefill: whether online training begins with uniformly random actions instead of the untrained policy's.
-      short_updates: ``config -> bool``, whether an update on a CPU takes no longer than what the host does meanwhile; the
-        command line then lets the two overlap instead of keeping freed memory (``devices.keep_freed_memory``).
+      short_updates: ``config -> bool``, whether an update on a CPU takes no longer than a step of the environments; the
+        command line then lets the two overlap, instead of keeping freed memory (``devices.keep_freed_memory``).
     """
 
     init_state: Callable[[Any, Any, jax.Array], TrainState]

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,9 @@ def register_family(name: str, config_class: type[Any], model_class: type[Any], 
       ConfigError: the parts do not fit together, or the name belongs to another class.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
-        raise ConfigError(f"The family name {name!r} must be lower-case letters, digits, '-' and '_', as in 'my-model'.")
+        raise ConfigError(
+            f"The family name {name!r} must be lower-case letters, digits, '-' and '_', as in 'my-model'."
+        )
     if not (isinstance(config_class, type) and issubclass(config_class, BaseConfig)):
         raise ConfigError(f"config_class={config_class!r} must be a subclass of worldloom.config.BaseConfig.")
     fields = getattr(config_class, "__dataclass_fields__", {})
@@ -118,42 +121,49 @@ def family_names() -> list[str]:
 
 
 def import_family_module(name: str) -> None:
-    """Import a module that registers a family: a dotted name, looked for in the current folder too, or a ``.py`` file.
+    """Import a module that registers a family or defines a subclass of a registered model.
 
-    Raises ``ConfigError`` if there is none, or if importing it registers nothing new and names no family.
+    Args:
+      name: dotted name of a module, installed or in the current folder, or the path of a ``.py`` file.
+
+    Raises ``ConfigError`` if there is none, or if it defines no world model.
     """
-    path = Path(name).expanduser()
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise ConfigError(f"--family-module {name}: there is no such file.")
-        spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-        assert spec is not None and spec.loader is not None
-        if path.stem not in sys.modules:
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
-            spec.loader.exec_module(module)
-    else:
-        # A console script does not have the current folder on its path, python -m has.
-        here = str(Path.cwd())
-        if here not in sys.path:
-            sys.path.insert(0, here)
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name.partition(".")[0] and error.name != name:
-                raise
-            raise ConfigError(f"--family-module {name}: there is no module of that name here or installed.") from None
-    module_name = path.stem if path.suffix == ".py" else name
-    if not any(family.model_class.__module__ == module_name for family in _registered.values()):
-        # The module may register classes of other modules, or define subclasses of a registered model only.
-        _warn_if_nothing_came(module_name)
-
-
-def _warn_if_nothing_came(module_name: str) -> None:
-    module = sys.modules[module_name]
-    models = tuple(family.model_class for family in _registered.values())
-    if not any(isinstance(value, type) and issubclass(value, models) for value in vars(module).values() if models):
+    module = _load_file(Path(name).expanduser()) if name.endswith(".py") else _load_module(name)
+    has_config = [
+        value for value in vars(module).values() if isinstance(value, type) and hasattr(value, "config_class")
+    ]
+    if not any(getattr(value, "algorithm", None) is not None for value in has_config):
         raise ConfigError(
-            f"--family-module {module_name} was imported, but it registers no family and defines no world model: call "
-            "worldloom.register_family(name, config_class, model_class, algorithm) at its end."
+            f"--family-module {name} defines no world model of a registered family: call "
+            "worldloom.register_family(name, config_class, model_class, algorithm) at the end of the module."
         )
+
+
+def _load_file(path: Path) -> types.ModuleType:
+    if not path.is_file():
+        raise ConfigError(f"--family-module {path}: there is no such file.")
+    if path.stem in sys.modules:
+        return sys.modules[path.stem]
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--family-module {path} is not a Python file.")
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
+
+
+def _load_module(name: str) -> types.ModuleType:
+    # python -m has the current folder on its path, a console script does not.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, name.partition(".")[0]):
+            raise  # Something that the module itself imports.
+        raise ConfigError(f"--family-module {name}: there is no module of that name here or installed.") from None

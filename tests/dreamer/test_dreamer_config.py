@@ -7,8 +7,8 @@ import pytest
 
 from worldloom.errors import ConfigError, UnknownFieldError
 from worldloom.models.base import abstract_params
-from worldloom.models.params import count_parameters
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
+from worldloom.models.params import count_parameters
 
 PARTS = ("rssm", "encoder", "decoder", "reward", "continuation", "actor", "critic")
 # Parameters of the reference program with every preset: total, then the parts in the order above.

@@ -10,10 +10,10 @@ import pytest
 
 from worldloom.interop.dreamerv3 import load_official_dreamerv3, official_name, to_official_dreamerv3
 from worldloom.models.base import merge
-from worldloom.models.params import flatten
 from worldloom.models.dreamer import DreamerV3WorldModel, init_state, make_update
 from worldloom.models.dreamer.arrays import prepare_observations
 from worldloom.models.dreamer.losses import LOSS_TERMS
+from worldloom.models.params import flatten
 from worldloom.training.config import TrainingConfig
 from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard
 

@@ -9,9 +9,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worldloom.models.params import flatten
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.dreamer.losses import replay_return, update_return_range
+from worldloom.models.params import flatten
 from worldloom.nn.linear import MLP, BlockLinear, Linear, OneDraw, RMSNorm, truncated_normal
 from worldloom.ops.distributions import Categorical, Normal, OneHot, binary_cross_entropy
 from worldloom.ops.returns import lambda_return

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tdmpc2_variants import VARIANTS, make, observations, random_batch, tasks
+from tdmpc2_variants import VARIANTS, make, observations, random_batch
 
 from worldloom.errors import ConfigError, DataError
 from worldloom.models.tdmpc2 import (
@@ -95,7 +95,9 @@ def test_first_update_leaves_hidden_reward_and_q_weights():
     """No gradient passes through zero heads; the heads themselves change."""
     model = make()
     state = init_state(model, TrainingConfig(grad_clip=20.0), jax.random.key(0))
-    after, _ = updating(model.config, TrainingConfig(grad_clip=20.0))(state, random_batch(model.config), jax.random.key(0))
+    after, _ = updating(model.config, TrainingConfig(grad_clip=20.0))(
+        state, random_batch(model.config), jax.random.key(0)
+    )
     for part in ("reward", "q"):
         before, now = state.params[part], after.params[part]
         before, now = (x.get("members", x) for x in (before, now))
@@ -108,7 +110,9 @@ def test_new_targets_are_copies_and_then_follow_slowly():
     model = make()
     jax.tree.map(np.testing.assert_array_equal, model.params["q"], model.params["target_q"])
     state = init_state(model, TrainingConfig(grad_clip=20.0), jax.random.key(0))
-    after, _ = updating(model.config, TrainingConfig(grad_clip=20.0))(state, random_batch(model.config), jax.random.key(0))
+    after, _ = updating(model.config, TrainingConfig(grad_clip=20.0))(
+        state, random_batch(model.config), jax.random.key(0)
+    )
     expected = jax.tree.map(lambda old, new: old + 0.01 * (new - old), state.params["target_q"], after.params["q"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), expected, after.params["target_q"])
 

@@ -99,7 +99,9 @@ def test_stored_latents_are_those_of_the_policy_that_acted(config, num_envs):
 def assert_policy_of(model, params, seed, rows, num_envs):
     """Run the policy over stored rows: it gives the stored actions, and latents."""
     algorithm = model.algorithm
-    act = jax.jit(lambda params, *args, **options: algorithm.policy(model.rebuild(model.config, params), *args, **options))
+    act = jax.jit(
+        lambda params, *args, **options: algorithm.policy(model.rebuild(model.config, params), *args, **options)
+    )
     root = jax.random.fold_in(jax.random.key(seed), 0xFFFFFFFF)
     carry = algorithm.initial_carry(model.config, num_envs)
     for call in range(len(rows["rewards"]) // num_envs):

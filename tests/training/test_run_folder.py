@@ -14,8 +14,8 @@ from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.replay import ReplayBuffer
 from worldloom.report.recording import Recording
 from worldloom.training import Trainer, TrainingConfig
-from worldloom.training.run_folder import RunFolder
 from worldloom.training.callbacks.reports import FrameRecorder
+from worldloom.training.run_folder import RunFolder
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -65,8 +65,8 @@ def take_family_modules(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, modules
 
 
-def config_flags(config: type, *, leave: Iterable[str] = ()) -> list[Flag]:
-    """FlagParser of the fields of a config class, except those to ``leave`` out."""
+def config_flags(config: type, *, exclude: Iterable[str] = ()) -> list[Flag]:
+    """One flag for each field of a config class except those in ``exclude``."""
     notes, hints = field_notes(config), typing.get_type_hints(config)
     return [
         Flag(field.name, hints[field.name], notes.get(field.name, ""), _default(field))

@@ -103,7 +103,9 @@ def _flags(family: Family | None) -> FlagParser:
     flags.group("training (TrainingConfig); defaults without a recipe in brackets", training)
     if family:
         config = family.config_class
-        flags.group(f"model ({config.__name__}); defaults without a preset in brackets", config_flags(config, exclude=SHAPES))
+        flags.group(
+            f"model ({config.__name__}); defaults without a preset in brackets", config_flags(config, exclude=SHAPES)
+        )
     return flags
 
 

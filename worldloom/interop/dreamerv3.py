@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from worldloom.algorithm import TrainState
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop.archive import read_npz
 from worldloom.interop.pickles import read_dreamerv3_checkpoint
 from worldloom.models.base import abstract_params
-from worldloom.models.params import flatten, unflatten
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
-from worldloom.algorithm import TrainState
+from worldloom.models.params import flatten, unflatten
 
 # The reference has 32 latents at every size; its arrays determine only the product latents × classes.
 _LATENTS = 32

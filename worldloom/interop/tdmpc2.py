@@ -16,24 +16,25 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from worldloom.algorithm import TrainState
 from worldloom.config import nearest
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop.archive import read_npz
 from worldloom.interop.torch_file import read_torch
 from worldloom.models.params import flatten, unflatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
-from worldloom.algorithm import TrainState
 
 Arrays = dict[str, NDArray[Any]]
 
 _PARTS_OF_A_LAYER = ("weight", "bias", "ln.weight", "ln.bias")
 _PRERELEASE_KEY = "_dynamics.0.0.weight"  # only in the layout from before the release
+_LOG_STD_RANGE = (-10.0, 2.0)  # of the reference's config, at every size
 _BUFFERS = ("log_std_min", "log_std_dif", "_action_masks")
 
 # Facts about tasks that the weights do not hold: decision steps per episode and action dimensions of the domains in the
@@ -85,33 +86,82 @@ def load_official_tdmpc2(
             stacklevel=2,
         )
     model = TDMPC2WorldModel(config)
-    names = dict(_weight_names(config))
+    names = dict(_weight_names(_Layout.of_config(config)))
     _check_shapes(names, flatten(model.params), arrays)
     weights = {ours: _from_pytorch(arrays[official], ours) for official, ours in names.items()}
     model.load_params(unflatten({**weights, "scale.value": np.ones((), np.float32)}))
     return model
 
 
-def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState) -> Arrays:
+def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState, *, config: TDMPC2Config | None = None) -> Arrays:
     """All weights, including target networks, with the reference program's names, orientation and current layout.
 
     ``_encoder.state.{i}``, ``_dynamics.{i}``, ``_reward.{i}``, ``_pi.{i}``, ``_termination.{i}``, ``_Qs.params.{i}``
     and ``_target_Qs_params.{i}`` with ``weight`` (out, in), ``bias``, ``ln.weight`` and ``ln.bias``;
     ``_encoder.rgb.{2,4,6,8}`` with ``weight`` (out, in, height, width) for images; ``_task_emb.weight``; and the
     buffers ``log_std_min``, ``log_std_dif``, ``_action_masks``. The duplicates ``_detach_Qs_params`` are left out.
+
+    Args:
+      model: a world model, or the state of a run.
+      config: of the model whose run a state is of; a state holds arrays only. Without it, ``log_std_min`` and
+        ``log_std_max`` take their defaults, the reference program's.
+
+    Raises:
+      ConfigError: the state of a multitask model without ``config``: the arrays do not say which actions a task has.
     """
-    config = model.config
     weights = flatten(jax.device_get(model.params))
-    arrays = {official: _to_pytorch(weights[ours], ours) for official, ours in _weight_names(config)}
-    arrays["log_std_min"] = _as_buffer(config.log_std_min)
-    arrays["log_std_dif"] = _as_buffer(config.log_std_max - config.log_std_min)
-    if config.multitask:
+    config = model.config if isinstance(model, TDMPC2WorldModel) else config
+    layout = _Layout.of_weights(weights)
+    if layout.multitask and config is None:
+        raise ConfigError(
+            "The state of a multitask model does not say which actions a task has: "
+            "to_official_tdmpc2(state, config=model.config)."
+        )
+    arrays = {official: _to_pytorch(weights[ours], ours) for official, ours in _weight_names(layout)}
+    low, high = _LOG_STD_RANGE if config is None else (config.log_std_min, config.log_std_max)
+    arrays["log_std_min"] = _as_buffer(low)
+    arrays["log_std_dif"] = _as_buffer(high - low)
+    if layout.multitask and config is not None:
         dimensions = np.arange(config.action_dim)
         arrays["_action_masks"] = (dimensions < np.array(config.valid_actions)[:, None]).astype(np.float32)
     return arrays
 
 
-def _weight_names(config: TDMPC2Config) -> Iterator[tuple[str, str]]:
+class _Layout(NamedTuple):
+    """What decides about the names of the weights."""
+
+    is_image: bool
+    encoder_hidden: int
+    hidden: int
+    episodic: bool
+    multitask: bool
+
+    @classmethod
+    def of_config(cls, config: TDMPC2Config) -> _Layout:
+        """That of a model with ``config``."""
+        hidden = max(config.encoder_layers - 1, 1)
+        return cls(config.is_image, hidden, config.mlp_layers, config.episodic, config.multitask)
+
+    @classmethod
+    def of_weights(cls, weights: Mapping[str, Any]) -> _Layout:
+        """That of our weights by flat name."""
+
+        def hidden_layers(mlp: str) -> int:
+            return sum(
+                re.fullmatch(rf"{re.escape(mlp)}\.hidden\.\d+\.affine\.kernel", name) is not None for name in weights
+            )
+
+        parts = {name.partition(".")[0] for name in weights}
+        return cls(
+            is_image="encoder.convs.0.kernel" in weights,
+            encoder_hidden=hidden_layers("encoder.mlp"),
+            hidden=hidden_layers("dynamics"),
+            episodic="termination" in parts,
+            multitask="task_embedding" in parts,
+        )
+
+
+def _weight_names(layout: _Layout) -> Iterator[tuple[str, str]]:
     """Pairs (official name in the current layout, our flat name) of all weights except the value scale."""
 
     def mlp(official: str, ours: str, hidden: int, *, normed_head: bool = False) -> Iterator[tuple[str, str]]:
@@ -126,20 +176,20 @@ def _weight_names(config: TDMPC2Config) -> Iterator[tuple[str, str]]:
             yield f"{official}.{hidden}.weight", f"{ours}.head.kernel"
             yield f"{official}.{hidden}.bias", f"{ours}.head.bias"
 
-    if config.is_image:
+    if layout.is_image:
         for i in range(4):
             yield f"_encoder.rgb.{2 * i + 2}.weight", f"encoder.convs.{i}.kernel"
             yield f"_encoder.rgb.{2 * i + 2}.bias", f"encoder.convs.{i}.bias"
     else:
-        yield from mlp("_encoder.state", "encoder.mlp", max(config.encoder_layers - 1, 1), normed_head=True)
-    yield from mlp("_dynamics", "dynamics", config.mlp_layers, normed_head=True)
-    yield from mlp("_reward", "reward", config.mlp_layers)
-    if config.episodic:
-        yield from mlp("_termination", "termination", config.mlp_layers)
-    yield from mlp("_pi", "policy.mlp", config.mlp_layers)
-    yield from mlp("_Qs.params", "q.members", config.mlp_layers)
-    yield from mlp("_target_Qs_params", "target_q.members", config.mlp_layers)
-    if config.multitask:
+        yield from mlp("_encoder.state", "encoder.mlp", layout.encoder_hidden, normed_head=True)
+    yield from mlp("_dynamics", "dynamics", layout.hidden, normed_head=True)
+    yield from mlp("_reward", "reward", layout.hidden)
+    if layout.episodic:
+        yield from mlp("_termination", "termination", layout.hidden)
+    yield from mlp("_pi", "policy.mlp", layout.hidden)
+    yield from mlp("_Qs.params", "q.members", layout.hidden)
+    yield from mlp("_target_Qs_params", "target_q.members", layout.hidden)
+    if layout.multitask:
         yield "_task_emb.weight", "task_embedding.table"
 
 

@@ -91,7 +91,7 @@ class WorldModel(nnx.Module):
         return merge(cls, config, params)
 
     def check_trainable(self, device: jax.Device) -> None:
-        """Raise ``ConfigError`` unless training on ``device`` trains exactly this model, see :func:`check_trainable`."""
+        """Raise ``ConfigError`` unless training on ``device`` trains exactly this model; see the function."""
         check_trainable(self, device)
 
     def num_parameters(self) -> int:
@@ -179,14 +179,12 @@ def find_class(cls: type[Any], saved: str | None, place: str) -> type[Any]:
     if found:
         return found[-1]
     raise ConfigError(
-        f"{place} was saved by {saved.replace(':', '.')}, which is not a class that {cls.__name__} loads here. Import the "
-        f"module that defines it and call {name}.from_pretrained(…), on the command line: --family-module MODULE."
+        f"{place} was saved by {saved.replace(':', '.')}, which is not a class that {cls.__name__} loads here. Import "
+        f"the module that defines it and call {name}.from_pretrained(…), on the command line: --family-module MODULE."
     )
 
 
-def build_saved(
-    cls: type[Any], saved: pretrained.SavedModel, device: str, overrides: Mapping[str, Any]
-) -> Any:
+def build_saved(cls: type[Any], saved: pretrained.SavedModel, device: str, overrides: Mapping[str, Any]) -> Any:
     """The model ``cls`` of a saved config and weights; sizes are compared before memory is taken.
 
     Raises ``ConfigError`` for the config of another family, ``WeightsError`` for arrays that do not fit.
@@ -219,8 +217,10 @@ def check_trainable(model: Any, device: jax.Device) -> None:
     Refused are parts, attributes or methods changed on the object after it was built, methods overridden that no
     update calls, and an activation dtype that the config does not say.
     """
-    cls = type(model)
-    family = next(base for base in reversed(cls.__mro__) if "algorithm" in base.__dict__)
+    cls: Any = type(model)
+    if not hasattr(cls, "algorithm"):
+        raise ConfigError(f"{cls.__name__} belongs to no family yet; call worldloom.register_family for it first.")
+    family: Any = next(base for base in reversed(cls.__mro__) if "algorithm" in base.__dict__)
     overridden = {
         name for base in cls.__mro__[: cls.__mro__.index(family)] for name in base.__dict__ if name in family.__dict__
     }
@@ -229,27 +229,27 @@ def check_trainable(model: Any, device: jax.Device) -> None:
     if unseen and not overridden & {*family.loss_hooks}:
         raise ConfigError(
             f"{cls.__name__} overrides {', '.join(unseen)}, which training never calls: it would train as "
-            f"{family.__name__} does. Training takes its loss from {hooks} and its networks from build; override those."
+            f"{family.__name__} does. Training takes its loss from {hooks} and its parts from build; override those."
         )
     dtype = compute_dtype(model.config.precision, device)
     if model.dtype != dtype:
         raise ConfigError(
             f"The model was built with dtype={model.dtype.name}, but training follows config.precision="
-            f"{model.config.precision!r}, which is {dtype.name} on {device.platform}. Set precision={model.dtype.name!r} "
-            "in the config instead."
+            f"{model.config.precision!r}, which is {dtype.name} on {device.platform}. Set "
+            f"precision={model.dtype.name!r} in the config instead."
         )
     try:
         rebuilt = graphdef(cls, model.config, dtype)
     except TypeError as error:
         raise ConfigError(
-            f"{cls.__name__} cannot be built from its config alone, as training does: {error}. Give further arguments of "
-            "__init__ defaults, or make them fields of a config class of its own."
+            f"{cls.__name__} cannot be built from its config alone, as training does: {error}. Give further arguments "
+            "of __init__ defaults, or make them fields of a config class of its own."
         ) from error
     if nnx.split(model)[0] != rebuilt:
         raise ConfigError(
             f"This {cls.__name__} was changed after it was built; training rebuilds it from class and config and would "
-            f"not see {_difference(model, cls, dtype)}. Define a subclass: override build for its parts and {hooks or 'its loss'} "
-            "for its loss."
+            f"not see {_difference(model, cls, dtype)}. Define a subclass: override build for its parts, "
+            f"{hooks or 'its methods'} for its loss."
         )
 
 

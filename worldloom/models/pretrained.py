@@ -1,7 +1,7 @@
 """Saved models on disk and on the hub: where they are found, and how their two files are written and read.
 
-A saved model is a folder with ``config.json`` (the config's fields) and ``model.safetensors`` (the weights by flat name,
-and in the header's metadata the class that they belong to).
+A saved model is a folder with ``config.json`` (the config's fields) and ``model.safetensors`` (the weights by flat
+name; the header's metadata names the class that they belong to).
 """
 
 from __future__ import annotations
@@ -181,4 +181,3 @@ def _run_folder_hint(folder: Path) -> str:
             f"'{folder / 'checkpoints'}') reads its newest checkpoint."
         )
     return ""
-

@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worldloom.replay import ReplayBuffer
     from worldloom.algorithm import TrainState
+    from worldloom.replay import ReplayBuffer
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
     from worldloom.training.recipes import recipe

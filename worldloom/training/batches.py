@@ -121,7 +121,9 @@ class BatchSource:
 
     def _updates_due(self, step: int) -> int:
         """Updates due now; steps the environments once if there are none."""
-        assert self._collector is not None and self._ratio is not None and self._read_state is not None
+        assert self._collector is not None
+        assert self._ratio is not None
+        assert self._read_state is not None
         if self._collector.updates_due(self._ratio) <= step:
             self._collector.step(self._read_state())
         return max(0, self._collector.updates_due(self._ratio) - step)

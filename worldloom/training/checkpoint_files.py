@@ -253,8 +253,8 @@ def _check_class(path: Path, saved: Any, given: str) -> None:
     """
     if saved is not None and str(saved).rpartition(":")[2] != given.rpartition(":")[2]:
         raise ConfigError(
-            f"{path} was saved by a run that trained {saved}; this run trains {given}. Resume with a model of that class, "
-            "or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
+            f"{path} was saved by a run that trained {saved}; this run trains {given}. Resume with a model of that "
+            "class, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
         )
 
 

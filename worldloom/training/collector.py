@@ -226,7 +226,7 @@ def env_identity(env: VectorEnv) -> dict[str, Any]:
 
 
 def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
-    """Raise ``ConfigError`` if a run was collected from other environments than ``env``; ``saved`` is their identity."""
+    """Raise ``ConfigError`` if ``saved``, the identity of a run's environments, is not that of ``env``."""
     for name, value in env_identity(env).items():
         # Environments made from a function or an object have no spec that could be compared.
         if name in saved and saved[name] != value:

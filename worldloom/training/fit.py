@@ -15,7 +15,9 @@ def fit(run: Run, total_steps: int, callbacks: CallbackRunner, interrupts: Inter
     Raises:
       NonFiniteError: a loss or gradient was not finite; the state is that of the last good update.
     """
-    with run.batches(total_steps, callbacks.next_step, lambda: bool(callbacks.stop_reason or interrupts.received)) as chunks:
+    with run.batches(
+        total_steps, callbacks.next_step, lambda: bool(callbacks.stop_reason or interrupts.received)
+    ) as chunks:
         callbacks.on_train_begin(run)
         for chunk in chunks:  # from environments: steps them until an update is due
             output = run.update(chunk)  # consumes the state in run.learner, and puts the next one there

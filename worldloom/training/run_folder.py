@@ -20,8 +20,8 @@ from worldloom.envs import VectorEnv, make_env
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.files import write_atomically
 from worldloom.training.callbacks import (
-    CallbackResult,
     Callback,
+    CallbackResult,
     CheckpointCallback,
     EvalCallback,
     LoggingCallback,

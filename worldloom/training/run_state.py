@@ -195,7 +195,9 @@ class Run:
 
     def update(self, chunk: UpdateChunk) -> UpdateOutput:
         """Start the updates of a chunk on the device; :attr:`learner` becomes their result."""
-        assert self._update is not None and self.learner is not None and self.sampler is not None
+        assert self._update is not None
+        assert self.learner is not None
+        assert self.sampler is not None
         if not self.metrics.names:
             names = self._update.metric_names(self.learner.state, chunk.batches, self.sampler.ring)
             guarded = () if self.config.skip_nonfinite else self._update.guarded(names)
@@ -345,7 +347,7 @@ class Run:
         elif self.learner is not None:
             make = lambda key: self.model.algorithm.init_state(self.model, config.of_update(), key)  # noqa: E731
             wanted = jax.eval_shape(make, self.state.key).opt_state
-            if jax.tree.structure(wanted) != jax.tree.structure(self.state.opt_state):
+            if str(jax.tree.structure(wanted)) != str(jax.tree.structure(self.state.opt_state)):
                 raise ConfigError(
                     "The state of the optimizer does not fit the new config, which switches one of its parts (such as "
                     "weight_decay) on or off; begin a new Trainer with this model."

@@ -27,6 +27,7 @@ from worldloom.training.run_state import Run
 
 _log = logging.getLogger("worldloom")
 
+
 class Trainer:
     """Trains a world model; callbacks observe it. The loop itself is :func:`worldloom.training.fit.fit`.
 

@@ -139,8 +139,10 @@ class CompiledUpdate:
                 applied = guard.alive & finite
                 new, guard = _choose(applied, new, old), guard._replace(alive=applied)
             kept = {name: output.latents[name].at[index].set(metrics[LATENTS][name]) for name in output.latents}
-            return new, guard, UpdateOutput(
-                output.metrics.at[index].set(row), kept, output.applied.at[index].set(applied)
+            return (
+                new,
+                guard,
+                UpdateOutput(output.metrics.at[index].set(row), kept, output.applied.at[index].set(applied)),
             )
 
         empty = UpdateOutput(

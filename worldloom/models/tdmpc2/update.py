@@ -56,8 +56,8 @@ def make_update(
       model_class: :class:`TDMPC2WorldModel` or a subclass, whose ``model_loss`` and ``policy_loss`` are minimised.
 
     Returns:
-      ``update(state, batch, key)``, pure and jittable. The batch has rows [B, T, …], T > ``horizon``; ``is_first`` marks
-      where another episode begins, see :func:`worldloom.models.tdmpc2.batch.prepare_batch`. Metrics are float32
+      ``update(state, batch, key)``, pure and jittable. The batch has rows [B, T, …], T > ``horizon``, and ``is_first``
+      where another episode begins; see :func:`worldloom.models.tdmpc2.batch.prepare_batch`. Metrics are float32
       scalars: the loss terms, gradient norms before clipping, policy statistics, learning rate.
     """
     parts = training.microbatches

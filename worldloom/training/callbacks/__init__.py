@@ -1,6 +1,6 @@
 """Callbacks: what looks at a run from the host. A plain function of a :class:`StepInfo` is one too."""
 
-from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo, StopTraining, every
+from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo, StopTraining, every
 from worldloom.training.callbacks.checkpointing import CheckpointCallback
 from worldloom.training.callbacks.early_stopping import EarlyStoppingCallback
 from worldloom.training.callbacks.episodes import EpisodesCallback
@@ -9,8 +9,8 @@ from worldloom.training.callbacks.logs import LoggingCallback
 from worldloom.training.callbacks.progress import ProgressCallback
 
 __all__ = [
-    "CallbackResult",
     "Callback",
+    "CallbackResult",
     "CheckpointCallback",
     "EarlyStoppingCallback",
     "EpisodesCallback",

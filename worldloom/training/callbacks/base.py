@@ -150,9 +150,9 @@ def check_events(callback: Callback) -> None:
             right = _EARLIER_NAMES.get(name)
             hint = f" Did you mean '{right}'?" if right else nearest(name, _EVENTS)
             raise UnknownFieldError(
-                f"{owner}.{name} would never be called: a callback has {', '.join(_EVENTS)}.{hint} Each takes a StepInfo "
-                "(step, metrics, means, …) as in on_step(self, info); a helper of your own needs a name that does not "
-                "begin with 'on_'."
+                f"{owner}.{name} would never be called: a callback has {', '.join(_EVENTS)}.{hint} Each takes a "
+                "StepInfo (step, metrics, means, …) as in on_step(self, info); a helper of your own needs a name that "
+                "does not begin with 'on_'."
             )
         arguments = ("info", "measurements")[: _EVENTS[name]]
         try:

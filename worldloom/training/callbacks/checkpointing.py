@@ -9,11 +9,10 @@ from typing import Any
 
 from worldloom.config import check
 from worldloom.errors import CheckpointError
-from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
+from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.callbacks.monitor import Monitor
 from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.config import TrainingConfig
-
 
 
 class _Default(int):

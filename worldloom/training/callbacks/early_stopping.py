@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from worldloom.config import check
-from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo, StopTraining
+from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo, StopTraining
 from worldloom.training.callbacks.monitor import Monitor
 from worldloom.training.config import TrainingConfig
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
+from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 
 
 class EpisodesCallback(Callback):

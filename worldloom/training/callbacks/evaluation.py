@@ -10,7 +10,7 @@ import numpy as np
 from worldloom.config import check
 from worldloom.envs import VectorEnv
 from worldloom.errors import ConfigError
-from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
+from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.collector import check_env_fits
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate, play

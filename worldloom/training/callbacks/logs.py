@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from worldloom.config import check
 from worldloom.files import write_atomically
-from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
+from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.metrics import tag
 
 FILE_NAME = "metrics.jsonl"

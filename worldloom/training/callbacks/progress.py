@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from worldloom.training.callbacks.base import CallbackResult, Callback, StepInfo
+from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.config import TrainingConfig
 
 _SECONDS_BETWEEN_LOSSES = 1.0

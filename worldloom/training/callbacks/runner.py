@@ -96,9 +96,7 @@ class CallbackRunner:
         self.measurements = dict(state["measurements"])
         for index, (name, callback) in enumerate(zip(self.names, self.callbacks, strict=True)):
             saved = state["intervals"].get(name)
-            self._accumulators[index] = (
-                MetricsAccumulator.from_state_dict(saved) if saved else MetricsAccumulator(step)
-            )
+            self._accumulators[index] = MetricsAccumulator.from_state_dict(saved) if saved else MetricsAccumulator(step)
             if name in state["states"]:
                 callback.load_state_dict(state["states"][name])
 
