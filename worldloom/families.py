@@ -42,6 +42,9 @@ class Family(NamedTuple):
 
 _registered: dict[str, Family] = {}
 
+imported_modules: list[str] = []
+"""Modules that :func:`import_family_module` has imported, as they were named."""
+
 
 def register_family(name: str, config_class: type[Any], model_class: type[Any], algorithm: Algorithm) -> Family:
     """Make a family known by ``name`` to ``create_world_model``, ``Trainer``, the command line and reports.
@@ -137,6 +140,7 @@ def import_family_module(name: str) -> None:
             f"--family-module {name} defines no world model of a registered family: call "
             "worldloom.register_family(name, config_class, model_class, algorithm) at the end of the module."
         )
+    imported_modules.append(name)
 
 
 def _load_file(path: Path) -> types.ModuleType:

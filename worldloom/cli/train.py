@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser, config_flags, peek_option
 from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError
-from worldloom.families import Family, get_family
+from worldloom.families import Family, get_family, imported_modules
 from worldloom.models.registry import config_from_dict, create_world_model, get_config, saved_class, split_name
 from worldloom.training.config import TrainingConfig
 from worldloom.training.run_folder import RunFolder
@@ -70,6 +70,7 @@ def train(words: Sequence[str]) -> int:
         keep_freed_memory()
     plan = _go_on(known, given) if known and not name else _begin(given)
     print(_headline(plan), *(f"  {line}" for line in plan.settled), f"run folder {plan.run.path}", sep="\n", flush=True)
+    again = "".join(f" --family-module {name}" for name in imported_modules)
     with plan.env:
         start = time.perf_counter()
         trainer = Trainer(plan.model, plan.config, plan.run.callbacks(plan.env))
@@ -78,14 +79,14 @@ def train(words: Sequence[str]) -> int:
         except (KeyboardInterrupt, SystemExit):
             if any(plan.run.checkpoints.glob("[0-9]*")):
                 print(
-                    f"Stopped after {trainer.step:,} updates. To go on: worldloom train --run {plan.run.path} --resume",
+                    f"Stopped after {trainer.step:,} updates. To go on: worldloom train --run {plan.run.path} --resume{again}",
                     file=sys.stderr,
                 )
             raise
         seconds = time.perf_counter() - start
     print(
-        f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {plan.run.path}; "
-        f"worldloom play {plan.run.path}; tensorboard --logdir {plan.run.path}"
+        f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {plan.run.path}{again}; "
+        f"worldloom play {plan.run.path}{again}; tensorboard --logdir {plan.run.path}"
     )
     return 0
 

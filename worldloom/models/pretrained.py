@@ -159,7 +159,10 @@ def is_model_folder(path: Path) -> bool:
 
 def unknown_model(name: str, known: list[str]) -> str:
     """The message for a name that is neither a preset nor a saved model."""
-    return f"There is no model '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give a folder."
+    return (
+        f"There is no model '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give a folder. A family of "
+        "your own is known once its module is imported (--family-module)."
+    )
 
 
 def hub() -> Any:

@@ -143,4 +143,4 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     try:
         return get_family(config.get("model_type"))
     except UnknownModelError as error:
-        raise ConfigError(f"model_type={config.get('model_type')!r} is not known. {error}") from None
+        raise ConfigError(f"model_type={config.get('model_type')!r}: {error}") from None

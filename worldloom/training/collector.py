@@ -62,7 +62,7 @@ class Collector:
         self.updates_before = updates_before
         self.env, self.replay, self._seed, self._model_config = env, replay, config.seed, model.config
         self._policy = compiled_policy(
-            algorithm.policy, type(model), model.config, algorithm.stored_latents if store_latents else None
+            algorithm.policy, model.__class__, model.config, algorithm.stored_latents if store_latents else None
         )
         self._validate_data = algorithm.validate_data
         self._carry = algorithm.initial_carry(model.config, env.num_envs)
@@ -177,7 +177,7 @@ class Collector:
 @functools.lru_cache(maxsize=16)
 def compiled_policy(
     policy: Policy,
-    model_class: type[Any],
+    model_class: Any,
     model_config: Any,
     stored_latents: Callable[[Any], dict[str, jax.Array]] | None = None,
 ) -> Callable[..., tuple[Any, Any, dict[str, jax.Array]]]:

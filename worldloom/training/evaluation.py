@@ -76,7 +76,7 @@ def play(
     check_env_fits(env, model)
     algorithm = model.algorithm
     policy = algorithm.policy if explore else algorithm.evaluation_policy
-    act = compiled_policy(policy, type(model), model.config)
+    act = compiled_policy(policy, model.__class__, model.config)
     params, key = model.params, root_key(seed)
     carry = algorithm.initial_carry(model.config, env.num_envs)
     missing = np.full(env.num_envs, episodes // env.num_envs)

@@ -172,7 +172,7 @@ class Run:
             self.model.algorithm.make_update,
             self.model.config,
             self.config.of_update(),
-            type(self.model),
+            self.model.__class__,
             self.loss_terms,
             self.config.skip_nonfinite,
             self.sampler.uses_latents,
