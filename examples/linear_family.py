@@ -1,11 +1,11 @@
 """A family of one's own in one file: a linear world model that plans by random shooting.
 
     python examples/linear_family.py
-    worldloom train --family-module examples/linear_family.py --model linear --env Pendulum-v1 --steps 2000 --run runs/lin
-    worldloom eval runs/lin --family-module examples/linear_family.py
+    worldloom train --family-module examples/linear_family.py --model linear --env Pendulum-v1 --run runs/linear
+    worldloom eval runs/linear --family-module examples/linear_family.py
 
-Next observation = observation · A + action · B + c, reward = (w, v) · (x, x²) of the observation arrived at. A family is
-a config, a world model and an `Algorithm` of pure functions; once registered, `create_world_model`, `Trainer`, run
+Next observation = observation · A + action · B + c, reward = (w, v) · (x, x²) of the observation arrived at. A family
+is a config, a world model and an `Algorithm` of pure functions; once registered, `create_world_model`, `Trainer`, run
 folders, resume, pictures and the command line work with it as with the built-in ones.
 """
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import struct
 import time
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from tensorboardX.proto import event_pb2
 from toy_family import ToyConfig, ToyWorldModel
 
 from worldloom import ConfigError
-from worldloom.errors import DataError
+from worldloom.errors import DataError, MissingDependencyError
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, evaluate
 from worldloom.training.callbacks import (
@@ -324,3 +325,55 @@ def test_progress_counts_speed_from_the_first_update_on(buffer, config, model, c
     first = next(line for line in shown.split("\r") if "| 1/20" in line)
     assert "loss=" in first
     assert "?step/s" in first
+
+
+def wandb_records(path):
+    """The records of an offline run: protocol buffers in LevelDB's log format, blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left  # A block ends with padding where no header fits.
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # A whole record, or its last part.
+            record = Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+@pytest.mark.parametrize("own_run", [False, True])
+def test_records_go_to_wandb_in_its_offline_mode(model, buffer, config, tmp_path, monkeypatch, own_run):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    begun = wandb.init(dir=tmp_path, project="mine") if own_run else None
+    callback = LoggingCallback(str(tmp_path), log_to_console=False, log_to_wandb=True)
+    Trainer(model, config, [callback]).train(buffer)
+    assert (wandb.run is begun) or not own_run, "A run of the user's stays open."
+    if begun is not None:
+        begun.finish()
+    assert wandb.run is None
+    (file,) = tmp_path.rglob("*.wandb")
+    found, settings = [], {}
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            found.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
+        if record.WhichOneof("record_type") == "run":
+            settings = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in found] == [line["step"] for line in written] == [4, 8, 12, 16, 20]
+    assert [row["train/loss"] for row in found] == [line["train/loss"] for line in written]
+    if not own_run:
+        assert settings["training"]["batch_size"] == config.batch_size
+        assert settings["model"]["model_type"] == "toy"
+
+
+def test_wandb_that_is_not_installed_is_named_before_training(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"worldloom\[wandb\]"):
+        LoggingCallback(log_to_wandb=True)

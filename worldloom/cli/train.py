@@ -79,7 +79,8 @@ def train(words: Sequence[str]) -> int:
         except (KeyboardInterrupt, SystemExit):
             if any(plan.run.checkpoints.glob("[0-9]*")):
                 print(
-                    f"Stopped after {trainer.step:,} updates. To go on: worldloom train --run {plan.run.path} --resume{again}",
+                    f"Stopped after {trainer.step:,} updates. To continue: worldloom train --run {plan.run.path} "
+                    f"--resume{again}",
                     file=sys.stderr,
                 )
             raise

@@ -1,15 +1,18 @@
-"""Records of a run: a line on the console, JSON lines and TensorBoard events in a folder."""
+"""Records of a run: a line on the console, JSON lines and TensorBoard events in a folder, a Weights & Biases run."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from worldloom.config import check
+from worldloom.errors import MissingDependencyError
 from worldloom.files import write_atomically
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.metrics import tag
@@ -30,24 +33,44 @@ class LoggingCallback(Callback):
         resumed run goes on in the same file; a new run moves an older file to ``metrics.<n>.jsonl``.
       log_to_console: print a line too.
       log_to_tensorboard: write TensorBoard events too; needs ``log_dir``.
+      log_to_wandb: log to Weights & Biases too (extra ``wandb``): to the run of ``wandb.init`` if one is active, else
+        to one with the id of this run and both configs. ``WANDB_PROJECT`` (default ``worldloom``),
+        ``WANDB_MODE`` and its other variables are respected; ``WANDB_MODE=offline`` writes under ``log_dir`` only.
 
     Raises:
       ConfigError: TensorBoard without a folder.
+      MissingDependencyError: the package ``wandb`` is not installed.
       OSError: when training begins, if the folder cannot be written to.
     """
 
-    def __init__(self, log_dir: str | None = None, log_to_console: bool = True, log_to_tensorboard: bool = False):
+    def __init__(
+        self,
+        log_dir: str | None = None,
+        log_to_console: bool = True,
+        log_to_tensorboard: bool = False,
+        log_to_wandb: bool = False,
+    ):
         check(
             not log_to_tensorboard or log_dir is not None,
             "log_to_tensorboard=True needs a folder: LoggingCallback(log_dir='./logs', log_to_tensorboard=True).",
         )
         self.log_dir = None if log_dir is None else Path(log_dir)
-        self.log_to_console, self.log_to_tensorboard = log_to_console, log_to_tensorboard
+        if log_to_wandb and importlib.util.find_spec("wandb") is None:
+            raise MissingDependencyError("log_to_wandb=True needs: pip install 'worldloom[wandb]'.")
+        self.log_to_console, self.log_to_tensorboard, self.log_to_wandb = (
+            log_to_console,
+            log_to_tensorboard,
+            log_to_wandb,
+        )
         self._file: TextIO | None = None
         self._writer: Any = None
+        self._wandb: Any = None
+        self._finish_wandb = False
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Open the files; records after the step that a run goes on from are cut off."""
+        if self.log_to_wandb:
+            self._open_wandb(info)
         if self.log_dir is None:
             return None
         self.log_dir.mkdir(parents=True, exist_ok=True)
@@ -86,7 +109,26 @@ class LoggingCallback(Callback):
             self._writer.close()
         if self._file is not None:
             self._file.close()
-        self._writer = self._file = None
+        # A run that the user began is theirs to finish.
+        if self._wandb is not None and self._finish_wandb:
+            self._wandb.finish()
+        self._writer = self._file = self._wandb = None
+
+    def _open_wandb(self, info: StepInfo) -> None:
+        import wandb
+
+        self._finish_wandb = wandb.run is None
+        if self.log_dir is not None:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+        self._wandb = wandb.run or wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "worldloom"),
+            id=info.run_id,
+            resume="allow",
+            dir=self.log_dir,
+            config={"model": info.model_config.to_dict(), "training": info.config.to_dict()},
+        )
+        # Its own step must increase; a resumed run repeats some. The x-axis is a metric instead.
+        self._wandb.define_metric("*", step_metric="env_steps" if info.env_steps or info.config.env_steps else "step")
 
     def _write(self, info: StepInfo, record: Mapping[str, float]) -> None:
         if self.log_to_console:
@@ -97,6 +139,8 @@ class LoggingCallback(Callback):
             place = {"step": info.step, "env_steps": info.env_steps, "time": time.time()}
             self._file.write(json.dumps({**place, **finite}) + "\n")
             self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({"step": info.step, "env_steps": info.env_steps, **record})
         if self._writer is not None:
             for name, value in record.items():
                 self._writer.add_scalar(name, value, _x(info))
