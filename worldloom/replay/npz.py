@@ -17,6 +17,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from worldloom.errors import FileFormatError
+from worldloom.files import atomic_file
 from worldloom.replay.table import Column
 
 
@@ -39,20 +40,12 @@ class Member(NamedTuple):
 def write_npz(path: Path, members: Iterable[Member]) -> None:
     """Write an uncompressed ``.npz``, which ``numpy.load`` can read too; on any failure ``path`` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                for member in members:
-                    # A fixed date: equal contents give equal bytes.
-                    info = zipfile.ZipInfo(f"{member.name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-                    with archive.open(info, "w", force_zip64=True) as out:
-                        _write_npy(out, member)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for member in members:
+            # A fixed date: equal contents give equal bytes.
+            info = zipfile.ZipInfo(f"{member.name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            with archive.open(info, "w", force_zip64=True) as out:
+                _write_npy(out, member)
 
 
 def _write_npy(out: IO[bytes], member: Member) -> None:
