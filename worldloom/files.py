@@ -42,3 +42,13 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write ``data`` to ``path`` as :func:`atomic_file` does; text is encoded as UTF-8, line endings unchanged."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def fsync_folder(folder: str | Path) -> None:
+    """Sync the directory entries of new files to disk, where the system supports it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

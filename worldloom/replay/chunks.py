@@ -98,6 +98,7 @@ def write_chunk(
     written.
     """
     layout, digest = Layout(kind, columns, block_slice.first, block_slice.rows), hashlib.sha256()
+    # Not by ``files.atomic_file``: the name holds the checksum, which is known only when everything is written.
     partial = folder / f"{kind}-{block_slice.first:012}{PARTIAL}"
     try:
         with partial.open("wb") as file:

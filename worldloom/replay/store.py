@@ -13,6 +13,7 @@ import numpy as np
 
 from worldloom.config import is_integer
 from worldloom.errors import CheckpointError, FileFormatError
+from worldloom.files import fsync_folder
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.chunks import (
     CHUNK_NAME,
@@ -132,7 +133,7 @@ class ReplayStore:
                         table.chunks.append(self._chunk(table, table.slices[0]))
                         # Frees the old copy of latents that have been changed since the snapshot.
                         del table.slices[0]
-                _fsync_folder(self.folder)
+                fsync_folder(self.folder)
             except (OSError, FileFormatError) as error:
                 raise CheckpointError(
                     f"The replay rows could not be written to {self.folder}: {error}. "
@@ -313,13 +314,3 @@ def _is_store_file(path: Path) -> bool:
     """Whether ``path`` is a chunk file, or one that was never finished."""
     written = CHUNK_NAME.fullmatch(path.name) or path.name.endswith(PARTIAL)
     return bool(written) and path.name.startswith((ROWS, LATENTS)) and path.is_file()
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Sync the directory entries of new files to disk, where the system supports it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
