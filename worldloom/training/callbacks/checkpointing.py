@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,19 @@ from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.config import TrainingConfig
 
 
-class _Default(int):
-    """A default that is shown and compared as the number it is, and still told from the same number given."""
+def _note_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """Have ``init`` keep in ``self.given`` the names of the arguments it was called with.
 
+    A default that is shown as the number it usually is can so be told from the same number given.
+    """
+    names = list(inspect.signature(init).parameters)
 
-_FOLLOW_CONFIG = _Default(10_000)
+    @functools.wraps(init)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.given = {*names[1 : len(args) + 1], *kwargs}
+        init(self, *args, **kwargs)
+
+    return noting
 
 
 class CheckpointCallback(Callback):
@@ -43,11 +53,13 @@ class CheckpointCallback(Callback):
     """
 
     order = 1
+    given: set[str]
 
+    @_note_arguments
     def __init__(
         self,
         save_dir: str,
-        save_every: int = _FOLLOW_CONFIG,
+        save_every: int = 10000,
         keep_last: int = 3,
         save_best: bool = True,
         monitor: str = "loss",
@@ -67,7 +79,7 @@ class CheckpointCallback(Callback):
 
     def interval(self, config: TrainingConfig) -> int:
         """``save_every`` if it was given, else ``config.save_interval``."""
-        return config.save_interval if self.save_every is _FOLLOW_CONFIG else self.save_every
+        return self.save_every if "save_every" in self.given else config.save_interval
 
     @property
     def latest(self) -> Path | None:
