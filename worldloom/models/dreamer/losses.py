@@ -114,7 +114,7 @@ def loss(
     scale: jax.Array | None = None,
     remat: bool = False,
 ) -> LossOutput:
-    """The loss of a batch [B, T, ...] (``Agent.loss``; equations 3, 5 and 6 of the paper).
+    """The loss of a batch [B, T, ...] (``Agent.loss``; the paper's world model, critic and actor losses).
 
     One backward pass trains all parts; the stop-gradients here decide which part learns from which term.
 
@@ -266,7 +266,7 @@ def reconstruction_loss(decoded: Mapping[str, jax.Array], obs: Mapping[str, jax.
 def actor_loss(
     policy: Policy, actions: Mapping[str, jax.Array], advantages: jax.Array, entropy_scale: float
 ) -> jax.Array:
-    """REINFORCE with an entropy bonus, ``−(A_t · log π(a_t) + η · H(π_t))`` [H, N] (``imag_loss``; equation 6).
+    """REINFORCE with an entropy bonus, ``−(A_t · log π(a_t) + η · H(π_t))`` [H, N] (``imag_loss``).
 
     Discrete and continuous actions alike: no gradient runs through actions or dynamics, and advantages come without
     one.
@@ -306,7 +306,7 @@ def replay_return(
 def update_return_range(
     return_range: Mapping[str, jax.Array], returns: jax.Array, rate: float
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Move the 5th and 95th percentile towards those of ``returns`` (``retnorm``; equation 7).
+    """Move the 5th and 95th percentile towards those of ``returns`` (``retnorm``).
 
     ``lo ← (1 − rate) lo + rate · Per(R, 5)``, likewise ``hi``; ``S = max(1, hi − lo)`` with the moved values.
 
