@@ -25,6 +25,7 @@ from worldloom.errors import (
 )
 
 if TYPE_CHECKING:
+    from worldloom.algorithm import Algorithm
     from worldloom.families import register_family
     from worldloom.models.base import WorldModel
     from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 
 _LAZY = {
+    "Algorithm": "worldloom.algorithm",
     "DreamerV3Config": "worldloom.models.dreamer",
     "DreamerV3WorldModel": "worldloom.models.dreamer",
     "TDMPC2Config": "worldloom.models.tdmpc2",
@@ -45,6 +47,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Algorithm",
     "CheckpointError",
     "ConfigError",
     "DataError",

@@ -1,6 +1,7 @@
 """The package's shape: what imports what, and what an import costs and does."""
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -56,6 +57,38 @@ def test_imports_point_one_way():
         assert own in RANK, f"worldloom/{own} has no place in the layers"
         wrong += [f"{'/'.join(parts)} imports {other}" for other in imported_layers(path) if RANK[other] > RANK[own]]
     assert not wrong
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Modules of the package that a file imports: at its top, in functions, or for type checkers."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found - {"", "worldloom"}
+
+
+def test_no_module_imports_itself_through_others():
+    paths = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    graph = {name: imported_modules(path, {*paths}) - {name} for name, path in paths.items()}
+    assert len([*graphlib.TopologicalSorter(graph).static_order()]) >= len(paths) - 1
+
+
+def test_no_file_is_longer_than_a_reader_wants():
+    lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert max(lengths.values()) <= 450, {path: length for path, length in lengths.items() if length > 450}
+    assert lengths[str(PACKAGE / "training" / "trainer.py")] < 200
 
 
 def test_models_and_training_never_import_each_other():

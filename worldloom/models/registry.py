@@ -8,6 +8,7 @@ from typing import Any
 
 from worldloom.errors import ConfigError, UnknownModelError
 from worldloom.families import Family, family_names, find_family, get_family
+from worldloom.families import register_family as register_family
 from worldloom.models import pretrained
 from worldloom.models.base import WorldModel, build_saved, find_class
 
