@@ -17,11 +17,14 @@ import difflib
 import functools
 import json
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
+
+import numpy as np
 
 from worldloom.errors import ConfigError, FileFormatError, UnknownFieldError
 from worldloom.files import write_atomically
@@ -139,7 +142,12 @@ class FrozenMapping(Mapping[str, Any]):
 
 
 def freeze(value: Any) -> Any:
-    """Make a JSON-like value hashable: lists become tuples, dicts become :class:`FrozenMapping`, recursively."""
+    """Make a JSON-like value hashable: lists become tuples, dicts become :class:`FrozenMapping`, recursively.
+
+    Numbers of NumPy become Python's, so that ``env.action_space.n`` or ``np.array([4])`` are as good as 2 or (4,).
+    """
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biuf":
+        return freeze(value.tolist())
     if isinstance(value, Mapping):
         return FrozenMapping({str(k): freeze(v) for k, v in value.items()})
     if isinstance(value, list | tuple):
@@ -169,15 +177,15 @@ def check(condition: bool, message: str) -> None:
 
 
 def is_integer(value: object) -> bool:
-    """Whether ``value`` is an ``int`` and not a ``bool``."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether ``value`` is an integer, of Python or NumPy, and not a ``bool``."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a ``float``, or an ``int`` that fits one, and not a ``bool``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return isinstance(value, float)
-    return abs(value) < 2**1023
+    """Whether ``value`` is a real number, of Python or NumPy, that fits a ``float``, and not a ``bool``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return not isinstance(value, numbers.Integral) or abs(value) < 2**1023
 
 
 class _FieldRule(NamedTuple):

@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pytest
 
 import worldloom
@@ -296,3 +297,17 @@ def test_values_within_their_annotations_are_kept():
     assert EveryLimit(1, 7, 2).positive == 2
     with pytest.raises(ConfigError, match="below must be"):
         EveryLimit(1, 8)
+
+
+@pytest.mark.parametrize("cls", [DreamerV3Config, TDMPC2Config])
+def test_numbers_of_numpy_are_numbers(cls):
+    """``env.action_space.n`` is an np.int64, and shapes come as arrays."""
+    field = "kl_free" if cls is DreamerV3Config else "rho"
+    given = {"obs_shape": np.array([4]), "action_dim": np.int64(2), field: np.float32(0.5)}
+    config = cls(**given)
+    assert config == cls(**{"obs_shape": (4,), "action_dim": 2, field: 0.5})
+    assert config == cls(**json.loads(config.to_json()))
+    assert TrainingConfig(batch_size=np.int32(4), learning_rate=np.float64(1e-3)).batch_size == 4
+    for wrong in (np.int64(0), np.float64(2.5), np.bool_(True)):
+        with pytest.raises(ConfigError, match="action_dim"):
+            cls(obs_shape=(4,), action_dim=wrong)
