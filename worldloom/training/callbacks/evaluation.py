@@ -58,7 +58,7 @@ class EvalCallback(Callback):
         if isinstance(self.source, VectorEnv):
             check_env_fits(self.source, info.model())
         else:
-            SequenceSampler(self.source, info.model(), info.config).draw(self.seed, 0)
+            SequenceSampler(self.source, info.model(), info.config).sample(self.seed, 0)
         return None
 
     def on_step(self, info: StepInfo) -> CallbackResult:
