@@ -206,10 +206,6 @@ class PolicyAddTerm(PolicyTerm):
         return out.add_term("draw", elements, 10.0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="TD-MPC2's policy step differentiates only the part 'policy': a part that policy_loss alone uses never moves, unsaid.",
-)
 def test_a_term_of_the_policy_loss_trains_the_policy_and_its_head():
     record = Record()
     trainer = Trainer(PolicyTerm(CONFIG["tdmpc2"], seed=1), TRAINING, [record])
@@ -222,7 +218,6 @@ def test_a_term_of_the_policy_loss_trains_the_policy_and_its_head():
     assert {"['goal']['kernel']", "['goal']['bias']"} <= moved
 
 
-@pytest.mark.xfail(strict=True, reason="PolicyLoss has no add_term, unlike ModelLoss and LossOutput.")
 def test_the_policy_loss_takes_a_term_like_the_others():
     terms = PolicyAddTerm(CONFIG["tdmpc2"]).compute_loss(data().sample(4, 4))
     assert np.isfinite(terms["draw"])
@@ -379,10 +374,6 @@ def test_a_checkpoint_is_refused_for_a_class_with_another_loss(toys, saved, othe
     assert again.step == 5
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="compiled_update is cached by class: what a class attribute was at the first run is trained by for ever.",
-)
 def test_an_attribute_of_the_class_that_changes_between_runs_takes_effect(toys, monkeypatch):
     """What the loss reads of its class is compiled in; changed in a notebook, the next run trains by the new value."""
     old = toys[Pulled][0].state.params
@@ -392,9 +383,6 @@ def test_an_attribute_of_the_class_that_changes_between_runs_takes_effect(toys, 
     assert changed(old, trainer.state.params)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="compiled_update is cached by class: a method assigned to the class later is not what trains."
-)
 def test_a_method_of_the_class_that_is_replaced_between_runs_takes_effect(toys, monkeypatch):
     old = toys[Pulled][0].state.params
 
@@ -636,9 +624,6 @@ def test_a_model_of_no_family_is_refused():
 
 
 @pytest.mark.parametrize("model", [None, 3, nnx.Linear(2, 2, rngs=nnx.Rngs(0)), DreamerV3WorldModel, "tdmpc2:tiny"])
-@pytest.mark.xfail(
-    strict=True, reason="Trainer(model=no model) ends in an AttributeError of check_trainable instead of a sentence."
-)
 def test_what_is_no_model_is_refused(model):
     with pytest.raises(REFUSED, match="model"):
         Trainer(model, TRAINING, [])
@@ -672,10 +657,6 @@ def test_a_config_class_of_ones_own_trains_or_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("terms", [("loss", "reward", "missing")])
-@pytest.mark.xfail(
-    strict=True,
-    reason="A name in loss_terms that no update gives is ignored: misspelt, the NaN guard does not cover the term.",
-)
 def test_loss_terms_that_no_update_gives_are_refused_with_a_sentence(terms):
     kind = type("Named", (ToyWorldModel,), {"loss_terms": terms})
     with pytest.raises(REFUSED, match=r"loss_terms|missing|'loss'"):
@@ -699,20 +680,12 @@ def test_a_term_that_the_class_does_not_list_is_no_crash():
 # --- Found on the way ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="The refusal of a changed model lists Flax's _pytree__state and _pytree__nodes before what was changed.",
-)
 def test_the_refusal_names_no_private_attribute(fresh):
     model = fresh()
     model.weight = 0.5
     assert "_pytree" not in refused(model, "weight")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="find_class compares names without modules: a subclass named as its base class is loaded as the base class.",
-)
 def test_a_class_of_its_base_classs_name_comes_back_as_itself(family, tmp_path):
     """Names shadow each other in scripts; the loss must not become the base class's in silence."""
     base = BASE[family]
@@ -726,10 +699,6 @@ def test_a_class_of_its_base_classs_name_comes_back_as_itself(family, tmp_path):
     assert type(again) is kind
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="check_trainable lets every view be overridden once any class between the family and the model overrides a loss.",
-)
 def test_a_class_below_ones_own_that_overrides_only_what_no_update_calls_is_refused(family):
     """That a class between them has a loss of its own does not make the update call ``encode``."""
     mine = MINE[family]

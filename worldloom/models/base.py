@@ -63,7 +63,7 @@ class WorldModel(nnx.Module):
         self.config = config
         target = resolve_device(device)
         self.dtype = jnp.dtype(dtype or compute_dtype(config.precision, target))
-        graph, init_params = _initializer(type(self), config, self.dtype)
+        graph, init_params = _initializer(type(self), config, self.dtype, class_version(type(self)))
         params = jax.device_put(init_params(jax.random.key(seed)), target)
         for name, part in nnx.merge(graph, params).items():
             setattr(self, name, part)
@@ -84,6 +84,11 @@ class WorldModel(nnx.Module):
         check_shapes(type(self).__name__, old, new)
         placed = {name: jax.device_put(jnp.asarray(new[name], old[name].dtype), old[name].sharding) for name in old}
         nnx.update(self, unflatten(placed))
+
+    @classmethod
+    def version(cls) -> Any:
+        """The class's attributes as they are now, for the keys of compiled programs; see :func:`class_version`."""
+        return class_version(cls)
 
     @classmethod
     def rebuild(cls, config: Any, params: Params) -> Self:
@@ -176,13 +181,14 @@ def find_class(cls: type[Any], saved: str | None, place: str) -> type[Any]:
     if saved is None:
         return cls
     name = saved.rpartition(":")[2]
-    if name in {base.__qualname__ for base in cls.__mro__}:
-        return cls
-    # The module only breaks ties: a class defined in a script is in __main__ there, and in a module when imported.
-    matches = [sub for sub in _subclasses(cls) if sub.__qualname__ == name]
-    matches = [sub for sub in matches if class_name(sub) == saved] or matches
-    if matches:
-        return matches[-1]
+    candidates = [cls, *_subclasses(cls)]
+    # Exact matches first. Then the name alone: a class of a script is in __main__ there, in a module when imported.
+    for same in (lambda each: class_name(each) == saved, lambda each: each.__qualname__ == name):
+        if any(same(base) for base in cls.__mro__):
+            return cls
+        matches = [candidate for candidate in candidates if same(candidate)]
+        if matches:
+            return matches[-1]
     raise ConfigError(
         f"{place} was saved by {saved.replace(':', '.')}, which is not a class that {cls.__name__} loads here. Import "
         f"the module that defines it and call {name}.from_pretrained(…), on the command line: --family-module MODULE."
@@ -227,12 +233,15 @@ def check_trainable(model: Any, device: jax.Device) -> None:
         raise ConfigError(f"{cls.__name__} belongs to no family yet; call worldloom.register_family for it first.")
     # Overridden methods, relative to the family's own class.
     family: Any = next(base for base in reversed(cls.__mro__) if "algorithm" in base.__dict__)
-    overridden = {
-        name for base in cls.__mro__[: cls.__mro__.index(family)] for name in base.__dict__ if name in family.__dict__
-    }
     hooks = " or ".join(family.loss_hooks)
-    ignored = [name for name in family.views if name in overridden]
-    if ignored and not overridden & {*family.loss_hooks}:
+    ignored: list[str] = []
+    for base in reversed(cls.__mro__[: cls.__mro__.index(family)]):
+        # A class with a loss of its own decides what the loss calls; one derived from it may again miss that.
+        if {*family.loss_hooks} & base.__dict__.keys():
+            ignored = []
+        else:
+            ignored += [name for name in family.views if name in base.__dict__]
+    if ignored:
         raise ConfigError(
             f"{cls.__name__} overrides {', '.join(ignored)}, which training never calls: it would train as "
             f"{family.__name__} does. Training takes its loss from {hooks} and its parts from build; override those."
@@ -264,7 +273,8 @@ def check_trainable(model: Any, device: jax.Device) -> None:
 def _difference(model: Any, cls: type[Any], dtype: jnp.dtype) -> str:
     """Names of the attributes in which ``model`` differs from what its class builds."""
     rebuilt = _abstract(cls, model.config, dtype)
-    names = sorted({*vars(model), *vars(rebuilt)})
+    # Flax keeps its own attributes under private names.
+    names = sorted(name for name in {*vars(model), *vars(rebuilt)} if not name.startswith("_"))
     changed, built = (
         {name: _graph_of(getattr(each, name)) for name in names if hasattr(each, name)} for each in (model, rebuilt)
     )
@@ -310,7 +320,8 @@ def compiled(method: F) -> F:
         params = self.params
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args, kwargs))):
             return method(self, *args, **kwargs)
-        return _jitted(method, type(self), self.config, self.dtype)(params, args, kwargs)
+        version = class_version(type(self))
+        return _jitted(method, type(self), self.config, self.dtype, version)(params, args, kwargs)
 
     return call  # type: ignore[return-value]
 
@@ -320,10 +331,42 @@ def merge(cls: type[WorldModel], config: Any, params: Params, dtype: jnp.dtype |
     return nnx.merge(graphdef(cls, config, dtype or compute_dtype(config.precision)), params)
 
 
-@functools.cache
 def graphdef(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> Any:
     """The static half of a model (``nnx.GraphDef``), by abstract evaluation: no weight is allocated."""
+    return _graphdef(cls, config, dtype, class_version(cls))
+
+
+@functools.lru_cache(maxsize=512)
+def _graphdef(cls: type[WorldModel], config: Any, dtype: jnp.dtype, version: Any) -> Any:
     return nnx.split(_abstract(cls, config, dtype))[0]
+
+
+class _Identity:
+    """Compares by identity, and keeps its value alive so that no other object gets its address."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+
+def class_version(cls: type[Any]) -> tuple[_Identity, ...]:
+    """The attributes of a model class and its bases as they are now.
+
+    Compiled programs are cached by class; with this in the key, a method or number that is assigned to a class later,
+    as notebooks and monkeypatches do, is what runs from then on.
+    """
+    return tuple(
+        _Identity(value)
+        for base in cls.__mro__
+        if issubclass(base, WorldModel)
+        for name, value in vars(base).items()
+        if not name.startswith(("__", "_pytree"))
+    )
 
 
 def abstract_params(cls: type[WorldModel], config: Any) -> Params:
@@ -336,7 +379,9 @@ def _abstract(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> WorldMode
 
 
 @functools.lru_cache(maxsize=64)
-def _initializer(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> tuple[Any, Callable[..., Params]]:
+def _initializer(
+    cls: type[WorldModel], config: Any, dtype: jnp.dtype, version: Any
+) -> tuple[Any, Callable[..., Params]]:
     """The graph of a new model's parts, and a function key → their initial weights.
 
     All weights are drawn in one compiled call: eager initialization compiles every distinct shape, seconds per model.
@@ -357,7 +402,9 @@ def _initializer(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> tuple[
 
 
 @functools.lru_cache(maxsize=512)
-def _jitted(method: Callable[..., Any], cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> Callable[..., Any]:
+def _jitted(
+    method: Callable[..., Any], cls: type[WorldModel], config: Any, dtype: jnp.dtype, version: Any
+) -> Callable[..., Any]:
     graph = graphdef(cls, config, dtype)
 
     def run(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -179,7 +179,6 @@ class Collector:
             self._pending = actions, latents
 
 
-@functools.lru_cache(maxsize=16)
 def compiled_policy(
     policy: Policy,
     model_class: Any,
@@ -192,6 +191,17 @@ def compiled_policy(
     rows, {} without ``stored_latents``.
     """
 
+    return _compiled_policy(policy, model_class, model_config, stored_latents, model_class.version())
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_policy(
+    policy: Policy,
+    model_class: Any,
+    model_config: Any,
+    stored_latents: Callable[[Any], dict[str, jax.Array]] | None,
+    version: Any,
+) -> Callable[..., tuple[Any, Any, dict[str, jax.Array]]]:
     def act(
         params: Params, key: jax.Array, carry: Any, obs: Any, is_first: jax.Array, number: jax.Array
     ) -> tuple[Any, Any, dict[str, jax.Array]]:

@@ -61,6 +61,9 @@ class Run:
     """
 
     def __init__(self, model: Any, config: TrainingConfig):
+        if isinstance(model, type) or not hasattr(model, "check_trainable"):
+            what = f"the class {model.__name__}; build one from its config" if isinstance(model, type) else repr(model)
+            raise TypeError(f"A Trainer trains a world model, such as create_world_model returns, not {what:.200}.")
         self.model, self.config = model, config
         self.device = resolve_device(config.device)
         model.check_trainable(self.device)
@@ -179,6 +182,7 @@ class Run:
             self.config.skip_nonfinite,
             self.sampler.uses_latents,
             self._unrolled,
+            self.model.version(),
         )
         source = BatchSource(
             self.sampler,

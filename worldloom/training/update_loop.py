@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from worldloom.algorithm import LATENTS, Batch, MakeUpdate, TrainState, Update
+from worldloom.config import check
 from worldloom.replay.device import Ring, gather_rows
 from worldloom.xla_workarounds import pad_single_update
 
@@ -86,9 +87,15 @@ class CompiledUpdate:
         metrics = dict(self._abstract_metrics(state, batches, ring))
         metrics.pop(LATENTS, None)
         wrong = {name: leaf.shape for name, leaf in metrics.items() if getattr(leaf, "shape", None) != ()}
-        assert not wrong, f"metrics must be scalars, got shapes {wrong}"
-        assert "loss" in metrics, f"metrics must hold 'loss', got {sorted(metrics)}"
-        terms = [name for name in self._loss_terms if name in metrics]
+        check(not wrong, f"The metrics of an update must be scalars; these have shapes: {wrong}.")
+        check("loss" in metrics, f"The metrics of an update must hold 'loss', the total; they hold {sorted(metrics)}.")
+        missing = [name for name in self._loss_terms if name not in metrics]
+        check(
+            not missing,
+            f"loss_terms names {', '.join(missing)}, which the update does not return; it returns "
+            f"{', '.join(sorted(metrics))}. Only terms that it returns can be guarded against NaN.",
+        )
+        terms = list(self._loss_terms)
         names = (*terms, *sorted(metrics.keys() - set(terms)))
         return (*names, SKIPPED) if self._skip_nonfinite else names
 
@@ -175,6 +182,7 @@ def compiled_update(
     skip_nonfinite: bool,
     keep_latents: bool,
     unrolled: bool,
+    version: Any = None,
 ) -> CompiledUpdate:
     """The :class:`CompiledUpdate` of these arguments, cached: runs in one process share its compiled programs.
 

@@ -129,6 +129,14 @@ class PolicyLoss(NamedTuple):
     loss: jax.Array
     metrics: Metrics
 
+    def add_term(self, name: str, elements: jax.Array, scale: float = 1.0) -> PolicyLoss:
+        """With a further term: the mean of ``elements`` [...] under ``name``, ``scale`` times that in the loss.
+
+        For a subclass that overrides ``policy_loss``; it lists the name in its ``loss_terms``.
+        """
+        term = jnp.mean(elements)
+        return self._replace(loss=self.loss + scale * term, metrics=self.metrics | {name: term})
+
 
 def model_loss(model: LossModel, batch: TrainBatch, key: jax.Array | None, *, remat: bool = False) -> ModelLoss:
     """Consistency, reward, value and termination losses (TD-MPC2, equation 3; reference: ``_update``).

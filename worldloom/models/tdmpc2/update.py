@@ -21,6 +21,9 @@ from worldloom.models.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.ops.keys import split_key
 from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
 
+_OWN_PARTS = frozenset({*TDMPC2WorldModel.__annotations__} - {"config"})
+"""Names of the parts that the family itself has."""
+
 
 def init_state(model: TDMPC2WorldModel, training_config: Any, key: jax.Array) -> TrainState:
     """The state before the first update under a ``TrainingConfig``; ``key`` is the root of the run.
@@ -36,7 +39,7 @@ def _first_state(cls: type, config: TDMPC2Config, training: Any, params: Params,
     params, key = jax.tree.map(jnp.copy, (params, key))
     opt_state = {
         "model": _model_optimizer(config, training).init(_model_part(cls, params)),
-        "policy": _policy_optimizer(config, training).init(params["policy"]),
+        "policy": _policy_optimizer(config, training).init(_policy_part(cls, params)),
         "policy_grad_of_tasks": jax.tree.map(jnp.zeros_like, _tasks(params)),
     }
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
@@ -103,14 +106,16 @@ def make_update(
             def objective(trained: Params) -> Any:
                 return rebuild(trained).policy_loss(*inputs, scale=scale, remat=training.remat)
 
-            of_policy = {"policy": params["policy"], **_tasks(params)}
-            (policy, metrics), grads = jax.value_and_grad(objective, has_aux=True)(of_policy)
+            trained = {"policy": params["policy"], **_added_parts(model_class, params), **_tasks(params)}
+            (policy, metrics), grads = jax.value_and_grad(objective, has_aux=True)(trained)
             return (grads, {"policy": policy, **metrics}), ()
 
         (pi_grads, pi_metrics), _ = accumulate(policy_gradients, (rollouts, tasks, policy_keys))
-        optimizer = _policy_optimizer(config, training)
-        steps, policy_opt = optimizer.update(pi_grads["policy"], state.opt_state["policy"], params["policy"])
-        params["policy"] = optax.apply_updates(params["policy"], steps)
+        optimizer, before = _policy_optimizer(config, training), _policy_part(model_class, params)
+        of_policy = _policy_part(model_class, pi_grads)
+        steps, policy_opt = optimizer.update(of_policy, state.opt_state["policy"], before)
+        after = optax.apply_updates(before, steps)
+        params |= after if _added_parts(model_class, params) else {"policy": after}
         params["scale"] = {"value": pi_metrics["pi_scale"]}
 
         # 3. Target networks.
@@ -119,7 +124,7 @@ def make_update(
         metrics = {
             **with_f1(terms),
             "grad_norm": optax.tree.norm(grads),
-            "pi_grad_norm": optax.tree.norm(pi_grads["policy"]),
+            "pi_grad_norm": optax.tree.norm(of_policy),
             **pi_metrics,
             "lr": warmup_schedule(training.learning_rate, training.warmup_steps)(state.step),
         }
@@ -200,6 +205,17 @@ def _scale_part(name: str, factor: float) -> optax.GradientTransformation:
 def _model_part(cls: type[Any], params: Params) -> Params:
     """What the model's optimizer moves: everything but the policy and the parts that no gradient reaches."""
     return {name: part for name, part in params.items() if name != "policy" and name not in cls.untrained}
+
+
+def _added_parts(cls: type[Any], params: Params) -> Params:
+    """Trained parts that a subclass has beside the family's own; they learn from both losses, in a step of each."""
+    return {name: part for name, part in params.items() if name not in _OWN_PARTS and name not in cls.untrained}
+
+
+def _policy_part(cls: type[Any], params: Params) -> Params:
+    """What the policy's optimizer moves: the policy's weights alone, or a dict with those of the parts added."""
+    added = _added_parts(cls, params)
+    return {"policy": params["policy"], **added} if added else params["policy"]
 
 
 def _tasks(params: Params) -> Params:

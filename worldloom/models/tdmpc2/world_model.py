@@ -207,8 +207,8 @@ class TDMPC2WorldModel(WorldModel):
         model_key, policy_key = split_key(key, 2)
         of_model = self.model_loss(prepared, model_key)
         of_policy = self.policy_loss(of_model.rollouts, prepared.task, policy_key)
-        terms = {"loss": of_model.total, **of_model.terms, "policy": of_policy.loss}
-        return {name: terms[name] for name in self.loss_terms}
+        terms = {"loss": of_model.total, **of_model.terms, **of_policy.metrics, "policy": of_policy.loss}
+        return {name: terms[name] for name in self.loss_terms if name in terms}
 
     @compiled
     def act(
