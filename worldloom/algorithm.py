@@ -20,8 +20,8 @@ the arrival rule: reward and flags of row t belong to arriving at ``obs[:, t]``,
 stored latents also ``context``: the latents of row 0, [B, ...] by name."""
 Update = Callable[["TrainState", Batch, jax.Array | None], tuple["TrainState", dict[str, Any]]]
 """``update(state, batch, key) -> (state, metrics)``: pure, jitted by the caller; with ``key=None`` every random draw is
-replaced by the mode of its distribution. Metrics are float scalars by name, including the loss terms; the optional entry
-:data:`LATENTS` holds fresh latents [B, T, ...] by name, which are written back to replay."""
+replaced by the mode of its distribution. Metrics are float scalars by name, including the loss terms; the optional
+entry :data:`LATENTS` holds fresh latents [B, T, ...] by name, which are written back to replay."""
 
 LATENTS = "replay"
 """Name of the metrics entry that holds the latents to be written back to replay."""

@@ -185,7 +185,7 @@ def is_number(value: object) -> bool:
     """Whether ``value`` is a real number, of Python or NumPy, that fits a ``float``, and not a ``bool``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return not isinstance(value, numbers.Integral) or abs(value) < 2**1023
+    return not isinstance(value, numbers.Integral) or abs(int(value)) < 2**1023
 
 
 class _FieldRule(NamedTuple):

@@ -96,7 +96,7 @@ class WorldModel(nnx.Module):
         return merge(cls, config, params)
 
     def check_trainable(self, device: jax.Device) -> None:
-        """Raise ``ConfigError`` unless training on ``device`` trains exactly this model; see :func:`check_trainable`."""
+        """Raise ``ConfigError`` unless training on ``device`` trains this very model, see :func:`check_trainable`."""
         check_trainable(self, device)
 
     def num_parameters(self) -> int:
@@ -327,7 +327,7 @@ def compiled(method: F) -> F:
 
 
 def merge(cls: type[WorldModel], config: Any, params: Params, dtype: jnp.dtype | None = None) -> Any:
-    """The model with the weights ``params``, for use inside traced code; ``dtype`` None follows ``config.precision``."""
+    """The model with the weights ``params``, for traced code; ``dtype`` None follows ``config.precision``."""
     return nnx.merge(graphdef(cls, config, dtype or compute_dtype(config.precision)), params)
 
 

@@ -27,7 +27,7 @@ def join_rows(rows: Any) -> Any:
 
 
 def part_keys(key: jax.Array | None, parts: int) -> jax.Array | None:
-    """A key for each microbatch, [parts]; a single microbatch gets ``key`` itself, so that it equals the whole batch."""
+    """A key for each microbatch, [parts]; a single one gets ``key`` itself, so that it equals the whole batch."""
     return key[None] if key is not None and parts == 1 else step_keys(key, parts)
 
 

@@ -191,12 +191,13 @@ def compiled_policy(
     rows, {} without ``stored_latents``.
     """
 
-    return _compiled_policy(policy, model_class, model_config, stored_latents, model_class.version())
+    function: Any = policy  # A Protocol is not known to be hashable.
+    return _compiled_policy(function, model_class, model_config, stored_latents, model_class.version())
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled_policy(
-    policy: Policy,
+    policy: Any,
     model_class: Any,
     model_config: Any,
     stored_latents: Callable[[Any], dict[str, jax.Array]] | None,

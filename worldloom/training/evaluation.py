@@ -56,7 +56,7 @@ def play(
 ) -> list[EpisodeEnd]:
     """Play whole episodes with the evaluation policy; returns their returns and lengths as :class:`EpisodeEnd`.
 
-    Every environment plays the same number of episodes (the first ones play one more if ``episodes`` is not a multiple):
+    Every environment plays the same number of episodes (the first ones one more if ``episodes`` is not a multiple):
     counting the episodes that finish first would be biased towards short ones. The same arguments give the same
     episodes.
 

@@ -35,7 +35,7 @@ class Interrupts:
         self._restore()
 
     def raise_received(self) -> None:
-        """Raise what the received signal stands for, if any: ``KeyboardInterrupt``, or ``SystemExit(143)`` (SIGTERM)."""
+        """Raise what the received signal means, if any: ``KeyboardInterrupt``, or ``SystemExit(143)`` (SIGTERM)."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:

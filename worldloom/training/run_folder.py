@@ -237,7 +237,7 @@ def _simulator_versions() -> dict[str, str]:
 
 
 def _git_revision(folder: Path) -> str | None:
-    """Commit of the git checkout around ``folder``, with ``+changes`` if files are modified; None outside a checkout."""
+    """Commit of the git checkout around ``folder``, with ``+changes`` if files are modified; None outside one."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -21,7 +21,7 @@ from worldloom.models.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.ops.keys import split_key
 from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
 
-_OWN_PARTS = frozenset({*TDMPC2WorldModel.__annotations__} - {"config"})
+_OWN_PARTS = frozenset({*TDMPC2WorldModel.__annotations__} - {"config", "loss_terms"})
 """Names of the parts that the family itself has."""
 
 

@@ -48,7 +48,7 @@ class CallbackRunner:
         self._every = [callback.interval(config) for callback in self.callbacks]
         self._stream, self.stop_reason = stream, None
         for accumulator in self._accumulators:
-            stream.follow(accumulator)
+            stream.register(accumulator)
 
     def next_step(self, step: int) -> int | None:
         """First step after ``step`` at which some callback is due; None if none ever is."""
@@ -67,7 +67,7 @@ class CallbackRunner:
         for index in due:
             finished[index] = self._accumulators[index]
             finished[index].close(run.step)
-            self._accumulators[index] = self._stream.follow(MetricsAccumulator(run.step))
+            self._accumulators[index] = self._stream.register(MetricsAccumulator(run.step))
         for index in due:
             self._call(index, run, self.callbacks[index].on_step, finished[index])
 
@@ -155,7 +155,7 @@ class CallbackRunner:
         )
 
     def _so_far(self, index: int, step: int) -> MetricsAccumulator:
-        return self._stream.follow(self._accumulators[index].closed_copy(step))
+        return self._stream.register(self._accumulators[index].closed_copy(step))
 
 
 def _unique(names: list[str]) -> list[str]:
