@@ -129,7 +129,7 @@ class WorldModel(nnx.Module):
 
         Args:
           batch: rows [B, T, ...] by the arrival rule, every sequence within one episode, as of
-            ``held_out.sample(B, T)``. T is at least 2; TD-MPC2 needs more than ``horizon`` rows.
+            ``held_out.sample(B, T)``; T is at least 2.
 
         Raises:
           DataError: sequences are too short or span two episodes, a key is missing, or a shape does not fit.

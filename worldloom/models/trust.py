@@ -65,6 +65,9 @@ class HorizonErrors(NamedTuple):
 def trust(model: Any, batch: Mapping[str, Any]) -> Trust:
     """How far the imagination of ``model`` can be believed on recorded sequences, see :meth:`WorldModel.trust`."""
     check_methods(model)
+    missing = [name for name in ("obs", "actions", "rewards") if name not in batch]
+    if missing:
+        raise DataError(f"The batch has no {', '.join(missing)}; it has {', '.join(sorted(batch))}.")
     if np.any(np.asarray(batch.get("is_first", np.zeros((1, 1))))[:, 1:]):
         raise DataError(
             "A sequence spans two episodes; give sequences inside one episode, as buffer.sample(B, T) does."

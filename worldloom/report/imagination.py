@@ -133,9 +133,16 @@ def _decodes_observations(model: Any, batch: Mapping[str, Any]) -> bool:
 
 def draw_horizon_errors(errors: HorizonErrors, path: str | Path, *, title: str = "") -> Path:
     """Plot the errors against the number of imagined steps and return the path of the PNG."""
-    names = list(errors.imagined)
-    figure, axes = new_figure(1, len(names), width=3.2 * len(names), height=2.8)
-    for axis, name in zip(axes[0], names, strict=True):
+    count = len(errors.imagined)
+    figure, axes = new_figure(1, count, width=3.2 * count, height=2.8)
+    plot_horizon_errors(errors, axes[0])
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return save_figure(figure, path)
+
+
+def plot_horizon_errors(errors: HorizonErrors, axes: NDArray[Any]) -> None:
+    """Plot the errors of each quantity into one of ``axes``, as many as there are quantities."""
+    for axis, name in zip(axes, errors.imagined, strict=True):
         steps = np.arange(1, len(errors.imagined[name]) + 1)
         axis.plot(steps, errors.imagined[name], color=BLUE, linewidth=1.8, label="imagined")
         axis.plot(steps, errors.still[name], color=ORANGE, linewidth=1.4, linestyle="--", label="no change")
@@ -143,10 +150,8 @@ def draw_horizon_errors(errors: HorizonErrors, path: str | Path, *, title: str =
         whole_ticks(axis)
         axis.set_title(f"{name} (relative to its std)" if name == "latent" else name, fontsize=9, loc="left")
         axis.set_xlabel("imagined steps", fontsize=9)
-    axes[0, 0].set_ylabel("root mean square error", fontsize=9)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return save_figure(figure, path)
+    axes[0].set_ylabel("root mean square error", fontsize=9)
+    axes[0].legend(frameon=False, fontsize=8)
 
 
 def _channels_last(images: NDArray[Any]) -> NDArray[Any]:

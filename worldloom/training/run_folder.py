@@ -52,6 +52,7 @@ class RunFolder:
           eval.gif              the first episode of the newest evaluation
           open_loop*.png        DreamerV3: what it imagines beside what happened there
           horizon.png           TD-MPC2: errors of reward, value and latent there by imagined steps
+          trust.png             how far imagination can be believed there, see WorldModel.trust
 
     Hand its callbacks to a trainer::
 

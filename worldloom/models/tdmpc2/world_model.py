@@ -220,11 +220,14 @@ class TDMPC2WorldModel(WorldModel):
         start differently and see the same data, so they agree where there was much of it. Compare it with the spread
         of the values; the last row of an episode has no action, and its entry means nothing.
 
-        Raises ``DataError`` for batches that do not fit the config.
+        Args:
+          batch: ``obs`` [B, T, *obs_shape], ``actions`` [B, T, A] or integers [B, T]; multitask ``task`` [B].
+
+        Raises ``DataError`` for arrays of another shape.
         """
-        rows = prepare_batch(self.config, batch)
-        z = self.latent(rows.obs, rows.task)
-        return {"q_disagreement": self.q_values(z, rows.actions, rows.task, jnp.arange(self.config.num_q)).std(0)}
+        task = jnp.asarray(batch["task"])[:, None] if self.config.multitask and "task" in batch else None
+        z, actions = self.latent(batch["obs"], task), self.as_vectors(batch["actions"], 3)
+        return {"q_disagreement": self.q_values(z, actions, task, jnp.arange(self.config.num_q)).std(0)}
 
     @compiled
     def act(
