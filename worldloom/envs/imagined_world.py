@@ -134,6 +134,8 @@ class ImaginedWorld:
     ):
         _check_arguments(model, horizon, observation, context, num_starts)
         self.model = model
+        model_class: Any = type(model)
+        self._observe_windows = _observe_windows(model_class, model.config, model.dtype)
         self._task = task
         self._windows, self._starts = _read_start(model, start, context, num_starts, seed)
         self._params: ImaginedParams | None = None
@@ -143,12 +145,10 @@ class ImaginedWorld:
         if observation == "decoded" and not decodes:
             raise ConfigError(f"{type(model).__name__} decodes no observations; use observation='latent'.")
         if (not decodes or observation == "latent") and not hasattr(self.params.starts, "features"):
-            raise ConfigError(
-                f"The states of {type(model).__name__} have no features, and it "
-                f"{'can decode observations: use observation=' + repr('decoded') if decodes else 'decodes nothing'}."
-            )
+            instead = "use observation='decoded'" if decodes else "and the model decodes no observations"
+            raise ConfigError(f"The states of {type(model).__name__} have no features to observe; {instead}.")
         settings = _Settings(horizon, decodes and observation != "latent", bool(sample), task)
-        self.reset, self.step = _functions(type(model), model.config, model.dtype, settings)
+        self.reset, self.step = _functions(model_class, model.config, model.dtype, settings)
         self.horizon = horizon
         self.observation_space = self._observation_space(settings.decodes)
         self.action_space = _action_space(model.config)
@@ -169,13 +169,12 @@ class ImaginedWorld:
             return self._starts
         count = len(jax.tree.leaves(self._windows)[0][0])
         task = _task(self._task, count)
-        observe = _observe_windows(type(self.model), self.model.config, self.model.dtype)
-        return observe(self.model.params, *self._windows, task)
+        return self._observe_windows(self.model.params, *self._windows, task)
 
     def _observation_space(self, decodes: bool) -> spaces.Space[Any]:
         shapes = jax.eval_shape(self.reset, self.params, jax.random.key(0))[1]
         # Bounds of the largest float32 mean none: infinite ones are what Gymnasium's checker warns of.
-        boxes = {
+        boxes: dict[str, spaces.Space[Any]] = {
             name: spaces.Box(0.0, 1.0, x.shape, np.float32)
             if decodes and len(x.shape) == 3
             else spaces.Box(-_LARGEST, _LARGEST, x.shape, np.float32)
@@ -272,8 +271,9 @@ def _read_start(model: Any, start: Any, context: int, num_starts: int, seed: int
     if not leaves or any(not np.shape(leaf) or not len(leaf) for leaf in leaves):
         raise DataError("There is nowhere to start: give a ReplayBuffer, observations [K, ...] or states [K, ...].")
     count = len(leaves[0])
-    expected = jax.eval_shape(lambda: model.initial_state(count)) if hasattr(model, "initial_state") else None
-    if jax.tree.structure(start) == jax.tree.structure(expected):
+    expected: Any = jax.eval_shape(lambda: model.initial_state(count)) if hasattr(model, "initial_state") else None
+    structure: Any = jax.tree.structure(expected)
+    if jax.tree.structure(start) == structure:
         shapes = [(np.shape(given), own.shape) for given, own in zip(leaves, jax.tree.leaves(expected), strict=True)]
         if any(given != own for given, own in shapes):
             raise DataError(
