@@ -42,7 +42,7 @@ def run_folder(tmp_path_factory):
 
 
 def test_training_leaves_a_run(run_folder, tell):
-    assert {"config.json", "checkpoints", "learning_curve.png", "eval.gif", "horizon.png"} <= {
+    assert {"config.json", "checkpoints", "learning_curve.png", "eval.gif", "horizon.png", "trust.png"} <= {
         path.name for path in run_folder.iterdir()
     }
     settings = json.loads((run_folder / "config.json").read_text())

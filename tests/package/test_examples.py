@@ -55,6 +55,12 @@ def test_custom_callback(small, monkeypatch, capsys):
     assert any("weights/encoder" in line for line in lines)
 
 
+def test_reinforce_in_imagination(small, monkeypatch, capsys):
+    out = run("reinforce_in_imagination.py", monkeypatch, capsys)
+    assert "update    3: imagined return" in out
+    assert "after learning in imagination" in out
+
+
 def test_the_notebook_runs(small, monkeypatch, capsys):
     """Its cells one after another, in a stand-in for IPython that shows nothing."""
     shown = []

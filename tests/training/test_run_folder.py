@@ -82,12 +82,12 @@ def test_everything_is_there(finished):
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith("events.")}
     assert names == {
         "config.json", "versions.json", "metrics.jsonl", "checkpoints", "model", "learning_curve.png", "eval.gif",
-        "horizon.png",
+        "horizon.png", "trust.png",
     }  # fmt: skip
     assert any(path.name.startswith("events.") for path in finished.path.iterdir())
     with Image.open(finished.path / "eval.gif") as gif:
         assert 1 < gif.n_frames <= 7  # Six steps show seven observations; equal pictures become one.
-    for name in ("learning_curve.png", "horizon.png"):
+    for name in ("learning_curve.png", "horizon.png", "trust.png"):
         with Image.open(finished.path / name) as picture:
             picture.verify()
     assert not list(finished.path.rglob("*.tmp"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from worldloom.models import pretrained
 from worldloom.models.params import check_shapes, count_parameters, flatten, unflatten
 from worldloom.nn.linear import OneDraw
 from worldloom.xla_workarounds import fast_compile_options
+
+if TYPE_CHECKING:
+    from worldloom.models.trust import Trust
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,6 +59,8 @@ class WorldModel(nnx.Module):
     """Methods that an update calls for its loss; override these to change the loss."""
     views: ClassVar[tuple[str, ...]] = ()
     """Methods for users only, which no update calls: overriding one does not change training."""
+    uncertainty_units: ClassVar[Mapping[str, str]] = {}
+    """Name and unit of every signal that :meth:`uncertainty` returns."""
 
     def __init__(self, config: Any, *, seed: int = 0, device: str = "auto", dtype: Any = None):
         if not isinstance(config, self.config_class):
@@ -102,6 +107,42 @@ class WorldModel(nnx.Module):
     def num_parameters(self) -> int:
         """Number of trainable scalars, without slow or target copies and statistics."""
         return count_parameters({k: v for k, v in self.params.items() if k not in self.untrained})
+
+    @property
+    def continue_discount(self) -> float:
+        """The discount that the ``continues`` of ``imagine`` contain: they are this times a probability; 1 for none."""
+        return 1.0
+
+    def uncertainty(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The family's signals of where imagination fails, [B, T] by name: those of ``uncertainty_units``.
+
+        A family that has none returns an empty dict, as this method does.
+
+        Args:
+          batch: rows [B, T, ...] as for ``compute_loss``.
+        """
+        del batch
+        return {}
+
+    def trust(self, batch: Mapping[str, Any]) -> Trust:
+        """How far imagination can be believed: a signal for each row, and errors by the number of imagined steps.
+
+        ``trust(batch).rows`` holds ``kl`` [B, T] for DreamerV3 and ``q_disagreement`` [B, T] for TD-MPC2, see
+        :meth:`uncertainty` there; ``.errors`` the root mean square errors of imagining from row 0 of every sequence
+        with the recorded actions (:func:`worldloom.models.trust.horizon_errors`). Give episodes that the model was not
+        trained on.
+
+        Args:
+          batch: rows [B, T, ...] by the arrival rule, every sequence within one episode, as of
+            ``held_out.sample(B, T)``; T is at least 2.
+
+        Raises:
+          DataError: sequences are too short or span two episodes, a key is missing, or a shape does not fit.
+          TypeError: the model lacks a method that imagination needs.
+        """
+        from worldloom.models.trust import trust
+
+        return trust(self, batch)
 
     def save_pretrained(self, path: str | Path | None = None, *, name: str | None = None) -> Path:
         """Write ``config.json`` and ``model.safetensors`` and return their folder.

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import DataError
-from worldloom.models.base import compiled
+from worldloom.models.rollout import task_argument
+from worldloom.models.trust import HorizonErrors, check_methods, horizon_errors
 from worldloom.replay import ReplayBuffer
 from worldloom.report.figure import BLUE, COLOURS, ORANGE, RED, new_figure, save_figure, whole_ticks
-from worldloom.report.openloop import OpenLoop, observe_sequence, open_loop, task_argument
+from worldloom.report.openloop import OpenLoop, open_loop
 
 _MAX_SEQUENCES, _MAX_ENTRIES, _MAX_COLUMNS = 3, 12, 16  # of a plot: sequences, entries of a vector, images in a row
 _OBSERVED, _IMAGINED = 8, 24  # rows of an open-loop prediction
 _HORIZON, _HORIZON_SEQUENCES = 15, 256  # imagined steps and sequences behind the errors by horizon
-_METHODS = ("encode", "observe", "imagine", "decode")
 
 
 def draw_open_loop(report: OpenLoop, path: str | Path, *, name: str | None = None, title: str = "") -> Path:
@@ -96,21 +96,6 @@ def _draw_vectors(report: OpenLoop, name: str, path: Path, title: str) -> Path:
     return save_figure(figure, path)
 
 
-class HorizonErrors(NamedTuple):
-    """Root mean square errors after 1 … H imagined steps by quantity, [H] each.
-
-    Quantities are ``reward`` and ``value``, in the units of the data, and ``latent``, as a fraction of the standard
-    deviation of the latents; those that the model has.
-
-    Attributes:
-      imagined: errors of imagination.
-      still: errors of a baseline that repeats row 0.
-    """
-
-    imagined: dict[str, NDArray[np.float64]]
-    still: dict[str, NDArray[np.float64]]
-
-
 def draw_imagination(model: Any, replay: ReplayBuffer, folder: str | Path, *, title: str = "") -> list[Path]:
     """Plot how well ``model`` imagines recorded episodes, and return the paths of the PNGs.
 
@@ -123,7 +108,7 @@ def draw_imagination(model: Any, replay: ReplayBuffer, folder: str | Path, *, ti
       DataError: no episode has two rows.
       MissingDependencyError: Matplotlib is missing.
     """
-    _check_methods(model)
+    check_methods(model)
     folder, longest = Path(folder), int(max(replay.episode_lengths, default=0))
     if longest < 2:
         raise DataError("There is nothing to imagine: no recorded episode has two rows.")
@@ -139,12 +124,6 @@ def draw_imagination(model: Any, replay: ReplayBuffer, folder: str | Path, *, ti
     ]
 
 
-def _check_methods(model: Any) -> None:
-    missing = [name for name in _METHODS if not hasattr(model, name)]
-    if missing:
-        raise TypeError(f"Imagination cannot be plotted: {type(model).__name__} has no method {' or '.join(missing)}.")
-
-
 def _decodes_observations(model: Any, batch: Mapping[str, Any]) -> bool:
     """Whether ``decode`` returns ``"obs"``, found by abstract evaluation: nothing is computed."""
     task = task_argument(model, batch)
@@ -152,67 +131,18 @@ def _decodes_observations(model: Any, batch: Mapping[str, Any]) -> bool:
     return "obs" in jax.eval_shape(lambda obs: model.decode(model.encode(obs, **task), **task), first)
 
 
-def horizon_errors(model: Any, batch: Mapping[str, Any]) -> HorizonErrors:
-    """How the errors of imagination grow with the number of imagined steps.
-
-    The model imagines from the first row of every sequence with the recorded actions. Its latents and their values are
-    compared with those of the posterior states, which observe every row, and its rewards with the recorded ones.
-
-    Args:
-      model: a world model.
-      batch: ``obs``, ``actions`` and ``rewards`` [B, T, ...] by the arrival rule, each sequence within one episode;
-        ``task`` [B] for multitask models. H is T − 1.
-
-    Returns:
-      Errors of ``reward``, of ``value`` if ``decode`` returns it, and of ``latent`` if states have ``features``.
-
-    Raises:
-      TypeError: the model lacks a method that imagination needs.
-      DataError: sequences have a single row.
-    """
-    _check_methods(model)
-    obs, actions = (
-        jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1), batch[name]) for name in ("obs", "actions")
-    )
-    if len(jax.tree.leaves(obs)[0]) < 2:
-        raise DataError("Sequences need at least 2 rows to imagine a step.")
-    actions = jax.tree.map(lambda x: x[:-1], actions)  # the last one leads to a row after the sequence
-    posterior, prior, rewards = jax.device_get(_predictions(model, obs, actions, task_argument(model, batch)))
-
-    # Row 0 counts as imagined without error; it is dropped below.
-    recorded = np.swapaxes(np.asarray(batch["rewards"], np.float64), 0, 1)
-    truth, imagined = ({name: np.asarray(x, np.float64) for name, x in values.items()} for values in (posterior, prior))
-    truth = {"reward": recorded, **truth}
-    imagined = {"reward": np.concatenate([recorded[:1], np.asarray(rewards, np.float64)]), **imagined}
-    unit = dict.fromkeys(truth, 1.0)
-    if "latent" in truth:
-        unit["latent"] = np.sqrt(truth["latent"].var((0, 1)).mean()) or 1.0
-
-    def errors(guess: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-        return {name: _rms(guess[name] - truth[name])[1:] / unit[name] for name in truth}
-
-    return HorizonErrors(errors(imagined), errors({name: x[:1] for name, x in truth.items()}))
-
-
-@compiled
-def _predictions(model: Any, obs: Any, actions: Any, task: Mapping[str, Any]) -> tuple[Any, Any, jax.Array]:
-    """``value`` and ``latent`` [T, B, ...] of posterior and of imagined states, and imagined rewards [T − 1, B]."""
-    posteriors = observe_sequence(model, obs, actions, task=task)
-    trajectory = model.imagine(jax.tree.map(lambda x: x[0], posteriors), actions, **task)
-
-    def quantities(states: Any) -> dict[str, Any]:
-        decoded = model.decode(states, **task)
-        found = {"value": decoded.get("value"), "latent": getattr(states, "features", None)}
-        return {name: x for name, x in found.items() if x is not None}
-
-    return quantities(posteriors), quantities(trajectory.states), trajectory.rewards
-
-
 def draw_horizon_errors(errors: HorizonErrors, path: str | Path, *, title: str = "") -> Path:
     """Plot the errors against the number of imagined steps and return the path of the PNG."""
-    names = list(errors.imagined)
-    figure, axes = new_figure(1, len(names), width=3.2 * len(names), height=2.8)
-    for axis, name in zip(axes[0], names, strict=True):
+    count = len(errors.imagined)
+    figure, axes = new_figure(1, count, width=3.2 * count, height=2.8)
+    plot_horizon_errors(errors, axes[0])
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return save_figure(figure, path)
+
+
+def plot_horizon_errors(errors: HorizonErrors, axes: NDArray[Any]) -> None:
+    """Plot the errors of each quantity into one of ``axes``, as many as there are quantities."""
+    for axis, name in zip(axes, errors.imagined, strict=True):
         steps = np.arange(1, len(errors.imagined[name]) + 1)
         axis.plot(steps, errors.imagined[name], color=BLUE, linewidth=1.8, label="imagined")
         axis.plot(steps, errors.still[name], color=ORANGE, linewidth=1.4, linestyle="--", label="no change")
@@ -220,10 +150,8 @@ def draw_horizon_errors(errors: HorizonErrors, path: str | Path, *, title: str =
         whole_ticks(axis)
         axis.set_title(f"{name} (relative to its std)" if name == "latent" else name, fontsize=9, loc="left")
         axis.set_xlabel("imagined steps", fontsize=9)
-    axes[0, 0].set_ylabel("root mean square error", fontsize=9)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return save_figure(figure, path)
+    axes[0].set_ylabel("root mean square error", fontsize=9)
+    axes[0].legend(frameon=False, fontsize=8)
 
 
 def _channels_last(images: NDArray[Any]) -> NDArray[Any]:
@@ -231,8 +159,3 @@ def _channels_last(images: NDArray[Any]) -> NDArray[Any]:
     if images.shape[2] < images.shape[3]:
         images = np.moveaxis(images, 2, -1)
     return images if images.shape[-1] in (1, 3) else images[..., :1]
-
-
-def _rms(errors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Root mean square of errors [T, ...] over all axes but time: [T]."""
-    return np.sqrt(np.mean(np.square(errors), axis=tuple(range(1, errors.ndim))))

@@ -53,8 +53,9 @@ class RunFolder:
           model/                the final weights, for create_world_model
           learning_curve.png    returns, or losses if there is no environment
           eval.gif              the first episode of the newest evaluation
-          open_loop*.png        DreamerV3: open-loop predictions next to the observations of that evaluation
-          horizon.png           TD-MPC2: errors of reward, value and latent in that evaluation by prediction steps
+          open_loop*.png        of models that decode observations: open-loop predictions next to that evaluation
+          horizon.png           of others: errors of reward, value and latent in that evaluation by prediction steps
+          trust.png             how far imagination can be trusted there, see WorldModel.trust
 
     Pass its callbacks to a trainer::
 

@@ -17,11 +17,12 @@ from worldloom.models.dreamer.arrays import (
     restore_observations,
     unwrap_single_action,
 )
+from worldloom.models.dreamer.batch import prepare_batch
 from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.losses import LOSS_TERMS, LossOutput, loss
 from worldloom.models.dreamer.networks import Actor, Decoder, Encoder, Head, ReturnRange
 from worldloom.models.dreamer.rssm import RSSM, Latent
-from worldloom.ops.distributions import sample_actions
+from worldloom.ops.distributions import OneHot, sample_actions
 from worldloom.ops.keys import split_key
 from worldloom.ops.symexp_twohot import symexp_twohot_mean
 
@@ -69,6 +70,7 @@ class DreamerV3WorldModel(WorldModel):
     views = ("compute_loss", "encode", "observe", "predict", "imagine")
     loss_terms: ClassVar[tuple[str, ...]] = LOSS_TERMS
     """Names of the scalars of :meth:`compute_loss`, the total first."""
+    uncertainty_units: ClassVar[Mapping[str, str]] = {"kl": "nats"}
 
     config: DreamerV3Config
     encoder: Encoder
@@ -208,6 +210,29 @@ class DreamerV3WorldModel(WorldModel):
         action = unwrap_single_action(self.config, sample_actions(self.actor(latent.features), action_key))
         embedded = embed_actions(self.config, action, 1, self.dtype)
         return ActorCarry(latent, embedded, jnp.zeros_like(carry.is_first)), action
+
+    @property
+    def continue_discount(self) -> float:
+        """1 − 1 / ``return_horizon``, which the continue head is trained to include."""
+        return 1 - 1 / self.config.return_horizon
+
+    @compiled
+    def uncertainty(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """``kl`` [B, T]: how much each row surprised the model, KL(posterior ‖ prior) in nats, from modes.
+
+        It is the divergence that the loss terms ``dynamics`` and ``representation`` minimise, before its floor
+        ``kl_free``: what the model would have had to know to predict the row's latent. It is summed over the latents
+        and thus at most ``num_latents`` · log(``num_categories`` / ``unimix``). Sequences start from an empty memory,
+        also in the middle of an episode, so the first rows of a window are high. A stored ``context`` is not used.
+
+        Raises ``DataError`` for batches that do not fit the config.
+        """
+        rows = prepare_batch(self.config, {k: v for k, v in batch.items() if k != "context"}, self.dtype)
+        initial = self.initial_state(len(rows.rewards))
+        tokens = self.encoder(rows.obs)
+        latents, logits = self.rssm.observe(initial, tokens, rows.previous_actions, rows.is_first, None)
+        posterior = OneHot.from_logits(logits, self.config.unimix)
+        return {"kl": posterior.kl(OneHot.from_logits(self.rssm.prior(latents.deter), self.config.unimix))}
 
     def predict_reward(self, features: jax.Array) -> jax.Array:
         """Expected reward [...] of arriving at features [..., F]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -78,6 +79,7 @@ class TDMPC2WorldModel(WorldModel):
     loss_hooks = ("model_loss", "policy_loss")
     views = ("compute_loss", "encode", "observe", "predict", "imagine")
     loss_terms: ClassVar[tuple[str, ...]] = losses.LOSS_TERMS
+    uncertainty_units: ClassVar[Mapping[str, str]] = {"q_disagreement": "return"}
 
     encoder: VectorEncoder | ImageEncoder
     dynamics: NormedMLP
@@ -209,6 +211,23 @@ class TDMPC2WorldModel(WorldModel):
         of_policy = self.policy_loss(of_model.rollouts, prepared.task, policy_key)
         terms = {"loss": of_model.total, **of_model.terms, **of_policy.metrics, "policy": of_policy.loss}
         return {name: terms[name] for name in self.loss_terms if name in terms}
+
+    @compiled
+    def uncertainty(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """``q_disagreement`` [B, T]: standard deviation of the Q networks at each row, in the units of the return.
+
+        The ``num_q`` networks estimate the discounted return of the recorded action at the encoded observation. They
+        start differently and see the same data, so they agree where there was much of it. Compare it with the spread
+        of the values; the last row of an episode has no action, and its entry means nothing.
+
+        Args:
+          batch: ``obs`` [B, T, *obs_shape], ``actions`` [B, T, A] or integers [B, T]; multitask ``task`` [B].
+
+        Raises ``DataError`` for arrays of another shape.
+        """
+        task = jnp.asarray(batch["task"])[:, None] if self.config.multitask and "task" in batch else None
+        z, actions = self.latent(batch["obs"], task), self.as_vectors(batch["actions"], 3)
+        return {"q_disagreement": self.q_values(z, actions, task, jnp.arange(self.config.num_q)).std(0)}
 
     @compiled
     def act(

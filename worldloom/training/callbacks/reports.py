@@ -15,6 +15,7 @@ from worldloom.replay import ReplayBuffer
 from worldloom.report.curves import learning_curve, read_records
 from worldloom.report.imagination import draw_imagination
 from worldloom.report.recording import Recording
+from worldloom.report.trust import draw_trust
 from worldloom.report.video import save_gif
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.callbacks.logs import FILE_NAME
@@ -39,7 +40,7 @@ class EvalReportCallback(Callback):
 
     Publishes ``eval/return``, ``eval/return_std`` and ``eval/length``, and writes to the folder ``eval.gif`` of the
     first episode and how well the model imagines these episodes, see
-    :func:`worldloom.report.imagination.draw_imagination`.
+    :func:`worldloom.report.imagination.draw_imagination` and :func:`worldloom.report.trust.draw_trust`.
 
     Args:
       env: environments that nobody else steps; made with ``render=True`` for a video.
@@ -75,6 +76,7 @@ class EvalReportCallback(Callback):
             attempt("eval.gif", lambda: save_gif(film, self.folder / "eval.gif"))
         title = f"{self.title()}, {info.env_steps:,} environment steps"
         attempt("imagination", lambda: draw_imagination(model, replay, self.folder, title=title))
+        attempt("trust.png", lambda: draw_trust(model, replay, self.folder, title=title))
         returns = [end.episode_return for end in ends]
         return {
             "eval/return": float(np.mean(returns)),
@@ -142,7 +144,9 @@ class CurveCallback(Callback):
             attempt(path.name, lambda: learning_curve(records, path, title=self.title()))
         if self.held_out is not None:
             title, held_out = f"{self.title()}, {info.step:,} updates", self.held_out
-            attempt("imagination", lambda: draw_imagination(info.model(), held_out, self.folder, title=title))
+            model = info.model()
+            attempt("imagination", lambda: draw_imagination(model, held_out, self.folder, title=title))
+            attempt("trust.png", lambda: draw_trust(model, held_out, self.folder, title=title))
 
 
 class EvalPrinter(Callback):
