@@ -20,6 +20,7 @@ LAYERS = [
     ("families",),
     ("ops",),
     ("nn",),
+    ("planning",),
     ("optim",),
     ("models",),
     ("replay",),
