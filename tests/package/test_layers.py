@@ -21,6 +21,7 @@ LAYERS = [
     ("families",),
     ("ops",),
     ("nn",),
+    ("planning",),
     ("optim",),
     ("models",),
     ("replay",),

@@ -13,21 +13,30 @@ scoring and refitting are shared. Two things differ:
 - A candidate's value is the λ-mixture of its estimates of all lengths (as in TD(λ), in the spirit of the value
   expansions of Buckman et al. 2018). One discrete action often changes the value after H steps by less than the model
   errs in H steps; the shortest estimate uses no model prediction at all.
+
+The loop itself is :func:`worldloom.planning.mppi`, which knows no networks; here are TD-MPC2's callables for it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from worldloom.models.base import compiled
+from worldloom import planning
+from worldloom.errors import DataError
+from worldloom.models.base import WorldModel, compiled
 from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.models.tdmpc2.latent import LatentState
 from worldloom.models.tdmpc2.networks import CategoricalSample, GaussianSample
 from worldloom.ops.keys import split_key, step_keys
+from worldloom.planning import Candidates, Estimate, Step, Transition, Value
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 DynamicsReward = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """z [N, L], or [L] if shared, and action [N, A] → next latent [N, L] and reward logits [N, K]."""
@@ -36,7 +45,9 @@ DynamicsReward = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 class PlannerModel(Protocol):
     """What the planner uses of a world model. ``task`` is [], or None for a single-task model.
 
-    Called outside of ``jit``, :func:`plan` and :func:`score` need a :class:`worldloom.models.base.WorldModel`.
+    Any object with these methods will do. Outside of a trace, :func:`plan` and :func:`score` compile for a
+    :class:`worldloom.WorldModel`; for another object they run uncompiled, because nothing says which of its attributes
+    are weights that change. ``jax.jit(functools.partial(plan, model))`` compiles with the weights of that moment.
     """
 
     config: TDMPC2Config
@@ -68,26 +79,25 @@ class PlannerModel(Protocol):
         """[A], 1 for dimensions that the task has, 0 for others."""
 
 
-class Candidates(NamedTuple):
-    """N action sequences and what the model predicts for them at H + 1 points: before each action and after the last.
+def _entry(function: F) -> F:
+    """Take the latent as an array or :class:`LatentState`, and compile ``function`` for world models."""
+    run = compiled(function)
 
-    Attributes:
-      actions: H times [N, A].
-      rewards: H + 1 times [N], discounted sum of the rewards predicted up to the point.
-      discounts: H + 1 times [N], γᵗ, or 0 where the episode is predicted to have ended.
-      zs: H + 1 times [N, L].
-    """
+    @functools.wraps(function)
+    def call(model: PlannerModel, z: jax.Array | LatentState, *args: Any, **kwargs: Any) -> Any:
+        z = _latent_array(z)
+        if isinstance(model, WorldModel):
+            return run(model, z, *args, **kwargs)
+        _check_model(model)
+        return function(model, z, *args, **kwargs)
 
-    actions: tuple[jax.Array, ...]
-    rewards: tuple[jax.Array, ...]
-    discounts: tuple[jax.Array, ...]
-    zs: tuple[jax.Array, ...]
+    return call  # type: ignore[return-value]
 
 
-@compiled
+@_entry
 def plan(
     model: PlannerModel,
-    z: jax.Array,
+    z: jax.Array | LatentState,
     previous_mean: jax.Array,
     key: jax.Array | None,
     *,
@@ -99,7 +109,7 @@ def plan(
 
     Args:
       model: the world model; sizes and temperatures come from its config.
-      z: [L], or [B, L] for B environments, each with a plan of its own.
+      z: [L], or [B, L] for B environments, each with a plan of its own; an array or the state that ``encode`` returns.
       previous_mean: [H, A] or [B, H, A] mean that the last call returned; zeros at the first step of an episode.
       key: key of prior, candidates, Q pairs, the executed elite and exploration. None: candidates from a fixed key,
         the mode of all other draws, the heaviest elite, no exploration.
@@ -111,25 +121,37 @@ def plan(
     Returns:
       action: [A] or [B, A], clipped to [−1, 1]; one-hot if discrete.
       mean: [H, A] or [B, H, A] mean of the last iteration, not shifted.
+
+    Raises:
+      DataError: ``z`` or ``previous_mean`` has another shape, or ``z`` is no latent of TD-MPC2.
+      TypeError: ``model`` lacks methods of :class:`PlannerModel`.
     """
+    z = _latent_array(z)
+    c = model.config
+    batch, needed = z.shape[:-1], (*z.shape[:-1], c.horizon, c.action_dim)
+    if z.ndim not in (1, 2) or jnp.shape(previous_mean) != needed:
+        raise DataError(
+            f"z has shape {z.shape} and previous_mean {jnp.shape(previous_mean)}; plan takes [L] with "
+            f"[{c.horizon}, {c.action_dim}], or [B, L] with [B, {c.horizon}, {c.action_dim}]."
+        )
     pair_key, plan_key = split_key(key, 2)
     # One pair of Q networks per iteration, shared by all environments: their weights are then gathered once.
-    iterations = model.config.planner_iterations
+    iterations = c.planner_iterations
     q_pairs = jax.vmap(model.q_pair, axis_size=iterations)(step_keys(pair_key, iterations))
 
     def plan_one(z, previous_mean, key, noise, task):  # type: ignore[no-untyped-def]
         return _plan_one(model, z, previous_mean, q_pairs, key, noise, task, explore)
 
-    if z.ndim == 1:
+    if not batch:
         return plan_one(z, previous_mean, plan_key, noise, task)
-    keys = step_keys(plan_key, z.shape[0])
+    keys = step_keys(plan_key, batch[0])
     return jax.vmap(plan_one)(z, previous_mean, keys, noise, task)
 
 
-@compiled
+@_entry
 def score(
     model: PlannerModel,
-    z: jax.Array,
+    z: jax.Array | LatentState,
     actions: jax.Array,
     key: jax.Array | None = None,
     *,
@@ -143,17 +165,39 @@ def score(
 
     Args:
       model: the world model.
-      z: [L] the latent that all sequences start from.
-      actions: [H, N, A].
+      z: [L] or [1, L], the latent that all sequences start from, or [N, L], one for each; an array or the state that
+        ``encode`` returns.
+      actions: [H, N, A] with the config's H.
       key: key of the last action and the pair of Q networks; None is the prior's mode and the first two.
       task: [] for multitask models.
 
     Returns:
       [N] values in the units of the data.
+
+    Raises:
+      DataError: ``z`` or ``actions`` has another shape, or ``z`` is no latent of TD-MPC2.
+      TypeError: ``model`` lacks methods of :class:`PlannerModel`.
     """
+    z = _latent_array(z)
+    c = model.config
+    shape = jnp.shape(actions)
+    if len(shape) != 3 or (shape[0], shape[2]) != (c.horizon, c.action_dim):
+        raise DataError(f"actions has shape {shape}; score takes [H, N, A] = [{c.horizon}, N, {c.action_dim}].")
+    if z.ndim not in (1, 2) or z.shape[:-1] not in ((), (1,), shape[1:2]):
+        raise DataError(
+            f"z has shape {z.shape}; score takes one latent [L] for all {shape[1]} sequences, or one for each, "
+            f"[{shape[1]}, L]. For another of a batch: z[i]."
+        )
+    shared = z if z.ndim == 1 else z[0] if z.shape[0] == 1 else None
     pair_key, action_key = split_key(key, 2)
-    candidates = _rollout(model, model.fused_dynamics_reward(task), z, lambda t, z: actions[t], task)
-    return _estimate_value(model, candidates, model.q_pair(pair_key), action_key, task)
+    candidates = planning.rollout(
+        _transition(model, task),
+        lambda t, z: actions[t],
+        jnp.broadcast_to(z, (shape[1], z.shape[-1])),
+        horizon=c.horizon,
+        start=shared,
+    )
+    return _estimate(model, task)(_value(model, task), candidates, (action_key, model.q_pair(pair_key)))
 
 
 def refit(
@@ -181,14 +225,11 @@ def refit(
       elites: [E] indices, best first.
       weights: [E], sum 1.
     """
-    best, elites = jax.lax.top_k(jnp.nan_to_num(values, nan=0.0), num_elites)
-    weights = jax.nn.softmax(temperature * (best - best[0]))
-    chosen = actions[:, elites]
-    # By default GPUs and TPUs multiply matrices in TF32 or bfloat16, which would round the actions.
-    weighted = functools.partial(jnp.einsum, "e,hea->ha", weights, precision=jax.lax.Precision.HIGHEST)
-    mean = weighted(chosen)
-    variance = weighted(jnp.square(chosen - mean[:, None]))
-    return mean, jnp.clip(jnp.sqrt(variance), min_std, max_std), elites, weights
+    values = jnp.nan_to_num(values, nan=0.0)
+    mean, std, elites, weights = planning.refit(
+        actions, values, num_elites=num_elites, temperature=temperature, min_std=min_std, max_std=max_std
+    )
+    return mean, std, elites, weights
 
 
 def _plan_one(
@@ -203,113 +244,98 @@ def _plan_one(
 ) -> tuple[jax.Array, jax.Array]:
     """Plan of one environment; ``q_pairs`` [iterations, 2] are the Q networks of each iteration, the rest as above."""
     c = model.config
-    prior_key, noise_key, value_key, choice_key, explore_key = split_key(key, 5)
-    dynamics_reward = model.fused_dynamics_reward(task)
     mask = model.action_mask(task)
-
-    # Candidates of the prior, [num_pi_trajs]: they compete in every iteration and are rolled out once.
-    prior_candidates = _rollout_prior(model, dynamics_reward, z, prior_key, task)
-
-    # Sampling distribution: the mean is warm-started, shifted by one step; the std is not.
-    mean = jnp.concatenate([previous_mean[1:], jnp.zeros_like(previous_mean[:1])]) * mask
-    std = jnp.full_like(mean, c.max_std) * mask
-    if noise is None:
-        shape = (c.planner_iterations, c.horizon, c.num_samples - c.num_pi_trajs, c.action_dim)
-        noise = _draw_noise(c, jax.random.key(0) if noise_key is None else noise_key, shape)
-    value_keys = step_keys(value_key, c.planner_iterations)
-
-    # Refinement: sample, roll out, score, refit.
-    def refine(distribution, draws):  # type: ignore[no-untyped-def]
-        noise, q_pair, value_key = draws
-        mean, std = distribution
-        sampled = _perturb(c, mean[:, None], std[:, None], noise)
-        sampled_candidates = _rollout(model, dynamics_reward, z, lambda t, z: sampled[t], task)
-        candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), prior_candidates, sampled_candidates)
-        actions = jnp.stack(candidates.actions)
-        mean, std, elites, weights = refit(
-            actions,
-            _estimate_value(model, candidates, q_pair, value_key, task),
-            num_elites=c.num_elites,
-            temperature=c.temperature,
-            min_std=c.min_std,
-            max_std=c.max_std,
-        )
-        return (mean * mask, std * mask), (actions[0, elites], weights)
-
-    (mean, std), (first_actions, weights) = jax.lax.scan(refine, (mean, std), (noise, q_pairs, value_keys))
-
-    # Action: the first one of an elite drawn by weight (not of the mean), with exploration noise if asked for.
-    chosen = 0 if choice_key is None else jax.random.categorical(choice_key, jnp.log(weights[-1]))
-    action = first_actions[-1, chosen]
-    if explore_key is not None:
-        noisy = _perturb(c, action, std[0], _draw_noise(c, explore_key, action.shape))
-        action = jnp.where(explore, noisy, action)
-    return jnp.clip(action, -1.0, 1.0), mean
+    estimate = _estimate(model, task)
+    plan = planning.mppi(
+        _transition(model, task),
+        _value(model, task),
+        lambda z, key: model.prior(z, task, key).action,
+        z,
+        # The mean is warm-started, the std is not. Dimensions that the task does not have keep mean and std 0.
+        planning.shift(previous_mean) * mask,
+        key,
+        actions=planning.CategoricalActions() if c.action_type == "discrete" else planning.GaussianActions(),
+        iterations=c.planner_iterations,
+        num_samples=c.num_samples,
+        num_elites=c.num_elites,
+        num_prior=c.num_pi_trajs,
+        temperature=c.temperature,
+        min_std=c.min_std * mask,
+        max_std=c.max_std * mask,
+        explore=explore,
+        noise=noise,
+        # As in the reference, and unlike mppi, which ignores such candidates: NaN counts as 0.
+        estimate=lambda value, candidates, draw: jnp.nan_to_num(estimate(value, candidates, draw), nan=0.0),
+        context=q_pairs,
+        shared_start=True,
+    )
+    return plan.action, plan.mean
 
 
-def _rollout(
-    model: PlannerModel,
-    dynamics_reward: DynamicsReward,
-    z: jax.Array,
-    choose: Callable[[int, jax.Array], jax.Array],
-    task: jax.Array | None,
-) -> Candidates:
-    """Roll out H steps from ``z``, [N, L] or [L] if shared; ``choose(t, z)`` gives the actions [N, A] of step t."""
-    gamma = model.gamma(task)
-    actions = [choose(0, z)]
-    lead = actions[0].shape[:-1]
-    rewards, discounts = [jnp.zeros(lead)], [jnp.ones(lead)]
-    zs = [jnp.broadcast_to(z, (*lead, z.shape[-1]))]
-    for t in range(model.config.horizon):
-        if t:
-            actions.append(choose(t, z))
-        # The first step passes a shared `z` unbroadcast, which costs one row of the product instead of N.
-        z, reward_logits = dynamics_reward(z, actions[t])
-        rewards.append(rewards[t] + discounts[t] * model.decode_scalar(reward_logits))
-        discounts.append(discounts[t] * gamma)
-        if model.config.episodic:
-            discounts[-1] = jnp.where(model.termination_logits(z) > 0.0, 0.0, discounts[-1])
-        zs.append(z)
-    return Candidates(tuple(actions), tuple(rewards), tuple(discounts), tuple(zs))
+def _transition(model: PlannerModel, task: jax.Array | None) -> Transition:
+    """Dynamics, rewards and discounts of one task; takes z [N, L], or [L] if shared."""
+    dynamics_reward, gamma = model.fused_dynamics_reward(task), model.gamma(task)
+
+    def transition(z: jax.Array, action: jax.Array, key: jax.Array | None) -> Step:
+        del key  # The dynamics are deterministic.
+        z, reward_logits = dynamics_reward(z, action)
+        # Nothing counts after a latent whose termination is more likely than not.
+        discount = jnp.where(model.termination_logits(z) > 0.0, 0.0, gamma) if model.config.episodic else gamma
+        return Step(z, model.decode_scalar(reward_logits), discount)
+
+    return transition
 
 
-def _rollout_prior(
-    model: PlannerModel, dynamics_reward: DynamicsReward, z: jax.Array, key: jax.Array | None, task: jax.Array | None
-) -> Candidates:
-    """``num_pi_trajs`` candidates from ``z`` [L] whose actions are samples of the prior."""
-    keys = split_key(key, model.config.horizon)
-    z = jnp.broadcast_to(z, (model.config.num_pi_trajs, *z.shape))
-    return _rollout(model, dynamics_reward, z, lambda t, z: model.prior(z, task, keys[t]).action, task)
+def _value(model: PlannerModel, task: jax.Array | None) -> Value:
+    """E[Q(z, a~π(z))] of z [N, L]: [N]. A draw is the key of the action and the indices [2] of the Q networks."""
 
+    def value(z: jax.Array, draw: tuple[jax.Array | None, jax.Array]) -> jax.Array:
+        key, q_pair = draw
+        return model.prior(z, task, key).expect(lambda action: model.q_values(z, action, task, q_pair).mean(0))
 
-def _estimate_value(
-    model: PlannerModel, candidates: Candidates, q_pair: jax.Array, key: jax.Array | None, task: jax.Array | None
-) -> jax.Array:
-    """Values [N] of :func:`score`; ``q_pair`` [2] are the Q networks, ``key`` is that of the last action."""
-    c = model.config
-    q = lambda z: lambda action: model.q_values(z, action, task, q_pair).mean(0)  # noqa: E731
-    *zs, last_z = candidates.zs
-    *rewards, last_reward = candidates.rewards
-    *discounts, last_discount = candidates.discounts
-
-    # The longest estimate: all rewards, then the prior's value at the last latent.
-    value = last_reward + last_discount * model.prior(last_z, task, key).expect(q(last_z))
-    if c.value_lambda < 1.0:
-        # The λ-mixture from its end: V_h = (1 − λ)·(rewards up to h + γʰ·Q(z_h, a_h)) + λ·V_{h+1}.
-        steps = list(zip(zs, candidates.actions, rewards, discounts, strict=True))
-        for z, action, reward, discount in reversed(steps):
-            value = (1.0 - c.value_lambda) * (reward + discount * q(z)(action)) + c.value_lambda * value
     return value
 
 
-def _draw_noise(config: TDMPC2Config, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Noise of :func:`_perturb`: standard normal, or standard Gumbel for discrete actions."""
-    draw = jax.random.gumbel if config.action_type == "discrete" else jax.random.normal
-    return draw(key, shape, jnp.float32)
+def _estimate(model: PlannerModel, task: jax.Array | None) -> Estimate:
+    """Values [N] of candidates, see :func:`score`; draws as for :func:`_value`."""
+    lambda_ = model.config.value_lambda
+
+    def estimate(value: Value | None, candidates: Candidates, draw: tuple[jax.Array | None, jax.Array]) -> jax.Array:
+        # The longest estimate: all rewards, then the prior's value at the last latent.
+        mixed = planning.bootstrapped_return(value, candidates, draw)
+        if lambda_ == 1.0:
+            return mixed
+        # The λ-mixture from its end: V_h = (1 − λ)·(rewards up to h + γʰ·Q(z_h, a_h)) + λ·V_{h+1}.
+        steps = zip(*(reversed(part[: len(candidates.actions)]) for part in candidates), strict=True)
+        for action, reward, discount, z in steps:
+            q = model.q_values(z, action, task, draw[1]).mean(0)
+            mixed = (1.0 - lambda_) * (reward + discount * q) + lambda_ * mixed
+        return mixed
+
+    return estimate
 
 
-def _perturb(config: TDMPC2Config, mean: jax.Array, std: jax.Array, noise: jax.Array) -> jax.Array:
-    """Actions around ``mean``: Gaussian and clipped, or one-hot with probability ∝ mean + std (Gumbel-max)."""
-    if config.action_type == "continuous":
-        return jnp.clip(mean + std * noise, -1.0, 1.0)
-    return jax.nn.one_hot(jnp.argmax(jnp.log(mean + std) + noise, axis=-1), config.action_dim)
+def _latent_array(z: Any) -> jax.Array:
+    """``z`` [..., L] of an array or :class:`LatentState`. Raises ``DataError`` for anything else."""
+    latent = z.z if isinstance(z, LatentState) else z
+    if isinstance(latent, np.ndarray):
+        latent = jnp.asarray(latent)
+    if not isinstance(latent, jax.Array) or latent.ndim == 0:
+        raise DataError(
+            f"z is a {type(z).__name__}; the planner takes a latent of TD-MPC2: an array [L] or [B, L], or the "
+            "LatentState that model.encode returns. For other models, see worldloom.planning.mppi."
+        )
+    return latent
+
+
+def _check_model(model: Any) -> None:
+    """Raise ``TypeError`` naming the methods of :class:`PlannerModel` that ``model`` lacks."""
+    needed = ["config", *(name for name in vars(PlannerModel) if not name.startswith("_"))]
+    missing = [name for name in needed if not hasattr(model, name)]
+    if "termination_logits" in missing and hasattr(model, "config") and not model.config.episodic:
+        missing.remove("termination_logits")
+    if missing:
+        raise TypeError(
+            f"The planner needs a model with the attributes of planner.PlannerModel; {type(model).__name__} lacks "
+            f"{', '.join(missing)}. A model with functions of another kind can plan by worldloom.planning.mppi."
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +14,7 @@ from worldloom.models.base import WorldModel, check_environments, check_time_fir
 from worldloom.models.tdmpc2 import losses, planner
 from worldloom.models.tdmpc2.batch import TrainBatch, prepare_batch
 from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.models.tdmpc2.latent import LatentState
 from worldloom.models.tdmpc2.losses import ModelLoss, PolicyLoss, Rollouts
 from worldloom.models.tdmpc2.networks import (
     CategoricalPolicy,
@@ -32,19 +32,6 @@ from worldloom.nn.ensemble import Ensemble
 from worldloom.nn.normed import NormedMLP
 from worldloom.ops import symlog_twohot
 from worldloom.ops.keys import split_key
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LatentState:
-    """A latent ``z`` [..., L]: L / ``simnorm_dim`` simplices side by side."""
-
-    z: jax.Array
-
-    @property
-    def features(self) -> jax.Array:
-        """[..., L], the input of all heads."""
-        return self.z
 
 
 class Trajectory(NamedTuple):

@@ -1,0 +1,20 @@
+"""The latent state of TD-MPC2."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentState:
+    """A latent ``z`` [..., L]: L / ``simnorm_dim`` simplices side by side."""
+
+    z: jax.Array
+
+    @property
+    def features(self) -> jax.Array:
+        """[..., L], the input of all heads."""
+        return self.z
