@@ -95,6 +95,15 @@ def test_encoder_and_head_of_the_class_train(family, run):
     assert "guess" in record.info.loss_terms
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="Optimizers move every array of a part: variables that are no nnx.Param are trained like weights.",
+)
+def test_a_constant_of_a_part_stays(family, run):
+    """Flax trains ``nnx.Param``; a variable of another type is a table or a mask that its owner wants kept."""
+    np.testing.assert_array_equal(run[0].state.params["encoder"]["unit"], 1.0)
+
+
 def test_term_of_the_class_is_in_metrics_and_evaluation(family, run):
     trainer, record, _ = run
     guesses = [row["guess"] for row in record.rows]
@@ -879,7 +888,7 @@ WRONG = {
     "another config class": (lambda: family_parts(config_class=family_parts()["config_class"]), "config_class|Config"),
     "a plain class as config": (
         lambda: family_parts() | with_config(NotAFrozenDataclass),
-        "config_dataclass|dataclass",
+        "config_class",
     ),
     "an instance as config": (lambda: family_parts(config_class=ToyConfig()), "class"),
     "a built-in name": (lambda: family_parts("dreamerv3"), "dreamerv3"),
@@ -1007,3 +1016,19 @@ def test_a_policy_of_ones_own_is_played(family_name):
             play(model, env, episodes=1, explore=explore)
     assert seen
     assert set(seen) == {0.25}
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="add_term under the name of a term that is there replaces it in the metrics, while the total has both.",
+)
+@pytest.mark.parametrize("name", ["reward", "loss"])
+def test_a_term_does_not_take_the_name_of_another(family, name):
+    base, method = BASE[family], "losses" if family == "dreamerv3" else "model_loss"
+
+    def losses(self, *args, **options):
+        return getattr(base, method)(self, *args, **options).add_term(name, jnp.full(3, 7.0))
+
+    kind = type("Clash", (base,), {method: losses})
+    with pytest.raises(REFUSED, match=name):
+        kind(CONFIG[family]).compute_loss(data().sample(4, 4))
