@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from worldloom.errors import ConfigError, UnknownFieldError
-from worldloom.models.base import abstract_params
+from worldloom.models.compilation import abstract_params
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.params import count_parameters
 

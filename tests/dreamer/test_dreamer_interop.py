@@ -10,7 +10,7 @@ import pytest
 from worldloom.errors import ConfigError, FileFormatError, WeightsError
 from worldloom.interop import load_official_dreamerv3, to_official_dreamerv3
 from worldloom.interop.dreamerv3 import official_name
-from worldloom.models.base import abstract_params
+from worldloom.models.compilation import abstract_params
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel, init_state
 from worldloom.models.params import flatten
 from worldloom.training.config import TrainingConfig

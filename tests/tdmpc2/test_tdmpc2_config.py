@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from worldloom.errors import ConfigError, UnknownFieldError
-from worldloom.models.base import abstract_params
+from worldloom.models.compilation import abstract_params
 from worldloom.models.params import count_parameters
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 

@@ -43,15 +43,20 @@ POISON = 1e6
 """A reward that makes the term ``guess`` of the classes below NaN."""
 
 
+class Constant(nnx.Variable):
+    """An array that is no parameter."""
+
+
 class Gained(nnx.Module):
-    """An encoder whose output is multiplied by trained gains [width]."""
+    """An encoder whose output is multiplied by trained gains [width] and by a constant."""
 
     def __init__(self, inner, width):
         self.inner = inner
         self.gain = nnx.Param(jnp.ones(width))
+        self.unit = Constant(jnp.ones(width))
 
     def __call__(self, *args, **options):
-        return self.inner(*args, **options) * self.gain[...]
+        return self.inner(*args, **options) * self.gain[...] * self.unit[...]
 
 
 class MyDreamer(DreamerV3WorldModel):

@@ -1,10 +1,13 @@
 """A user's own model class is what trains, is saved and resumes; what would not be trained is refused."""
 
 import dataclasses
+import importlib.util
+import json
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Annotated, Any
 
 import gymnasium as gym
 import jax
@@ -30,11 +33,11 @@ from worldloom import (
     WorldModel,
     create_world_model,
 )
-from worldloom.config import config_dataclass
+from worldloom.config import BaseConfig, OneOf, config_dataclass
 from worldloom.envs import make_env
 from worldloom.models import dreamer, tdmpc2
 from worldloom.models.base import compiled
-from worldloom.training import Trainer, TrainState, play
+from worldloom.training import RunFolder, Trainer, TrainState, play
 from worldloom.training.callbacks import Callback, CheckpointCallback
 from worldloom.training.checkpoint import load_weights
 
@@ -90,6 +93,11 @@ def test_encoder_and_head_of_the_class_train(family, run):
     assert len(record.rows) == 3
     assert record.info.model_class is MINE[family]
     assert "guess" in record.info.loss_terms
+
+
+def test_a_constant_of_a_part_stays(family, run):
+    """Flax trains ``nnx.Param``; a variable of another type is a table or a mask that its owner wants kept."""
+    np.testing.assert_array_equal(run[0].state.params["encoder"]["unit"], 1.0)
 
 
 def test_term_of_the_class_is_in_metrics_and_evaluation(family, run):
@@ -677,6 +685,239 @@ def test_a_term_that_the_class_does_not_list_is_no_crash():
     assert record.rows[0]["more"] == pytest.approx(record.rows[0]["reward"] + 1.0)
 
 
+# --- A family of one's own -------------------------------------------------------------------------------------------
+
+LINEAR = ROOT / "examples" / "linear_family.py"
+LINEAR_TRAINING = TRAINING.replace(env_steps=30, prefill=16, save_interval=5, log_interval=5, total_steps=8)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """The example's module, imported as a user would."""
+    spec = importlib.util.spec_from_file_location("linear_family", LINEAR)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["linear_family"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["linear_family"]
+
+
+def linear_model(**fields):
+    return create_world_model("linear", obs_shape=(3,), action_dim=1, candidates=8, horizon=3, **fields)
+
+
+def test_a_family_of_ones_own_is_made_listed_saved_and_loaded(linear, tmp_path):
+    assert "linear" in worldloom.list_models()
+    config = worldloom.get_config("linear", obs_shape=(3,), action_dim=1, horizon=3)
+    assert type(config) is linear.LinearConfig
+    assert config.horizon == 3
+    model = linear_model(seed=4)
+    assert type(model) is linear.LinearWorldModel
+    folder = model.save_pretrained(tmp_path / "linear")
+    for again in (
+        worldloom.from_pretrained(folder),
+        create_world_model(folder),
+        linear.LinearWorldModel.from_pretrained(folder),
+    ):
+        assert type(again) is linear.LinearWorldModel
+        assert again.config == model.config
+        assert_same(again.params, model.params)
+    with pytest.raises(ConfigError, match="linear"):
+        DreamerV3WorldModel.from_pretrained(folder)
+
+
+def test_a_family_of_ones_own_resumes_offline_bit_for_bit(linear, tmp_path):
+    def start():
+        record = Record()
+        return Trainer(linear_model(seed=1), LINEAR_TRAINING, [CheckpointCallback(str(tmp_path)), record]), record
+
+    whole = Trainer(linear_model(seed=1), LINEAR_TRAINING, [])
+    whole.train(data())
+    start()[0].train(data(), total_steps=3)
+    again, record = start()
+    again.train(data(), resume="auto")
+    assert_same(again.state, whole.state)
+    assert record.rows[-1].keys() >= {"loss", "prediction", "reward", "grad_norm", "lr"}
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(whole.state))
+
+
+def test_a_family_of_ones_own_resumes_online_bit_for_bit(linear, tmp_path):
+    def go(folder, **changes):
+        with make_env("Pendulum-v1", seed=3, time_limit=8) as env:
+            callbacks = [CheckpointCallback(str(tmp_path / folder))]
+            trainer = Trainer(linear_model(seed=1), LINEAR_TRAINING.replace(**changes), callbacks)
+            trainer.train(env, resume="auto")
+        return trainer
+
+    whole = go("whole")
+    assert whole.step > 5
+    go("cut", env_steps=22)
+    assert_same(go("cut").state, whole.state)
+
+
+def test_a_family_of_ones_own_fills_a_run_folder(linear, tmp_path):
+    pytest.importorskip("PIL")
+    run = RunFolder(tmp_path / "run")
+    with make_env("Pendulum-v1", seed=3, time_limit=8) as env:
+        callbacks = run.callbacks(env, episodes=2, progress=False)
+        Trainer(linear_model(), LINEAR_TRAINING.replace(eval_interval=5), callbacks).train(env)
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "model", "learning_curve.png", "open_loop.png"} <= found
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["model_type"] == "linear"
+    assert type(create_world_model(tmp_path / "run" / "model")) is linear.LinearWorldModel
+
+
+def test_the_command_line_knows_a_family_of_ones_own(tmp_path):
+    """In a fresh process that has not imported it; each command once."""
+    pytest.importorskip("PIL")
+    code = f"""
+        import contextlib, io
+        from worldloom.cli import main
+        module, run = ["--family-module", {str(LINEAR)!r}], {str(tmp_path / "run")!r}
+        sizes = ["--horizon", "3", "--candidates", "8", "--batch-size", "4", "--sequence-length", "4"]
+        sizes += ["--prefill", "16", "--time-limit", "8", "--eval-interval", "10", "--device", "cpu"]
+        def command(*words):
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                code = main([str(word) for word in words])
+            print(">", words[0], code, out.getvalue().replace(chr(10), " "))
+        command("eval", run)
+        command("info", "linear", "--env", "Pendulum-v1")
+        train = ["train", "--model", "linear", "--env", "Pendulum-v1", "--run", run]
+        command(*train, "--steps", "30", *sizes)
+        command(*train, "--steps", "30", *sizes, *module)
+        command("train", "--run", run, "--resume", "--steps", "40", *module)
+        command("eval", run, "--episodes", "2", *module)
+        command("play", run, *module)
+        command("info", "linear", "--env", "Pendulum-v1", *module)
+        command("list", *module)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("> ")]
+    codes = [tuple(line.split()[1:3]) for line in said]
+    assert codes == [
+        ("eval", "2"),
+        ("info", "2"),
+        ("train", "2"),
+        ("train", "0"),
+        ("train", "0"),
+        ("eval", "0"),
+        ("play", "0"),
+        ("info", "0"),
+        ("list", "0"),
+    ], said
+    assert "linear" in said[-1]
+    assert "2 episodes" in said[5]
+    assert (tmp_path / "run" / "play.gif").is_file()
+
+
+def family_parts(name="mine", **changes):
+    """A correct registration: (name, config class, model class, algorithm)."""
+
+    @config_dataclass
+    class MineConfig(BaseConfig):
+        obs_shape: Any = (2,)
+        action_dim: Any = 1
+        action_type: Any = "continuous"
+        precision: str = "float32"
+        model_type: str = name
+
+    class Mine(ToyWorldModel):
+        config_class = MineConfig
+
+    parts = {"name": name, "config_class": MineConfig, "model_class": Mine, "algorithm": toy_family.ALGORITHM}
+    return {**parts, **changes}
+
+
+def without(field):
+    """A config class that lacks ``field``."""
+    fields = {"obs_shape": (2,), "action_dim": 1, "action_type": "continuous", "precision": "float32"}
+    fields["model_type"] = "mine"
+    del fields[field]
+    body = {"__annotations__": dict.fromkeys(fields, Any), **fields}
+    return config_dataclass(type("Lacking", (BaseConfig,), body))
+
+
+def with_config(config_class):
+    return {
+        "config_class": config_class,
+        "model_class": type("Mine", (ToyWorldModel,), {"config_class": config_class}),
+    }
+
+
+class NotAFrozenDataclass:
+    obs_shape, action_dim, action_type, precision, model_type = (2,), 1, "continuous", "float32", "mine"
+
+
+WRONG = {
+    **{
+        f"name {name!r}": (lambda name=name: family_parts(name), "name|lower|letters")
+        for name in ("", "Mine", "my family", "mine:tiny", "../mine", "mine/x", "é")
+    },
+    "name 3": (lambda: family_parts(name="mine") | {"name": 3}, "name"),
+    "name None": (lambda: family_parts() | {"name": None}, "name"),
+    **{
+        f"without {field}": (lambda field=field: family_parts() | with_config(without(field)), field)
+        for field in ("obs_shape", "action_dim", "action_type", "precision", "model_type")
+    },
+    "another model_type": (lambda: family_parts("other") | {"name": "mine"}, "model_type"),
+    "another config class": (lambda: family_parts(config_class=family_parts()["config_class"]), "config_class|Config"),
+    "a plain class as config": (
+        lambda: family_parts() | with_config(NotAFrozenDataclass),
+        "config_class",
+    ),
+    "an instance as config": (lambda: family_parts(config_class=ToyConfig()), "class"),
+    "a built-in name": (lambda: family_parts("dreamerv3"), "dreamerv3"),
+    "the other built-in name": (lambda: family_parts("tdmpc2"), "tdmpc2"),
+    "a name taken": (lambda: family_parts("toy"), "toy"),
+    "no algorithm": (lambda: family_parts(algorithm=None), "Algorithm"),
+    "a class as algorithm": (lambda: family_parts(algorithm=type(toy_family.ALGORITHM)), "Algorithm"),
+    "functions as algorithm": (lambda: family_parts(algorithm=(toy_family.init_state,)), "Algorithm"),
+    "no world model": (lambda: family_parts(model_class=nnx.Linear), "WorldModel|Linear"),
+    "an instance as model": (lambda: family_parts(model_class=ToyWorldModel(ToyConfig())), "class"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_registration_is_refused_and_leaves_nothing(case):
+    before = worldloom.list_models()
+    make, match = WRONG[case]
+    with pytest.raises(REFUSED, match=match) as caught:
+        worldloom.register_family(**make())
+    assert len(str(caught.value).split()) > 5
+    assert worldloom.list_models() == before
+    assert type(create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1)) is TDMPC2WorldModel
+
+
+def test_a_family_derived_from_a_built_in_one_has_its_own_name(tmp_path):
+    """DreamerV3 with a config field and a loss of one's own, registered; the base family is left as it was."""
+
+    @config_dataclass
+    class OwnConfig(DreamerV3Config):
+        emphasis: float = 2.0
+        model_type: Annotated[str, OneOf("blinddreamer")] = "blinddreamer"
+
+    class Own(DreamerV3WorldModel):
+        config_class = OwnConfig
+
+        def losses(self, batch, key=None, **options):
+            out = super().losses(batch, key, **options)
+            return out._replace(total=self.config.emphasis * out.total)
+
+    worldloom.register_family("blinddreamer", OwnConfig, Own, DreamerV3WorldModel.algorithm)
+    fields = {**CONFIG["dreamerv3"].to_dict(), "emphasis": 3.0}
+    del fields["model_type"]
+    model = create_world_model("blinddreamer", **fields)
+    assert type(model) is Own
+    Trainer(model, TRAINING, [])
+    again = worldloom.from_pretrained(model.save_pretrained(tmp_path / "own"))
+    assert type(again) is Own
+    assert again.config.emphasis == 3.0
+    plain = BASE["dreamerv3"](CONFIG["dreamerv3"])
+    assert type(worldloom.from_pretrained(plain.save_pretrained(tmp_path / "plain"))) is DreamerV3WorldModel
+
+
 # --- Found on the way ------------------------------------------------------------------------------------------------
 
 
@@ -740,3 +981,15 @@ def test_a_policy_of_ones_own_is_played(family_name):
             play(model, env, episodes=1, explore=explore)
     assert seen
     assert set(seen) == {0.25}
+
+
+@pytest.mark.parametrize("name", ["reward", "loss"])
+def test_a_term_does_not_take_the_name_of_another(family, name):
+    base, method = BASE[family], "losses" if family == "dreamerv3" else "model_loss"
+
+    def losses(self, *args, **options):
+        return getattr(base, method)(self, *args, **options).add_term(name, jnp.full(3, 7.0))
+
+    kind = type("Clash", (base,), {method: losses})
+    with pytest.raises(REFUSED, match=name):
+        kind(CONFIG[family]).compute_loss(data().sample(4, 4))

@@ -18,7 +18,7 @@ from worldloom.algorithm import TrainState
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop.archive import read_npz
 from worldloom.interop.pickles import read_dreamerv3_checkpoint
-from worldloom.models.base import abstract_params
+from worldloom.models.compilation import abstract_params
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.params import flatten, unflatten
 

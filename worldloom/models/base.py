@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -17,9 +16,10 @@ from worldloom.devices import compute_dtype, resolve_device
 from worldloom.errors import ConfigError, DataError
 from worldloom.families import class_name, get_family
 from worldloom.models import pretrained
+from worldloom.models.compilation import abstract_model, abstract_params, class_version, graphdef, initializer
+from worldloom.models.compilation import compiled as compiled
+from worldloom.models.compilation import merge as merge
 from worldloom.models.params import check_shapes, count_parameters, flatten, unflatten
-from worldloom.nn.linear import OneDraw
-from worldloom.xla_workarounds import fast_compile_options
 
 if TYPE_CHECKING:
     from worldloom.models.trust import Trust
@@ -68,7 +68,7 @@ class WorldModel(nnx.Module):
         self.config = config
         target = resolve_device(device)
         self.dtype = jnp.dtype(dtype or compute_dtype(config.precision, target))
-        graph, init_params = _initializer(type(self), config, self.dtype, class_version(type(self)))
+        graph, init_params = initializer(type(self), config, self.dtype, class_version(type(self)))
         params = jax.device_put(init_params(jax.random.key(seed)), target)
         for name, part in nnx.merge(graph, params).items():
             setattr(self, name, part)
@@ -313,7 +313,7 @@ def check_trainable(model: Any, device: jax.Device) -> None:
 
 def _difference(model: Any, cls: type[Any], dtype: jnp.dtype) -> str:
     """Names of the attributes in which ``model`` differs from what its class builds."""
-    rebuilt = _abstract(cls, model.config, dtype)
+    rebuilt = abstract_model(cls, model.config, dtype)
     # Flax keeps its own attributes under private names.
     names = sorted(name for name in {*vars(model), *vars(rebuilt)} if not name.startswith("_"))
     changed, built = (
@@ -338,117 +338,15 @@ def check_time_first(batch: tuple[int, ...], states: tuple[int, ...]) -> None:
         )
 
 
+def check_new_term(name: str, terms: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` if a further loss term has the name of one that is there, or of a total."""
+    if name in (*terms, "loss", "policy"):
+        raise ConfigError(f"A loss term '{name}' is there already; give yours another name.")
+
+
 def check_environments(count: int, carry: int | None, is_first: Any) -> None:
     """Raise ``DataError`` unless carry and ``is_first`` are of as many environments as the observations, ``count``."""
     if carry not in (None, count):
         raise DataError(f"carry is of {carry} environments, obs of {count}; give carry=None to start again.")
     if is_first is not None and jnp.shape(is_first) != (count,):
         raise DataError(f"is_first has shape {jnp.shape(is_first)}; obs of {count} environments need ({count},).")
-
-
-# ---- compiled methods ----------------------------------------------------------------------------------------------
-
-
-def compiled(method: F) -> F:
-    """Run a :class:`WorldModel` method under ``jax.jit``, closing over the graph and passing weights as a pure dict.
-
-    One compilation per (class, config, dtype) and argument shapes; all instances share it. Inside a trace the method
-    runs inline. Arguments must be pytrees of arrays (or None).
-    """
-
-    @functools.wraps(method)
-    def call(self: WorldModel, *args: Any, **kwargs: Any) -> Any:
-        params = self.params
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args, kwargs))):
-            return method(self, *args, **kwargs)
-        version = class_version(type(self))
-        return _jitted(method, type(self), self.config, self.dtype, version)(params, args, kwargs)
-
-    return call  # type: ignore[return-value]
-
-
-def merge(cls: type[WorldModel], config: Any, params: Params, dtype: jnp.dtype | None = None) -> Any:
-    """The model with the weights ``params``, for traced code; ``dtype`` None follows ``config.precision``."""
-    return nnx.merge(graphdef(cls, config, dtype or compute_dtype(config.precision)), params)
-
-
-def graphdef(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> Any:
-    """The static half of a model (``nnx.GraphDef``), by abstract evaluation: no weight is allocated."""
-    return _graphdef(cls, config, dtype, class_version(cls))
-
-
-@functools.lru_cache(maxsize=512)
-def _graphdef(cls: type[WorldModel], config: Any, dtype: jnp.dtype, version: Any) -> Any:
-    return nnx.split(_abstract(cls, config, dtype))[0]
-
-
-class _Identity:
-    """Compares by identity, and keeps its value alive so that no other object gets its address."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value
-
-
-def class_version(cls: type[Any]) -> tuple[_Identity, ...]:
-    """The attributes of a model class and its bases as they are now.
-
-    Compiled programs are cached by class; with this in the key, a method or number that is assigned to a class later,
-    as notebooks and monkeypatches do, is what runs from then on.
-    """
-    return tuple(
-        _Identity(value)
-        for base in cls.__mro__
-        if issubclass(base, WorldModel)
-        for name, value in vars(base).items()
-        if not name.startswith(("__", "_pytree"))
-    )
-
-
-def abstract_params(cls: type[WorldModel], config: Any) -> Params:
-    """Shapes and dtypes of all weights as ``ShapeDtypeStruct``; allocates nothing, whatever the size."""
-    return nnx.to_pure_dict(nnx.state(_abstract(cls, config, compute_dtype(config.precision))))
-
-
-def _abstract(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> WorldModel:
-    return nnx.eval_shape(lambda: cls(config, dtype=dtype))
-
-
-@functools.lru_cache(maxsize=64)
-def _initializer(
-    cls: type[WorldModel], config: Any, dtype: jnp.dtype, version: Any
-) -> tuple[Any, Callable[..., Params]]:
-    """The graph of a new model's parts, and a function key → their initial weights.
-
-    All weights are drawn in one compiled call: eager initialization compiles every distinct shape, seconds per model.
-    """
-
-    def parts(rngs: nnx.Rngs) -> nnx.Dict:
-        return nnx.Dict(cls.build(config, dtype, rngs))
-
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: parts(nnx.Rngs(0))))
-    size = count_parameters(nnx.to_pure_dict(shapes))
-
-    def init_params(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(parts(OneDraw(key, size))))
-
-    compiled_init = jax.jit(init_params, compiler_options=fast_compile_options())
-    # Under a trace (abstract evaluation), JAX refuses a nested jit with compiler options.
-    return graph, lambda key: init_params(key) if isinstance(key, jax.core.Tracer) else compiled_init(key)
-
-
-@functools.lru_cache(maxsize=512)
-def _jitted(
-    method: Callable[..., Any], cls: type[WorldModel], config: Any, dtype: jnp.dtype, version: Any
-) -> Callable[..., Any]:
-    graph = graphdef(cls, config, dtype)
-
-    def run(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return method(nnx.merge(graph, params), *args, **kwargs)
-
-    return jax.jit(run)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import DataError
-from worldloom.models.base import compiled
+from worldloom.models.compilation import compiled
 from worldloom.models.rollout import observe_sequence, task_argument
 
 _METHODS = ("encode", "observe", "imagine", "decode")

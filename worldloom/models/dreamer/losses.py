@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from worldloom.models.base import check_new_term
 from worldloom.models.dreamer.arrays import embed_actions, unwrap_single_action
 from worldloom.models.dreamer.batch import prepare_batch
 from worldloom.models.dreamer.config import DreamerV3Config
@@ -100,6 +101,7 @@ class LossOutput(NamedTuple):
 
         For a subclass that overrides ``losses``; it lists the name in its ``loss_terms``.
         """
+        check_new_term(name, self.terms)
         term = jnp.mean(elements)
         total = self.total + scale * term
         terms = self.terms | {"loss": total, name: term}

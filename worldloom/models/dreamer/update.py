@@ -12,7 +12,7 @@ import optax
 
 from worldloom.algorithm import LATENTS, Batch, Params, ReplaySpec, TrainState, Update
 from worldloom.devices import compute_dtype
-from worldloom.models.base import merge
+from worldloom.models.compilation import freeze_constants, merge
 from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.losses import update_return_range
 from worldloom.models.dreamer.world_model import ActorCarry, DreamerV3WorldModel, zero_carry
@@ -83,6 +83,7 @@ def make_update(
             (grads, terms), (latents, return_range, extras) = _accumulated(
                 gradients, state.params["return_range"], batch, key, training.microbatches, config.return_range_rate
             )
+        grads = freeze_constants(model_class, config, grads)
         steps, opt_state = optimizer(config, training).update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, steps)
         rate = config.slow_critic_rate

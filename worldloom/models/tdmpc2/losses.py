@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from worldloom.models.base import check_new_term
 from worldloom.models.tdmpc2.batch import TrainBatch, unfold
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.networks import CategoricalSample, GaussianSample, ValueScale
@@ -114,6 +115,7 @@ class ModelLoss(NamedTuple):
 
         For a subclass that overrides ``model_loss``; it lists the name in its ``loss_terms``.
         """
+        check_new_term(name, self.terms)
         term = jnp.mean(elements)
         return self._replace(total=self.total + scale * term, terms=self.terms | {name: term})
 
@@ -134,6 +136,7 @@ class PolicyLoss(NamedTuple):
 
         For a subclass that overrides ``policy_loss``; it lists the name in its ``loss_terms``.
         """
+        check_new_term(name, self.metrics)
         term = jnp.mean(elements)
         return self._replace(loss=self.loss + scale * term, metrics=self.metrics | {name: term})
 

@@ -11,7 +11,7 @@ import optax
 
 from worldloom.algorithm import Batch, Params, ReplaySpec, TrainState, Update
 from worldloom.errors import ConfigError, DataError
-from worldloom.models.base import merge
+from worldloom.models.compilation import freeze_constants, merge
 from worldloom.models.microbatch import accumulate, part_keys, split_rows
 from worldloom.models.tdmpc2.batch import TrainBatch, prepare_batch
 from worldloom.models.tdmpc2.config import TDMPC2Config
@@ -89,6 +89,7 @@ def make_update(
         # optimizer clears only the policy's own gradients, and the model's are cleared before that pass, not after.
         leftover = state.opt_state["policy_grad_of_tasks"]
         grads |= jax.tree.map(jnp.add, _tasks(grads), leftover)
+        grads = freeze_constants(model_class, config, grads)
         optimizer, before = _model_optimizer(config, training), _model_part(model_class, params)
         steps, model_opt = optimizer.update(grads, state.opt_state["model"], before)
         params |= optax.apply_updates(before, steps)
@@ -111,6 +112,7 @@ def make_update(
             return (grads, {"policy": policy, **metrics}), ()
 
         (pi_grads, pi_metrics), _ = accumulate(policy_gradients, (rollouts, tasks, policy_keys))
+        pi_grads = freeze_constants(model_class, config, pi_grads)
         optimizer, before = _policy_optimizer(config, training), _policy_part(model_class, params)
         of_policy = _policy_part(model_class, pi_grads)
         steps, policy_opt = optimizer.update(of_policy, state.opt_state["policy"], before)

@@ -1,0 +1,144 @@
+"""Models in compiled programs: methods under ``jax.jit``, models rebuilt from class, config and weights in a trace.
+
+Everything is cached by (class, config, dtype), so that instances share what was traced and compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from worldloom.algorithm import Params
+from worldloom.devices import compute_dtype
+from worldloom.models.params import count_parameters, flatten, unflatten
+from worldloom.nn.linear import OneDraw
+from worldloom.xla_workarounds import fast_compile_options
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(method: F) -> F:
+    """Run a :class:`WorldModel` method under ``jax.jit``, closing over the graph and passing weights as a pure dict.
+
+    One compilation per (class, config, dtype) and argument shapes; all instances share it. Inside a trace the method
+    runs inline. Arguments must be pytrees of arrays (or None).
+    """
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = self.params
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args, kwargs))):
+            return method(self, *args, **kwargs)
+        version = class_version(type(self))
+        return _jitted(method, type(self), self.config, self.dtype, version)(params, args, kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def merge(cls: type[Any], config: Any, params: Params, dtype: jnp.dtype | None = None) -> Any:
+    """The model with the weights ``params``, for traced code; ``dtype`` None follows ``config.precision``."""
+    return nnx.merge(graphdef(cls, config, dtype or compute_dtype(config.precision)), params)
+
+
+def graphdef(cls: type[Any], config: Any, dtype: jnp.dtype) -> Any:
+    """The static half of a model (``nnx.GraphDef``), by abstract evaluation: no weight is allocated."""
+    return _graphdef(cls, config, dtype, class_version(cls))
+
+
+@functools.lru_cache(maxsize=512)
+def _graphdef(cls: type[Any], config: Any, dtype: jnp.dtype, version: Any) -> Any:
+    return nnx.split(abstract_model(cls, config, dtype))[0]
+
+
+class _Identity:
+    """Compares by identity, and keeps its value alive so that no other object gets its address."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+
+def class_version(cls: type[Any]) -> tuple[_Identity, ...]:
+    """The attributes of a model class and its bases as they are now.
+
+    Compiled programs are cached by class; with this in the key, a method or number that is assigned to a class later,
+    as notebooks and monkeypatches do, is what runs from then on.
+    """
+    return tuple(
+        _Identity(value)
+        for base in cls.__mro__
+        if issubclass(base, nnx.Module) and base is not nnx.Module
+        for name, value in vars(base).items()
+        if not name.startswith(("__", "_pytree"))
+    )
+
+
+def abstract_params(cls: type[Any], config: Any) -> Params:
+    """Shapes and dtypes of all weights as ``ShapeDtypeStruct``; allocates nothing, whatever the size."""
+    return nnx.to_pure_dict(nnx.state(abstract_model(cls, config, compute_dtype(config.precision))))
+
+
+def abstract_model(cls: type[Any], config: Any, dtype: jnp.dtype) -> Any:
+    return nnx.eval_shape(lambda: cls(config, dtype=dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def initializer(cls: type[Any], config: Any, dtype: jnp.dtype, version: Any) -> tuple[Any, Callable[..., Params]]:
+    """The graph of a new model's parts, and a function key → their initial weights.
+
+    All weights are drawn in one compiled call: eager initialization compiles every distinct shape, seconds per model.
+    """
+
+    def parts(rngs: nnx.Rngs) -> nnx.Dict:
+        return nnx.Dict(cls.build(config, dtype, rngs))
+
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: parts(nnx.Rngs(0))))
+    size = count_parameters(nnx.to_pure_dict(shapes))
+
+    def init_params(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(parts(OneDraw(key, size))))
+
+    compiled_init = jax.jit(init_params, compiler_options=fast_compile_options())
+    # Under a trace (abstract evaluation), JAX refuses a nested jit with compiler options.
+    return graph, lambda key: init_params(key) if isinstance(key, jax.core.Tracer) else compiled_init(key)
+
+
+@functools.lru_cache(maxsize=512)
+def _jitted(
+    method: Callable[..., Any], cls: type[Any], config: Any, dtype: jnp.dtype, version: Any
+) -> Callable[..., Any]:
+    graph = graphdef(cls, config, dtype)
+
+    def run(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return method(nnx.merge(graph, params), *args, **kwargs)
+
+    return jax.jit(run)
+
+
+def freeze_constants(cls: type[Any], config: Any, gradients: Params) -> Params:
+    """``gradients`` with zeros for the variables of a model that are no ``nnx.Param``.
+
+    Flax trains parameters only; a variable of another type in a part of one's own is a table, a mask or a statistic.
+    """
+    names = _constants(cls, config, class_version(cls))
+    if not names:
+        return gradients
+    flat = flatten(gradients)
+    return unflatten({name: jnp.zeros_like(value) if name in names else value for name, value in flat.items()})
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(cls: type[Any], config: Any, version: Any) -> frozenset[str]:
+    model = abstract_model(cls, config, compute_dtype(config.precision))
+    constants = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+    return frozenset(flatten({name: part for name, part in constants.items() if name not in cls.untrained}))
