@@ -34,24 +34,24 @@ def compiled(method: F) -> F:
         params = self.params
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args, kwargs))):
             return method(self, *args, **kwargs)
-        version = class_version(type(self))
-        return _jitted(method, type(self), self.config, self.dtype, version)(params, args, kwargs)
+        version = class_version(self.__class__)
+        return _jitted(method, self.__class__, self.config, self.dtype, version)(params, args, kwargs)
 
     return call  # type: ignore[return-value]
 
 
-def merge(cls: type[Any], config: Any, params: Params, dtype: jnp.dtype | None = None) -> Any:
+def merge(cls: Any, config: Any, params: Params, dtype: jnp.dtype | None = None) -> Any:
     """The model with the weights ``params``, for traced code; ``dtype`` None follows ``config.precision``."""
     return nnx.merge(graphdef(cls, config, dtype or compute_dtype(config.precision)), params)
 
 
-def graphdef(cls: type[Any], config: Any, dtype: jnp.dtype) -> Any:
+def graphdef(cls: Any, config: Any, dtype: jnp.dtype) -> Any:
     """The static half of a model (``nnx.GraphDef``), by abstract evaluation: no weight is allocated."""
     return _graphdef(cls, config, dtype, class_version(cls))
 
 
 @functools.lru_cache(maxsize=512)
-def _graphdef(cls: type[Any], config: Any, dtype: jnp.dtype, version: Any) -> Any:
+def _graphdef(cls: Any, config: Any, dtype: jnp.dtype, version: Any) -> Any:
     return nnx.split(abstract_model(cls, config, dtype))[0]
 
 
@@ -68,7 +68,7 @@ class _Identity:
         return isinstance(other, _Identity) and self.value is other.value
 
 
-def class_version(cls: type[Any]) -> tuple[_Identity, ...]:
+def class_version(cls: Any) -> tuple[_Identity, ...]:
     """The attributes of a model class and its bases as they are now.
 
     Compiled programs are cached by class; with this in the key, a method or number that is assigned to a class later,
@@ -83,17 +83,18 @@ def class_version(cls: type[Any]) -> tuple[_Identity, ...]:
     )
 
 
-def abstract_params(cls: type[Any], config: Any) -> Params:
+def abstract_params(cls: Any, config: Any) -> Params:
     """Shapes and dtypes of all weights as ``ShapeDtypeStruct``; allocates nothing, whatever the size."""
     return nnx.to_pure_dict(nnx.state(abstract_model(cls, config, compute_dtype(config.precision))))
 
 
-def abstract_model(cls: type[Any], config: Any, dtype: jnp.dtype) -> Any:
+def abstract_model(cls: Any, config: Any, dtype: jnp.dtype) -> Any:
+    """The model with shapes in place of weights; allocates nothing."""
     return nnx.eval_shape(lambda: cls(config, dtype=dtype))
 
 
 @functools.lru_cache(maxsize=64)
-def initializer(cls: type[Any], config: Any, dtype: jnp.dtype, version: Any) -> tuple[Any, Callable[..., Params]]:
+def initializer(cls: Any, config: Any, dtype: jnp.dtype, version: Any) -> tuple[Any, Callable[..., Params]]:
     """The graph of a new model's parts, and a function key → their initial weights.
 
     All weights are drawn in one compiled call: eager initialization compiles every distinct shape, seconds per model.
@@ -115,7 +116,7 @@ def initializer(cls: type[Any], config: Any, dtype: jnp.dtype, version: Any) -> 
 
 @functools.lru_cache(maxsize=512)
 def _jitted(
-    method: Callable[..., Any], cls: type[Any], config: Any, dtype: jnp.dtype, version: Any
+    method: Callable[..., Any], cls: Any, config: Any, dtype: jnp.dtype, version: Any
 ) -> Callable[..., Any]:
     graph = graphdef(cls, config, dtype)
 
@@ -125,7 +126,7 @@ def _jitted(
     return jax.jit(run)
 
 
-def freeze_constants(cls: type[Any], config: Any, gradients: Params) -> Params:
+def freeze_constants(cls: Any, config: Any, gradients: Params) -> Params:
     """``gradients`` with zeros for the variables of a model that are no ``nnx.Param``.
 
     Flax trains parameters only; a variable of another type in a part of one's own is a table, a mask or a statistic.
@@ -138,7 +139,7 @@ def freeze_constants(cls: type[Any], config: Any, gradients: Params) -> Params:
 
 
 @functools.lru_cache(maxsize=64)
-def _constants(cls: type[Any], config: Any, version: Any) -> frozenset[str]:
+def _constants(cls: Any, config: Any, version: Any) -> frozenset[str]:
     model = abstract_model(cls, config, compute_dtype(config.precision))
     constants = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
     return frozenset(flatten({name: part for name, part in constants.items() if name not in cls.untrained}))
