@@ -1,7 +1,7 @@
-"""What a family of world models provides, written once: :class:`Algorithm`, and the values that pass through it.
+"""The interface of a model family: :class:`Algorithm`, and the types of its functions' arguments and results.
 
-Trainer, command line, evaluation and reports talk to a family through this record alone, so a family in a user's own
-file is treated as those of this package are. See the page "Contributing" for how to write one.
+Trainer, command line, evaluation and reports use a family through this record alone, so a family in a user's own file
+works like the built-in ones. See the page "Contributing" for how to write one.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ import jax
 Params = dict[str, Any]
 """All weights of a model: a nested dict of arrays, by part and layer."""
 Batch = Mapping[str, Any]
-"""Windows of rows [B, T, ...] by the arrival rule: ``obs, actions, rewards, is_first, is_last, is_terminal``, and with
-stored latents ``context``, those of row 0."""
+"""Windows (slices of consecutive rows) [B, T, ...] of ``obs, actions, rewards, is_first, is_last, is_terminal`` under
+the arrival rule: reward and flags of row t belong to arriving at ``obs[:, t]``, ``actions[:, t]`` is chosen there. With
+stored latents also ``context``: the latents of row 0, [B, ...] by name."""
 Update = Callable[["TrainState", Batch, jax.Array | None], tuple["TrainState", dict[str, Any]]]
-"""``update(state, batch, key) -> (state, metrics)``: pure, to be jitted by the caller; ``key=None`` takes the mode of
-every draw. Metrics are float scalars by name, the loss terms among them; the entry :data:`LATENTS`, if there is one,
-holds fresh latents [B, T, ...] by name, which go back to replay."""
+"""``update(state, batch, key) -> (state, metrics)``: pure, jitted by the caller; with ``key=None`` every random draw is
+replaced by the mode of its distribution. Metrics are float scalars by name, including the loss terms; the optional
+entry :data:`LATENTS` holds fresh latents [B, T, ...] by name, which are written back to replay."""
 
 LATENTS = "replay"
-"""Name in an update's metrics of the latents to be written back to replay."""
+"""Name of the metrics entry that holds the latents to be written back to replay."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that one update changes, and the run's key: a pytree of arrays and nothing else.
+    """Everything that one update changes, and the run's key: a pytree of arrays only.
 
     Attributes:
       step: updates done, int32 [].
-      params: *all* weights of the model: trained parts, slow or target networks, running statistics.
+      params: *all* weights of the model: trained parts, slow (target) networks, running statistics.
       opt_state: state of the family's optimizers.
       key: root key of the run; the key of update ``n`` is ``fold_in(key, n)``.
     """
@@ -52,9 +53,9 @@ class ReplaySpec(NamedTuple):
     """What an algorithm needs from replay.
 
     Attributes:
-      rows: rows per window, those under gradient plus context rows.
-      cross_episodes: whether a window may run over an episode's end (``is_first`` marks where the next one starts).
-      latents: shape per row (without batch axes) of each latent stored beside the rows; empty for none.
+      rows: rows per window: those that gradients flow through, plus context rows.
+      cross_episodes: whether a window may extend across an episode's end (``is_first`` marks the next one's start).
+      latents: shape, without batch axes, of each latent stored with a row; empty for none.
     """
 
     rows: int
@@ -63,12 +64,12 @@ class ReplaySpec(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Settings to start from: fields of the model's config and of ``TrainingConfig``, with reasons.
+    """Recommended settings: fields of the model's config and of ``TrainingConfig``, with reasons.
 
     Attributes:
-      model: fields of the family's config, the environment's shapes included.
+      model: fields of the family's config, including the environment's shapes.
       training: fields of ``TrainingConfig``.
-      reasons: field name → half a sentence, where the value is not the family's usual one.
+      reasons: field name → short reason, for values that differ from the family's usual ones.
     """
 
     model: dict[str, Any]
@@ -76,7 +77,7 @@ class Recipe(NamedTuple):
     reasons: dict[str, str]
 
     def override(self, given: Mapping[str, Any]) -> Recipe:
-        """The same with the values of ``given``, which need no reason."""
+        """A copy with the values of ``given`` and without reasons for them."""
         return Recipe(
             {field: given.get(field, value) for field, value in self.model.items()},
             {field: given.get(field, value) for field, value in self.training.items()},
@@ -122,7 +123,7 @@ def accept_data(config: Any, *, has_terminals: bool, online: bool) -> None:
 
 
 def no_short_updates(config: Any) -> bool:
-    """For algorithms whose updates take longer than a step of the environments."""
+    """For algorithms whose updates always take longer than a step of the environments."""
     return False
 
 
@@ -132,10 +133,10 @@ def env_shapes(env: Any) -> dict[str, Any]:
 
 
 def window_prefill(training: dict[str, Any], env: Any, given: Mapping[str, Any]) -> dict[str, str]:
-    """Raise ``training["prefill"]`` to a window in each environment, and return the reason if it was.
+    """Raise ``training["prefill"]`` so that each environment collects a window; returns the reason if it was raised.
 
-    A window lies in the rows of one environment, so each of them must have taken that many steps (and two more: a
-    context row, and the row whose action is not known yet) before the first batch.
+    A window consists of rows of one environment, so each environment must have taken that many steps before the first
+    batch, and two more: a context row, and the row whose action is not known yet.
     """
     rows = env.num_envs * (given.get("sequence_length", training.get("sequence_length", 0)) + 2)
     if training.get("prefill", rows) >= rows:
@@ -145,7 +146,7 @@ def window_prefill(training: dict[str, Any], env: Any, given: Mapping[str, Any])
 
 
 def plain_recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
-    """The environment's shapes, and the defaults of both configs."""
+    """The environment's shapes, ``device="auto"``, and otherwise the defaults of both configs."""
     shapes = {} if env is None else env_shapes(env)
     recipe = Recipe(shapes, {"device": "auto"}, dict.fromkeys(shapes, "of the environment"))
     return recipe.override(given)
@@ -153,30 +154,30 @@ def plain_recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """A family's algorithm: pure functions, and the facts about them that a trainer must know.
+    """A family's algorithm: pure functions, and the properties of them that a trainer depends on.
 
     Attributes:
       init_state: ``(model, training, key) -> TrainState`` before the first update of a run with root ``key`` under a
         ``TrainingConfig``. Weights and key are copies, so that updates may donate the state.
       make_update: ``(config, training, *, model_class) -> update``, see :data:`Update`. Both configs are closed over.
-        The update rebuilds its model as ``merge(model_class, config, params)`` and takes the loss from the model's
-        methods, so that a subclass trains what it defines. It reads of ``training`` only what
+        The update rebuilds its model as ``merge(model_class, config, params)`` and computes the loss with the model's
+        methods, so that a subclass trains what it overrides. It reads only those fields of ``training`` that
         ``TrainingConfig.of_update`` keeps.
-      policy: ``(model, carry, obs, key, *, is_first) -> (carry, actions)`` for N environments, as when data are
-        collected; called inside traced code with the model that holds the current weights. ``is_first`` bool [N] marks
-        observations that start an episode.
+      policy: ``(model, carry, obs, key, *, is_first) -> (carry, actions)`` for N environments, used to collect data;
+        called inside traced code with a model of the current weights. ``is_first`` bool [N] marks observations that
+        start an episode.
       replay_spec: ``(config, training) -> ReplaySpec``.
-      loss_terms: names in an update's metrics that are terms of the loss, ``"loss"`` (the total) first. Training stops
-        when one of them is not finite. Terms that a subclass of the model adds are in its own ``loss_terms``.
-      eval_policy: likewise, as scores are measured; None is ``policy``.
+      loss_terms: names of the loss terms among an update's metrics, ``"loss"`` (the total) first. Training stops when
+        one of them is not finite. Terms that a subclass of the model adds are in its own ``loss_terms``.
+      eval_policy: like ``policy``, used to measure returns; None means ``policy``.
       initial_carry: ``(config, num_envs) -> carry`` of a policy before the first observations, a pytree of arrays.
-      stored_latents: ``carry -> {name: [N, ...]}``, float32 latents to store beside the rows just acted on, with the
-        names of ``ReplaySpec.latents``.
+      stored_latents: ``carry -> {name: [N, ...]}``, float32 latents to store with the rows just acted on, named as in
+        ``ReplaySpec.latents``.
       validate_data: ``(config, *, has_terminals, online)`` raises ``DataError`` or ``ConfigError`` for data that the
         algorithm cannot train on; called once per source, and online again when a terminal row arrives.
-      recipe: ``(size, env, given) -> Recipe``: settings to start from for the preset ``size`` (empty for the config's
-        defaults) in ``env`` (a ``VectorEnv``, or None: only what does not depend on one). Fields in ``given`` are
-        fixed: they win, and what follows from them follows.
+      recipe: ``(size, env, given) -> Recipe``: recommended settings for the preset ``size`` (empty for the config's
+        defaults) in ``env`` (a ``VectorEnv``; None gives only what does not depend on one). Fields in ``given`` are
+        fixed; recommendations that depend on them are derived from their values.
       random_prefill: whether online training begins with uniformly random actions instead of the untrained policy's.
       short_updates: ``config -> bool``, whether an update on a CPU takes no longer than a step of the environments; the
         command line then lets the two overlap, instead of keeping freed memory (``devices.keep_freed_memory``).

@@ -1,4 +1,4 @@
-"""The table of families: which there are, and how a user's own gets in."""
+"""Registry of model families: the built-in ones, and those that users and packages register."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from worldloom.errors import ConfigError, UnknownModelError
 ENTRY_POINTS = "worldloom.families"
 """Group of package entry points; each names a module that calls :func:`register_family` when it is imported."""
 
-# Imported when first asked for: importing worldloom alone imports no family.
 _BUILT_IN = {"dreamerv3": "worldloom.models.dreamer", "tdmpc2": "worldloom.models.tdmpc2"}
-# What the earlier PyTorch library wrote as model_type.
+"""Modules of the built-in families, imported on first use: importing worldloom alone imports no family."""
 _ALIASES = {"dreamer": "dreamerv3"}
+"""Values of ``model_type`` in files of the earlier PyTorch library."""
 
 
 class Family(NamedTuple):
     """A registered family.
 
     Attributes:
-      name: what ``config.json`` calls ``model_type``, and the part of a model's name before the colon.
+      name: the value of ``model_type`` in ``config.json``, and the part of a model's name before the colon.
       config_class: a :class:`~worldloom.config.BaseConfig` whose ``model_type`` defaults to ``name``.
       model_class: the :class:`~worldloom.WorldModel` that is built from it.
       algorithm: see :class:`~worldloom.algorithm.Algorithm`.
@@ -43,14 +43,19 @@ class Family(NamedTuple):
 _registered: dict[str, Family] = {}
 
 imported_modules: list[str] = []
-"""Modules that :func:`import_family_module` has imported, as they were named."""
+"""Modules that :func:`import_family_module` has imported, by the names it was given."""
+
+
+def class_name(cls: type[Any]) -> str:
+    """``module:QualifiedName`` of a class, as weights, checkpoints and run folders record a model's class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def register_family(name: str, config_class: type[Any], model_class: type[Any], algorithm: Algorithm) -> Family:
-    """Make a family known by ``name`` to ``create_world_model``, ``Trainer``, the command line and reports.
+    """Register a family as ``name`` for ``create_world_model``, ``Trainer``, the command line and reports.
 
-    Call it where the family is defined, at import. Registering the same class again (a notebook cell run twice)
-    replaces it.
+    Call it at import, in the module that defines the family. Registering the same class again (a notebook cell run
+    twice) replaces it.
 
     Args:
       name: lower-case letters, digits, ``-`` and ``_``.
@@ -82,18 +87,20 @@ def register_family(name: str, config_class: type[Any], model_class: type[Any], 
         raise ConfigError(f"{model_class!r} must be a WorldModel with config_class = {config_class.__name__}.")
     if not isinstance(algorithm, Algorithm):
         raise ConfigError(f"algorithm must be a worldloom.algorithm.Algorithm, not a {type(algorithm).__name__}.")
-    before = _registered.get(name)
+    registered = _registered.get(name)
     if name in _ALIASES or (name in _BUILT_IN and model_class.__module__.partition(".")[0] != "worldloom"):
-        raise ConfigError(f"'{name}' is a family of worldloom itself; choose another name.")
-    if before is not None and before.model_class.__qualname__ != model_class.__qualname__:
-        raise ConfigError(f"The family '{name}' is already {before.model_class.__qualname__}; choose another name.")
+        raise ConfigError(f"'{name}' is a built-in family of worldloom; choose another name.")
+    if registered is not None and registered.model_class.__qualname__ != model_class.__qualname__:
+        raise ConfigError(
+            f"The family '{name}' is already registered by {registered.model_class.__qualname__}; choose another name."
+        )
     model_class.algorithm = algorithm
     _registered[name] = Family(name, config_class, model_class, algorithm)
     return _registered[name]
 
 
 def find_family(name: str) -> Family | None:
-    """The family called ``name``, or None. Built-in families and entry points are imported on the way."""
+    """The family called ``name``, or None; imports its module if it is built in or an entry point."""
     name = _ALIASES.get(name, name)
     if name not in _registered and name in _BUILT_IN:
         importlib.import_module(_BUILT_IN[name])
@@ -110,8 +117,8 @@ def get_family(name: Any) -> Family:
         known = family_names()
         hint = nearest(name, known) if isinstance(name, str) else ""
         raise UnknownModelError(
-            f"There is no family {name!r}.{hint} Registered are {', '.join(known)}; one of your own is registered by "
-            "importing its module, on the command line by --family-module MODULE."
+            f"There is no family {name!r}.{hint} Registered are {', '.join(known)}; to register your own, import its "
+            "module, on the command line by --family-module MODULE."
         )
     return family
 
@@ -129,13 +136,13 @@ def import_family_module(name: str) -> None:
     Args:
       name: dotted name of a module, installed or in the current folder, or the path of a ``.py`` file.
 
-    Raises ``ConfigError`` if there is none, or if it defines no world model.
+    Raises ``ConfigError`` if there is no such module, or if it defines no world model.
     """
     module = _load_file(Path(name).expanduser()) if name.endswith(".py") else _load_module(name)
-    has_config = [
+    model_classes = [
         value for value in vars(module).values() if isinstance(value, type) and hasattr(value, "config_class")
     ]
-    if not any(getattr(value, "algorithm", None) is not None for value in has_config):
+    if not any(getattr(cls, "algorithm", None) is not None for cls in model_classes):
         raise ConfigError(
             f"--family-module {name} defines no world model of a registered family: call "
             "worldloom.register_family(name, config_class, model_class, algorithm) at the end of the module."
@@ -161,13 +168,15 @@ def _load_file(path: Path) -> types.ModuleType:
 
 
 def _load_module(name: str) -> types.ModuleType:
-    # python -m has the current folder on its path, a console script does not.
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    # "python -m" puts the current folder on sys.path, a console script does not.
+    current_folder = str(Path.cwd())
+    if current_folder not in sys.path:
+        sys.path.insert(0, current_folder)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name not in (name, name.partition(".")[0]):
-            raise  # Something that the module itself imports.
-        raise ConfigError(f"--family-module {name}: there is no module of that name here or installed.") from None
+            raise  # An import inside the module failed.
+        raise ConfigError(
+            f"--family-module {name}: there is no module of that name in the current folder or installed."
+        ) from None

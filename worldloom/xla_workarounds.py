@@ -1,7 +1,7 @@
-"""What only XLA's CPU compiler needs, each with the JAX version it was measured on and the reason.
+"""Workarounds for XLA's CPU compiler, each with its reason and the JAX version it was measured on.
 
-All figures: JAX 0.10.2, two x86 cores. GPUs and TPUs take none of these paths. Remove one when its measurement, said in
-its docstring, no longer holds.
+All figures: JAX 0.10.2, two x86 cores. GPUs and TPUs use none of these paths, except :func:`pad_single_update`. Remove
+a workaround when the measurement in its docstring no longer holds.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ import jax
 import jax.numpy as jnp
 
 
-def quick_to_compile() -> dict[str, int] | None:
-    """Compiler options for a program that runs once, such as drawing initial weights.
+def fast_compile_options() -> dict[str, int] | None:
+    """Compiler options for a program that runs once, such as the initialization of weights.
 
-    JAX 0.10.2: with full optimization, compiling the initial weights of DreamerV3 ``size12m`` takes seconds longer than
-    it saves.
+    JAX 0.10.2: with full optimization, compiling the initialization of DreamerV3 ``size12m`` takes seconds longer, and
+    saves less than that at run time.
     """
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
 def needs_unrolled_updates(model: Any, device: jax.Device) -> bool:
-    """Whether an update of ``model`` must not stand inside a loop: models of images, on a CPU.
+    """Whether an update of ``model`` must not run inside a loop: models of images, on a CPU.
 
-    JAX 0.10.2: inside ``lax.fori_loop`` or ``lax.scan`` XLA's CPU gradients of convolutions leave the multithreaded
-    library (Eigen) for a plain loop nest, a hundred times slower. What is computed outside may be rounded differently.
+    JAX 0.10.2: inside ``lax.fori_loop`` or ``lax.scan``, XLA computes gradients of convolutions on CPUs by a plain loop
+    nest instead of the multithreaded library (Eigen), a hundred times slower. Results outside the loop may be rounded
+    differently.
     """
     shape = getattr(model.config, "obs_shape", ())
     shapes = shape.values() if isinstance(shape, Mapping) else [shape]
@@ -36,7 +37,7 @@ def needs_unrolled_updates(model: Any, device: jax.Device) -> bool:
 def needs_unrolled_scan(device: jax.Device, arrays: Any) -> bool:
     """Whether a scan over microbatches [parts, B, T, ...] must be unrolled: images [parts, B, T, H, W, C], on a CPU.
 
-    The reason is that of :func:`needs_unrolled_updates`.
+    For the reason see :func:`needs_unrolled_updates`.
     """
     return device.platform == "cpu" and any(x.ndim == 6 for x in jax.tree.leaves(arrays))
 
@@ -46,10 +47,9 @@ def conv_kernel_gradient(
 ) -> jax.Array:
     """``kernel_gradient(x, g)`` of a convolution; on CPUs summed over groups of images.
 
-    JAX 0.10.2, XLA on CPUs: the gradient is itself a convolution with the image index as its innermost axis. The
-    values of 1,000 images then lie a power of two apart in memory and evict each other from the cache, which costs
-    four fifths of the time. Groups of at least 64 images do not have the problem; at most 16 groups bound the size
-    of the program.
+    JAX 0.10.2, XLA on CPUs: the gradient is itself a convolution with the image index as its innermost axis. With 1,000
+    images the memory stride is a power of two, so values evict each other from the cache, which costs four fifths of
+    the time. Groups of at least 64 images avoid this; at most 16 groups bound the size of the program.
 
     Args:
       kernel_gradient: (images [n, H, W, in], cotangents [n, H', W', out]) → gradient of the kernel, linear in the
@@ -67,10 +67,11 @@ def conv_kernel_gradient(
 
 
 def pad_single_update(batches: Any) -> Any:
-    """Batches [1, B, T, ...] with a second, unused entry; others as they are.
+    """Batches [1, B, T, ...] with a second, unused entry; batches [K > 1, B, T, ...] unchanged.
 
-    JAX 0.10.2: XLA folds an axis of length one away, then fuses and rounds the update differently. With two entries,
-    one update per call gives the bits that eight per call give. Applied on every device: a run may move.
+    JAX 0.10.2: XLA removes an axis of length one, then fuses and rounds the update differently. With two entries, one
+    update per call gives bit for bit what eight per call give. Applied on every device, because a run may be resumed on
+    another one.
     """
     if jax.tree.leaves(batches)[0].shape[0] > 1:
         return batches

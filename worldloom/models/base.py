@@ -1,4 +1,4 @@
-"""What every world model has: building, compiled methods, saving, loading, counting."""
+"""Base class of world models: building, compiled methods, saving, loading, parameter counts."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from flax import nnx
 from worldloom.algorithm import Algorithm, Params
 from worldloom.devices import compute_dtype, resolve_device
 from worldloom.errors import ConfigError, DataError
-from worldloom.families import get_family
+from worldloom.families import class_name, get_family
 from worldloom.models import pretrained
 from worldloom.models.params import check_shapes, count_parameters, flatten, unflatten
 from worldloom.nn.linear import OneDraw
-from worldloom.xla_workarounds import quick_to_compile
+from worldloom.xla_workarounds import fast_compile_options
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Statistic(nnx.Variable):
-    """A running number that no gradient moves (return range, value scale). Saved with the weights."""
+    """A running statistic (return range, value scale): updated without gradients, saved with the weights."""
 
 
 class WorldModel(nnx.Module):
     """A world model with all its weights: dynamics, heads, policy, critics and their slow copies.
 
-    A family's class names its config class, lists in ``untrained`` the parts that no gradient reaches, and implements
+    A family's class names its config class, lists in ``untrained`` the parts that receive no gradient, and implements
     ``build``. Methods marked :func:`compiled` run under ``jax.jit`` when called from Python and inline when called
-    from traced code, so the same methods serve users and the loss.
+    from traced code, so users and the loss call the same methods.
 
-    A subclass that changes ``build`` (other encoder, extra head) or one of the ``loss_hooks`` (extra loss term) is what
-    ``Trainer`` trains, saves and loads; a change that training would not see is refused by :func:`check_trainable`.
+    ``Trainer`` trains, saves and loads subclasses that override ``build`` (other encoder, extra head) or one of the
+    ``loss_hooks`` (extra loss term); :func:`check_trainable` refuses changes that training would ignore.
 
     Args:
       config: the family's config.
       seed: seed of the initial weights.
-      device: where the weights are put, see :func:`worldloom.devices.resolve_device`.
+      device: device of the weights, see :func:`worldloom.devices.resolve_device`.
       dtype: dtype of activations; None follows ``config.precision`` on that device.
     """
 
@@ -49,13 +49,13 @@ class WorldModel(nnx.Module):
     algorithm: ClassVar[Algorithm]
     """The family's algorithm; set by :func:`worldloom.register_family`."""
     untrained: ClassVar[tuple[str, ...]] = ()
-    """Parts that no optimizer moves. They are not counted as parameters."""
+    """Parts that no optimizer updates. They are not counted as parameters."""
     loss_terms: ClassVar[tuple[str, ...]] = ()
-    """Names of the terms in ``compute_loss``, total first; a subclass with more terms appends theirs."""
+    """Names of the terms of ``compute_loss``, the total first; a subclass appends those that it adds."""
     loss_hooks: ClassVar[tuple[str, ...]] = ()
-    """Methods that an update takes its loss from; override these for another loss."""
+    """Methods that an update calls for its loss; override these to change the loss."""
     views: ClassVar[tuple[str, ...]] = ()
-    """Methods that no update calls: they show users what the parts compute. Overriding one changes no training."""
+    """Methods for users only, which no update calls: overriding one does not change training."""
 
     def __init__(self, config: Any, *, seed: int = 0, device: str = "auto", dtype: Any = None):
         if not isinstance(config, self.config_class):
@@ -63,14 +63,14 @@ class WorldModel(nnx.Module):
         self.config = config
         target = resolve_device(device)
         self.dtype = jnp.dtype(dtype or compute_dtype(config.precision, target))
-        graph, draw = _initializer(type(self), config, self.dtype)
-        params = jax.device_put(draw(jax.random.key(seed)), target)
+        graph, init_params = _initializer(type(self), config, self.dtype)
+        params = jax.device_put(init_params(jax.random.key(seed)), target)
         for name, part in nnx.merge(graph, params).items():
             setattr(self, name, part)
 
     @staticmethod
     def build(config: Any, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """Create the parts of the model by name. ``dtype`` is that of activations; parameters are float32."""
+        """Create the parts of the model by name. ``dtype`` is the activations' dtype; parameters are float32."""
         raise NotImplementedError
 
     @property
@@ -80,14 +80,14 @@ class WorldModel(nnx.Module):
 
     def load_params(self, params: Mapping[str, Any]) -> None:
         """Replace all weights. Raises ``WeightsError`` naming the arrays that are missing, unexpected or misshapen."""
-        own, given = flatten(self.params), flatten(params)
-        check_shapes(type(self).__name__, own, given)
-        placed = {name: jax.device_put(jnp.asarray(given[name], own[name].dtype), own[name].sharding) for name in own}
+        old, new = flatten(self.params), flatten(params)
+        check_shapes(type(self).__name__, old, new)
+        placed = {name: jax.device_put(jnp.asarray(new[name], old[name].dtype), old[name].sharding) for name in old}
         nnx.update(self, unflatten(placed))
 
     @classmethod
     def rebuild(cls, config: Any, params: Params) -> Self:
-        """The model of ``config`` that holds ``params``, for use inside traced code."""
+        """The model of ``config`` with the weights ``params``, for use inside traced code."""
         return merge(cls, config, params)
 
     def check_trainable(self, device: jax.Device) -> None:
@@ -95,7 +95,7 @@ class WorldModel(nnx.Module):
         check_trainable(self, device)
 
     def num_parameters(self) -> int:
-        """Trainable scalars; slow or target copies and statistics are not counted."""
+        """Number of trainable scalars, without slow or target copies and statistics."""
         return count_parameters({k: v for k, v in self.params.items() if k not in self.untrained})
 
     def save_pretrained(self, path: str | Path | None = None, *, name: str | None = None) -> Path:
@@ -103,8 +103,8 @@ class WorldModel(nnx.Module):
 
         Args:
           path: the folder, created if needed.
-          name: instead of ``path``: a plain name under which ``create_world_model`` finds the model again; it is
-            kept in ``WORLDLOOM_CACHE_DIR``.
+          name: instead of ``path``, a plain name by which ``create_world_model`` finds the model; it is saved in
+            ``WORLDLOOM_CACHE_DIR``.
         """
         if (path is None) == (name is None):
             raise TypeError("save_pretrained takes either a path or name=…")
@@ -136,12 +136,12 @@ class WorldModel(nnx.Module):
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Load what :meth:`save_pretrained` wrote, as this class or the subclass of it that was saved.
+        """Load what :meth:`save_pretrained` wrote, as this class or as the subclass of it that was saved.
 
-        Arguments and errors are those of :func:`worldloom.from_pretrained`. A class loads what its base class saved if
-        it has the same weights: only the loss differs then.
+        Arguments and errors as in :func:`worldloom.from_pretrained`. A subclass also loads what its base class saved if
+        both have the same weights, that is, if it only changes the loss.
 
-        Raises ``ConfigError`` when the folder holds a model of another class.
+        Raises ``ConfigError`` if the folder holds a model of another class.
         """
         folder = pretrained.find_model_folder(
             path_or_repo,
@@ -157,27 +157,32 @@ class WorldModel(nnx.Module):
         return build_saved(find_class(cls, saved.class_name, str(path_or_repo)), saved, device, overrides)
 
 
-# ---- which class was saved -----------------------------------------------------------------------------------------
+# ---- the class of a saved model ------------------------------------------------------------------------------------
 
 
 def find_class(cls: type[Any], saved: str | None, place: str) -> type[Any]:
-    """The class to build for weights that were saved by the class ``saved`` (``module:QualifiedName``) under ``cls``.
+    """``cls`` or the subclass of it to build for weights saved by the class ``saved`` (``module:QualifiedName``).
 
     Nothing is imported: the saved class must be ``cls``, one of its bases, or a subclass that this process has defined.
 
+    Args:
+      cls: the class that the caller loads.
+      saved: from the file; None (files of earlier versions) means ``cls``.
+      place: path or name of the saved model, for the message.
+
     Raises:
-      ConfigError: it is none of these; the message says what to import or call.
+      ConfigError: it is none of these; the message names the module to import or the method to call.
     """
     if saved is None:
         return cls
     name = saved.rpartition(":")[2]
     if name in {base.__qualname__ for base in cls.__mro__}:
         return cls
-    found = [sub for sub in _subclasses(cls) if sub.__qualname__ == name]
-    # A class of a script is __main__'s there and its module's elsewhere; the module only settles who is meant.
-    found = [sub for sub in found if pretrained.class_name(sub) == saved] or found
-    if found:
-        return found[-1]
+    # The module only breaks ties: a class defined in a script is in __main__ there, and in a module when imported.
+    matches = [sub for sub in _subclasses(cls) if sub.__qualname__ == name]
+    matches = [sub for sub in matches if class_name(sub) == saved] or matches
+    if matches:
+        return matches[-1]
     raise ConfigError(
         f"{place} was saved by {saved.replace(':', '.')}, which is not a class that {cls.__name__} loads here. Import "
         f"the module that defines it and call {name}.from_pretrained(…), on the command line: --family-module MODULE."
@@ -185,17 +190,17 @@ def find_class(cls: type[Any], saved: str | None, place: str) -> type[Any]:
 
 
 def build_saved(cls: type[Any], saved: pretrained.SavedModel, device: str, overrides: Mapping[str, Any]) -> Any:
-    """The model ``cls`` of a saved config and weights; sizes are compared before memory is taken.
+    """Build ``cls`` from a saved config and weights; shapes are compared before memory is allocated.
 
     Raises ``ConfigError`` for the config of another family, ``WeightsError`` for arrays that do not fit.
     """
-    kind, own = saved.config.get("model_type"), cls.config_class.__dataclass_fields__["model_type"].default
+    saved_type, own_type = saved.config.get("model_type"), cls.config_class.__dataclass_fields__["model_type"].default
     try:
         config = cls.config_class.from_dict(saved.config).replace(**overrides)
     except ConfigError as error:
-        if kind in (None, own):
+        if saved_type in (None, own_type):
             raise
-        raise ConfigError(f"{saved.folder} holds a model of type {kind!r}, not a {cls.__name__}.") from error
+        raise ConfigError(f"{saved.folder} holds a model of type {saved_type!r}, not a {cls.__name__}.") from error
     pretrained.check_part_counts(config, len(saved.arrays))
     check_shapes(cls.__name__, flatten(abstract_params(cls, config)), saved.arrays)
     model = cls(config, device=device)
@@ -205,32 +210,34 @@ def build_saved(cls: type[Any], saved: pretrained.SavedModel, device: str, overr
 
 def _subclasses(cls: type[Any]) -> list[type[Any]]:
     direct = cls.__subclasses__()
-    return direct + [further for sub in direct for further in _subclasses(sub)]
+    return direct + [descendant for sub in direct for descendant in _subclasses(sub)]
 
 
-# ---- whether training sees a user's changes ------------------------------------------------------------------------
+# ---- whether training respects a user's changes --------------------------------------------------------------------
 
 
 def check_trainable(model: Any, device: jax.Device) -> None:
     """Raise ``ConfigError`` unless an update, which rebuilds the model from class and config, trains exactly ``model``.
 
-    Refused are parts, attributes or methods changed on the object after it was built, methods overridden that no
-    update calls, and an activation dtype that the config does not say.
+    Refused are parts, attributes or methods changed on the object after it was built, overridden methods that no
+    update calls, and an activation dtype other than the config's.
     """
     cls: Any = type(model)
     if not hasattr(cls, "algorithm"):
         raise ConfigError(f"{cls.__name__} belongs to no family yet; call worldloom.register_family for it first.")
+    # Overridden methods, relative to the family's own class.
     family: Any = next(base for base in reversed(cls.__mro__) if "algorithm" in base.__dict__)
     overridden = {
         name for base in cls.__mro__[: cls.__mro__.index(family)] for name in base.__dict__ if name in family.__dict__
     }
     hooks = " or ".join(family.loss_hooks)
-    unseen = [name for name in family.views if name in overridden]
-    if unseen and not overridden & {*family.loss_hooks}:
+    ignored = [name for name in family.views if name in overridden]
+    if ignored and not overridden & {*family.loss_hooks}:
         raise ConfigError(
-            f"{cls.__name__} overrides {', '.join(unseen)}, which training never calls: it would train as "
+            f"{cls.__name__} overrides {', '.join(ignored)}, which training never calls: it would train as "
             f"{family.__name__} does. Training takes its loss from {hooks} and its parts from build; override those."
         )
+    # The activations' dtype.
     dtype = compute_dtype(model.config.precision, device)
     if model.dtype != dtype:
         raise ConfigError(
@@ -238,12 +245,13 @@ def check_trainable(model: Any, device: jax.Device) -> None:
             f"{model.config.precision!r}, which is {dtype.name} on {device.platform}. Set "
             f"precision={model.dtype.name!r} in the config instead."
         )
+    # The structure: parts, attributes, static values.
     try:
         rebuilt = graphdef(cls, model.config, dtype)
     except TypeError as error:
         raise ConfigError(
-            f"{cls.__name__} cannot be built from its config alone, as training does: {error}. Give further arguments "
-            "of __init__ defaults, or make them fields of a config class of its own."
+            f"{cls.__name__} cannot be built from its config alone, as training does: {error}. Give other arguments "
+            "of __init__ defaults, or add them as fields to a config class of its own."
         ) from error
     if nnx.split(model)[0] != rebuilt:
         raise ConfigError(
@@ -254,34 +262,33 @@ def check_trainable(model: Any, device: jax.Device) -> None:
 
 
 def _difference(model: Any, cls: type[Any], dtype: jnp.dtype) -> str:
-    """The attributes in which ``model`` differs from what its class builds."""
-    fresh = _abstract(cls, model.config, dtype)
-    names = sorted({*vars(model), *vars(fresh)})
-    graphs = [
-        {name: _graph_of(getattr(each, name)) for name in names if hasattr(each, name)} for each in (model, fresh)
-    ]
-    changed = [name for name in names if graphs[0].get(name) != graphs[1].get(name)]
-    return ", ".join(changed) or "the change"
+    """Names of the attributes in which ``model`` differs from what its class builds."""
+    rebuilt = _abstract(cls, model.config, dtype)
+    names = sorted({*vars(model), *vars(rebuilt)})
+    changed, built = (
+        {name: _graph_of(getattr(each, name)) for name in names if hasattr(each, name)} for each in (model, rebuilt)
+    )
+    return ", ".join(name for name in names if changed.get(name) != built.get(name)) or "the change"
 
 
 def _graph_of(value: Any) -> Any:
     return nnx.split(value)[0] if isinstance(value, nnx.Module) else value
 
 
-# ---- checks that both kinds of families share ----------------------------------------------------------------------
+# ---- checks of arguments, shared by the families --------------------------------------------------------------------
 
 
 def check_time_first(batch: tuple[int, ...], states: tuple[int, ...]) -> None:
-    """Raise ``DataError`` unless actions [H, *batch, ...] belong to states [*states, ...]."""
+    """Raise ``DataError`` unless actions [H, *batch, ...] and states [*states, ...] have the same batch shape."""
     if batch != states:
         raise DataError(
             f"Actions for a batch of shape {batch} do not fit states of batch shape {states}. Actions are time first, "
-            "[H, B, ...]; swapaxes(0, 1) makes them so."
+            "[H, B, ...]; swapaxes(0, 1) converts batch-first actions."
         )
 
 
 def check_environments(count: int, carry: int | None, is_first: Any) -> None:
-    """Raise ``DataError`` unless a carry and flags belong to as many environments as there are observations."""
+    """Raise ``DataError`` unless carry and ``is_first`` are of as many environments as the observations, ``count``."""
     if carry not in (None, count):
         raise DataError(f"carry is of {carry} environments, obs of {count}; give carry=None to start again.")
     if is_first is not None and jnp.shape(is_first) != (count,):
@@ -309,13 +316,13 @@ def compiled(method: F) -> F:
 
 
 def merge(cls: type[WorldModel], config: Any, params: Params, dtype: jnp.dtype | None = None) -> Any:
-    """The model that holds ``params``, for use inside traced code; ``dtype`` None follows ``config.precision``."""
+    """The model with weights ``params``, for use inside traced code; ``dtype`` None follows ``config.precision``."""
     return nnx.merge(graphdef(cls, config, dtype or compute_dtype(config.precision)), params)
 
 
 @functools.cache
 def graphdef(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> Any:
-    """The static half of a model, found by abstract evaluation: no weight is allocated."""
+    """The static half of a model (``nnx.GraphDef``), by abstract evaluation: no weight is allocated."""
     return nnx.split(_abstract(cls, config, dtype))[0]
 
 
@@ -330,19 +337,23 @@ def _abstract(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> WorldMode
 
 @functools.lru_cache(maxsize=64)
 def _initializer(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> tuple[Any, Callable[..., Params]]:
-    # Drawn in one compiled call: eager initialisation compiles every distinct shape by itself, seconds per model.
+    """The graph of a new model's parts, and a function key → their initial weights.
+
+    All weights are drawn in one compiled call: eager initialization compiles every distinct shape, seconds per model.
+    """
+
     def parts(rngs: nnx.Rngs) -> nnx.Dict:
         return nnx.Dict(cls.build(config, dtype, rngs))
 
     graph, shapes = nnx.split(nnx.eval_shape(lambda: parts(nnx.Rngs(0))))
     size = count_parameters(nnx.to_pure_dict(shapes))
 
-    def params(key: jax.Array) -> Params:
+    def init_params(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(parts(OneDraw(key, size))))
 
-    quick = jax.jit(params, compiler_options=quick_to_compile())
-    # Abstract evaluation builds models too, and takes no compiler options.
-    return graph, lambda key: params(key) if isinstance(key, jax.core.Tracer) else quick(key)
+    compiled_init = jax.jit(init_params, compiler_options=fast_compile_options())
+    # Under a trace (abstract evaluation), JAX refuses a nested jit with compiler options.
+    return graph, lambda key: init_params(key) if isinstance(key, jax.core.Tracer) else compiled_init(key)
 
 
 @functools.lru_cache(maxsize=512)

@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch worked through in microbatches, where activations of the whole do not fit."""
+"""Gradient accumulation: a batch is processed in microbatches when the activations of the whole do not fit."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def join_rows(rows: Any) -> Any:
 
 
 def part_keys(key: jax.Array | None, parts: int) -> jax.Array | None:
-    """A key for each microbatch [parts]; a single one takes ``key`` itself, so that it equals the whole batch."""
+    """A key for each microbatch, [parts]; a single one gets ``key`` itself, so that it equals the whole batch."""
     return key[None] if key is not None and parts == 1 else step_keys(key, parts)
 
 
 def accumulate(function: Callable[[Any], tuple[Averaged, Kept]], parts: Any) -> tuple[Averaged, Kept]:
-    """Apply ``function`` to each microbatch in turn, so that memory holds the activations of one at a time.
+    """Apply ``function`` to one microbatch after another, so that memory holds the activations of one at a time.
 
     Args:
-      function: microbatch → (what is averaged over microbatches, what is kept of each).
-      parts: arrays [parts, ...].
+      function: microbatch → (arrays to average over microbatches, arrays to keep of each).
+      parts: arrays [parts, B / parts, ...].
 
     Returns:
-      The averages, and what was kept, stacked along a new first axis.
+      The averaged arrays, and the kept ones stacked along a new first axis, [parts, ...].
     """
     leaves = jax.tree.leaves(parts)
     first = jax.tree.map(lambda x: x[0], parts)

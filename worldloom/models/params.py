@@ -1,4 +1,4 @@
-"""Weights as nested dicts of arrays: flat names and back, sizes, and whether they fit a model."""
+"""Weights as nested dicts of arrays: flattening, counting, and comparing shapes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax
 from worldloom.algorithm import Params
 from worldloom.errors import WeightsError
 
-_LISTED = 5
-"""Misfits that an error message names one by one."""
+_MAX_LISTED = 5
+"""Maximum number of problems that an error message lists."""
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -44,21 +44,21 @@ def count_parameters(params: Mapping[str, Any]) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def check_shapes(owner: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_shapes(owner: str, expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ``WeightsError`` naming the arrays of ``given`` that are missing, unexpected or misshapen.
 
     Args:
       owner: name of the model class, for the message.
-      own: flat name → array or shape that the model's config needs; only shapes are compared.
-      given: flat name → array or shape.
+      expected: flat name → array or ``ShapeDtypeStruct`` that the model's config needs; only shapes are compared.
+      given: flat name → array or ``ShapeDtypeStruct``.
     """
-    problems = [f"{name} is missing" for name in own if name not in given]
-    problems += [f"{name[:100]} is unexpected" for name in given if name not in own]
+    problems = [f"{name} is missing" for name in expected if name not in given]
+    problems += [f"{name[:100]} is unexpected" for name in given if name not in expected]
     problems += [
-        f"{name} has shape {tuple(given[name].shape)}, the config needs {tuple(own[name].shape)}"
-        for name in own
-        if name in given and tuple(given[name].shape) != tuple(own[name].shape)
+        f"{name} has shape {tuple(given[name].shape)}, the config needs {tuple(expected[name].shape)}"
+        for name in expected
+        if name in given and tuple(given[name].shape) != tuple(expected[name].shape)
     ]
     if problems:
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise WeightsError(f"These weights do not fit {owner}: {'; '.join(problems[:_LISTED])}{more}.")
+        more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        raise WeightsError(f"These weights do not fit {owner}: {'; '.join(problems[:_MAX_LISTED])}{more}.")

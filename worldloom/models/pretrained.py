@@ -1,7 +1,7 @@
-"""Saved models on disk and on the hub: where they are found, and how their two files are written and read.
+"""Saved models on disk and on the Hugging Face hub: locating, writing and reading them.
 
 A saved model is a folder with ``config.json`` (the config's fields) and ``model.safetensors`` (the weights by flat
-name; the header's metadata names the class that they belong to).
+name; the model's class is in the header's metadata).
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ import jax
 
 from worldloom.config import nearest, read_json_object
 from worldloom.errors import ConfigError, FileFormatError, MissingDependencyError, UnknownModelError, WeightsError
+from worldloom.families import class_name
 from worldloom.files import write_atomically
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _CLASS = "model_class"
-"""Metadata key of the model's class, ``module:QualifiedName``."""
+"""Metadata key of the model's class, see :func:`worldloom.families.class_name`."""
 
 
 class SavedModel(NamedTuple):
-    """What a folder holds, read but not built.
+    """The contents of a saved model's folder.
 
     Attributes:
-      folder: where it was read.
+      folder: the folder that was read.
       config: the fields of ``config.json``.
       arrays: weights by flat name.
-      class_name: ``module:QualifiedName`` of the class that was saved; None in files of earlier versions.
+      class_name: ``module:QualifiedName`` of the saved model's class; None in files of earlier versions.
     """
 
     folder: Path
@@ -40,13 +41,8 @@ class SavedModel(NamedTuple):
     class_name: str | None
 
 
-def class_name(cls: type[Any]) -> str:
-    """``module:QualifiedName``, as saved beside the weights."""
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
 def write_model(folder: Path, config_json: str, arrays: Mapping[str, Any], cls: type[Any]) -> None:
-    """Write both files of a saved model, each whole or not at all."""
+    """Write both files of a saved model, each atomically."""
     from safetensors.numpy import save
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,17 +76,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def check_part_counts(config: Any, arrays: int) -> None:
-    """Raise ``WeightsError`` if the config has more layers or inputs than there are arrays; each has one or more.
+    """Raise ``WeightsError`` if the config has more layers or inputs than there are arrays; each has at least one.
 
-    A config file may ask for any number; this is checked before anything is built for it.
+    A damaged or hostile config file may name any number, so check before a model of that size is built.
     """
     for name, value in config.to_dict().items():
         parts = len(value) if isinstance(value, dict) else value if name.endswith("layers") else 0
         if parts > arrays:
-            raise WeightsError(f"The config has {name} of {parts}, the weights beside it only {arrays} arrays in all.")
+            raise WeightsError(f"The config has {name} of {parts}, but the weights file only {arrays} arrays in all.")
 
 
-# ---- where models are -------------------------------------------------------------------------------------------
+# ---- locating models --------------------------------------------------------------------------------------------
 
 
 def find_model_folder(
@@ -102,9 +98,9 @@ def find_model_folder(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder meant by a path, a name in the cache, or a Hugging Face repository, which is downloaded.
+    """The folder of a saved model, given its path, its name in the cache, or a Hugging Face repository (downloaded).
 
-    ``known`` are the names for the message of the ``UnknownModelError`` that is raised when nothing is found.
+    Raises ``UnknownModelError`` listing the names in ``known`` if nothing is found.
     """
     text = str(path_or_repo)
     if Path(text).is_dir():
@@ -131,7 +127,7 @@ def find_model_folder(
 
 
 def default_cache_dir() -> Path:
-    """Folder of models found by name: ``WORLDLOOM_CACHE_DIR``, or ``~/.cache/worldloom``."""
+    """``WORLDLOOM_CACHE_DIR``, or ``~/.cache/worldloom``."""
     return Path(os.environ.get("WORLDLOOM_CACHE_DIR") or Path.home() / ".cache" / "worldloom")
 
 
@@ -153,15 +149,15 @@ def is_plain_name(text: str) -> bool:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder looks like a saved model."""
+    """Whether ``path`` is a folder with a ``config.json``."""
     return (path / CONFIG_FILE).is_file()
 
 
 def unknown_model(name: str, known: list[str]) -> str:
-    """The message for a name that is neither a preset nor a saved model."""
+    """Error message for a name that is neither a preset nor a saved model."""
     return (
-        f"There is no model '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give a folder. A family of "
-        "your own is known once its module is imported (--family-module)."
+        f"There is no model '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give a folder. Your own "
+        "family is known once its module is imported (--family-module)."
     )
 
 
@@ -175,12 +171,12 @@ def hub() -> Any:
 
 
 def _run_folder_hint(folder: Path) -> str:
-    """Where the weights are if ``folder`` is that of a run."""
+    """A sentence naming where the weights are, if ``folder`` is a run folder."""
     if is_model_folder(folder / "model"):
         return f" It is the folder of a run; the weights at its end are in {folder / 'model'}."
     if (folder / "checkpoints").is_dir():
         return (
             " It is the folder of a run that has not ended; worldloom.training.checkpoint.load_weights(model, "
-            f"'{folder / 'checkpoints'}') reads its newest checkpoint."
+            f"'{folder / 'checkpoints'}') loads its newest checkpoint."
         )
     return ""

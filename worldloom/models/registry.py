@@ -1,4 +1,4 @@
-"""The one way to a model by name, folder or preset, whatever its family."""
+"""Creates and loads models of any family by preset, name or folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from worldloom.models.base import WorldModel, build_saved, find_class
 
 
 def list_models() -> list[str]:
-    """Names that :func:`create_world_model` takes: presets as ``family:size``, then models saved by name.
+    """Names that :func:`create_world_model` accepts: presets as ``family:size``, then models saved by name.
 
-    A family without presets is listed by its own name.
+    A family without presets is listed by its name alone.
     """
     presets = []
     for name in family_names():
@@ -37,7 +37,7 @@ def split_name(name: str) -> tuple[Family, str]:
 
 
 def get_config(name: str, *, obs_shape: Any, action_dim: Any, **overrides: Any) -> Any:
-    """The config of a preset such as ``"tdmpc2:5m"``; a bare family name takes the config's own defaults."""
+    """The config of a preset such as ``"tdmpc2:5m"``; a bare family name gives the config's defaults."""
     family, size = split_name(name)
     shapes = {"obs_shape": obs_shape, "action_dim": action_dim}
     if not size:
@@ -54,19 +54,19 @@ def create_world_model(
     seed: int = 0,
     **overrides: Any,
 ) -> WorldModel:
-    """A new model from a preset name, or a saved one from a folder or from the cache.
+    """A new model from a preset name, or a saved model from a folder or from the cache.
 
     Args:
       name_or_path: ``"dreamerv3:size12m"``, ``"tdmpc2:5m"``, a folder written by ``save_pretrained``, or the name
         of a model in ``WORLDLOOM_CACHE_DIR``. An existing folder wins over a cached name.
-      obs_shape: shape of one observation (or a dict of shapes); needed for a preset, checked against a saved model.
-      action_dim: width of the action, or number of discrete actions; likewise.
+      obs_shape: shape of one observation (or a dict of shapes); required for a preset, checked against a saved model.
+      action_dim: width of the action, or number of discrete actions; required and checked in the same way.
       device: see :func:`worldloom.devices.resolve_device`.
       seed: seed of the initial weights of a new model.
       **overrides: further config fields.
 
     Raises:
-      UnknownModelError: nothing goes by that name; the message lists what does.
+      UnknownModelError: there is no model of that name; the message lists the known names.
       ConfigError: a preset without shapes, or a saved model with other shapes.
     """
     text = str(name_or_path)
@@ -79,9 +79,9 @@ def create_world_model(
         config = get_config(text, obs_shape=obs_shape, action_dim=action_dim, **overrides)
         return get_family(config.model_type).model_class(config, seed=seed, device=device)
     model = from_pretrained(text, device=device, **overrides)
-    for field, wanted in (("obs_shape", obs_shape), ("action_dim", action_dim)):
-        if wanted is not None and model.config != model.config.replace(**{field: wanted}):
-            raise ConfigError(f"{text} was saved with {field}={getattr(model.config, field)}, not {wanted}.")
+    for field, expected in (("obs_shape", obs_shape), ("action_dim", action_dim)):
+        if expected is not None and model.config != model.config.replace(**{field: expected}):
+            raise ConfigError(f"{text} was saved with {field}={getattr(model.config, field)}, not {expected}.")
     return model
 
 
@@ -97,23 +97,23 @@ def from_pretrained(
 ) -> WorldModel:
     """Load a saved model from a folder, from the cache by name, or from a Hugging Face repository.
 
-    A subclass of a family's model that was saved comes back as that subclass if its module has been imported; nothing
-    is imported because a file names it.
+    A saved subclass of a family's model is loaded as that subclass if its module has been imported; loading a file
+    never imports the module that it names.
 
     Args:
       path_or_repo: a folder written by ``save_pretrained``, a name saved with ``save_pretrained(name=…)``, or
         ``"owner/repository"`` (extra ``hub``). They are tried in this order.
-      device: where the weights are put.
+      device: device of the weights, see :func:`worldloom.devices.resolve_device`.
       revision: branch, tag or commit of the repository.
       cache_dir: folder of downloaded repositories instead of ``WORLDLOOM_CACHE_DIR``.
       token: access token of the hub.
-      local_files_only: never ask the network.
-      **overrides: config fields to change; those that alter shapes do not fit the weights.
+      local_files_only: never access the network.
+      **overrides: config fields to change, except those that determine the weights' shapes.
 
     Raises:
-      UnknownModelError: nothing is found under that name.
+      UnknownModelError: there is no folder, saved model or repository of that name.
       FileFormatError: a file is damaged.
-      ConfigError: the family is not registered, or the class that was saved is not defined here.
+      ConfigError: the family is not registered, or the saved class is not defined in this process.
       WeightsError: the arrays do not fit the config.
     """
     folder = pretrained.find_model_folder(
@@ -130,7 +130,7 @@ def from_pretrained(
 
 
 def saved_class(config: Mapping[str, Any], class_name: str | None, place: str) -> type[Any]:
-    """The model class for a saved config and the class name saved with it. Raises ``ConfigError``; imports nothing."""
+    """The class of a saved model, by its config and class name; see :func:`worldloom.models.base.find_class`."""
     return find_class(_family_of(config).model_class, class_name, place)
 
 
