@@ -1,4 +1,4 @@
-"""Training: config, loop, callbacks, checkpoints, evaluation, run folders. Names are imported when first used."""
+"""Training: config, loop, callbacks, checkpoints, evaluation, run folders. Names are imported on first use."""
 
 from __future__ import annotations
 

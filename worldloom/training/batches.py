@@ -1,4 +1,4 @@
-"""Batches on their way to the device, in chunks of one compiled call: from recorded data or from environments."""
+"""Batches from recorded episodes or from environments, prefetched and grouped into chunks of one compiled call."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class UpdateChunk(NamedTuple):
     """The updates of one compiled call.
 
     Attributes:
-      step: updates done before it.
-      updates: how many it does.
-      callbacks_due: whether a callback runs after it.
+      step: updates done before the call.
+      updates: number of updates in the call, at most K.
+      callbacks_due: whether callbacks are due after the call.
       batches: arrays [K, B, T, ...] on the device; entries from ``updates`` on are padding.
-      row_ids: the rows of each batch, [B, T] each, or None from a source that does not number its rows.
+      row_ids: row numbers [B, T] of each batch; None for each if the source does not number its rows.
     """
 
     step: int
@@ -37,21 +37,21 @@ class UpdateChunk(NamedTuple):
 
 
 class BatchSource:
-    """The chunks of one call of ``train``, in an order that depends on configs and data alone.
+    """Produces the chunks of one call of ``train``; their content and order depend on configs and data alone.
 
-    Recorded data: a background thread writes due latents and draws the next chunk while the device computes this one.
-    Environments: everything happens in the calling thread, which steps them until an update is due; acting overlaps
+    Offline, a background thread writes due latents to replay and samples the next chunk while the device computes the
+    current one. Online, the calling thread steps the environments until an update is due, then samples; acting overlaps
     with the update that is still running on the device.
 
     Args:
-      sampler: draws the batches.
-      writeback: latents that a batch drawn later may see.
-      seed: of the run.
-      device: where batches go.
-      capacity: K, batches per call.
-      collector: steps the environments; None for recorded data.
-      ratio: when updates are due, with a collector.
-      read_state: function () → the newest state, for acting.
+      sampler: samples the batches.
+      writeback: writes latents that are due before a batch is sampled.
+      seed: seed of the run.
+      device: device that batches are sent to.
+      capacity: K, the maximum number of updates per call.
+      collector: steps the environments; None offline.
+      ratio: when updates are due; None offline.
+      read_state: function () → the newest state, for acting; None offline.
     """
 
     def __init__(
@@ -92,35 +92,35 @@ class BatchSource:
     ) -> Iterator[UpdateChunk]:
         """Chunks from ``step`` updates to ``total_steps``, until a stop is requested.
 
-        Raises what sampling, writing latents back or the environments raise.
+        Raises whatever sampling, writing latents or the environments raise.
         """
-        plan = _Plan(total_steps, self._capacity, next_callback_step)
+        schedule = _ChunkSchedule(total_steps, self._capacity, next_callback_step)
         while step < total_steps and not stop_requested():
             if self._worker is None:
                 due = self._updates_due(step)
-                chunk = self._draw_due(plan.next(step, due)) if due else None
+                chunk = self._sample_online(schedule.next(step, due)) if due else None
             else:
                 self._writeback.raise_errors()
-                loading = self._prefetched or self._prefetch(self._worker, plan.next(step))
-                end = step + plan.next(step).updates
-                # Started before this chunk's updates are: the device never waits for the host.
-                self._prefetched = self._prefetch(self._worker, plan.next(end)) if end < total_steps else None
-                chunk = loading.result()
+                current = self._prefetched or self._prefetch(self._worker, schedule.next(step))
+                end = step + schedule.next(step).updates
+                # Start sampling the next chunk before this one's updates, so that the device never waits for the host.
+                self._prefetched = self._prefetch(self._worker, schedule.next(end)) if end < total_steps else None
+                chunk = current.result()
             if chunk is not None:
-                yield self._complete(chunk)
+                yield self._attach_device_rows(chunk)
                 step = chunk.step + chunk.updates
 
-    # ---- recorded data ----------------------------------------------------------------------------------------------
+    # ---- offline ----------------------------------------------------------------------------------------------------
 
-    def _prefetch(self, worker: ThreadPoolExecutor, planned: _Planned) -> Future[UpdateChunk]:
+    def _prefetch(self, worker: ThreadPoolExecutor, planned: _PlannedChunk) -> Future[UpdateChunk]:
         if self._sampler.on_device is None:
             self._writeback.write_due(planned.step, executor=worker)
-        return worker.submit(self._draw, planned)
+        return worker.submit(self._sample, planned)
 
-    # ---- environments -----------------------------------------------------------------------------------------------
+    # ---- online -----------------------------------------------------------------------------------------------------
 
     def _updates_due(self, step: int) -> int:
-        """Updates due now; steps the environments once if there are none."""
+        """Number of updates due after ``step`` updates; steps the environments once if there are none."""
         assert self._collector is not None
         assert self._ratio is not None
         assert self._read_state is not None
@@ -128,12 +128,12 @@ class BatchSource:
             self._collector.step(self._read_state())
         return max(0, self._collector.updates_due(self._ratio) - step)
 
-    def _draw_due(self, planned: _Planned) -> UpdateChunk:
+    def _sample_online(self, planned: _PlannedChunk) -> UpdateChunk:
         assert self._collector is not None
         if self._sampler.on_device is None:
             self._writeback.write_due(planned.step)
         try:
-            return self._draw(planned)
+            return self._sample(planned)
         except DataError as error:
             raise DataError(
                 f"{error} So far {self._collector.decisions} decision steps were taken in "
@@ -142,14 +142,14 @@ class BatchSource:
 
     # ---- both -------------------------------------------------------------------------------------------------------
 
-    def _draw(self, planned: _Planned) -> UpdateChunk:
-        """Draw the batches [K, B, T, ...] of a chunk, padded to the capacity, and send them to the device."""
-        drawn = [self._sampler.draw(self._seed, planned.step + i) for i in range(planned.updates)]
-        stacked = jax.tree.map(lambda *arrays: _stack(arrays, self._capacity), *(batch for batch, _ in drawn))
-        return UpdateChunk(*planned, jax.device_put(stacked, self._device), [row_ids for _, row_ids in drawn])
+    def _sample(self, planned: _PlannedChunk) -> UpdateChunk:
+        """Sample the batches [K, B, T, ...] of a chunk, padded to the capacity, and send them to the device."""
+        sampled = [self._sampler.sample(self._seed, planned.step + i) for i in range(planned.updates)]
+        stacked = jax.tree.map(lambda *arrays: _stack(arrays, self._capacity), *(batch for batch, _ in sampled))
+        return UpdateChunk(*planned, jax.device_put(stacked, self._device), [row_ids for _, row_ids in sampled])
 
-    def _complete(self, chunk: UpdateChunk) -> UpdateChunk:
-        """Where rows are held on the device: bring it up to date, and say where the chunk's rows are."""
+    def _attach_device_rows(self, chunk: UpdateChunk) -> UpdateChunk:
+        """With replay on the device: copy new rows and due latents there, and add the slots of the chunk's rows."""
         on_device = self._sampler.on_device
         if on_device is None:
             return chunk
@@ -158,31 +158,32 @@ class BatchSource:
         return chunk._replace(batches=self._sampler.attach_slots(chunk.batches, chunk.row_ids, self._capacity))
 
 
-class _Planned(NamedTuple):
-    """The updates of one call before its batches are drawn; fields as in :class:`UpdateChunk`."""
+class _PlannedChunk(NamedTuple):
+    """A chunk before its batches are sampled; fields as in :class:`UpdateChunk`."""
 
     step: int
     updates: int
     callbacks_due: bool
 
 
-class _Plan(NamedTuple):
-    """How a run is cut into calls: a function of the step alone, so that a resumed run cuts in the same places."""
+class _ChunkSchedule(NamedTuple):
+    """Groups updates into calls as a function of the step alone, so that a resumed run groups them identically."""
 
     total_steps: int
     capacity: int
     next_callback_step: Callable[[int], int | None]
 
-    def next(self, step: int, most: int | None = None) -> _Planned:
-        """The call after ``step``, of at most ``most`` updates."""
+    def next(self, step: int, limit: int | None = None) -> _PlannedChunk:
+        """The chunk after ``step`` updates, of at most ``limit`` updates."""
         callback_step = min(self.next_callback_step(step) or self.total_steps, self.total_steps)
         # Calls end at multiples of the capacity, whatever step the run was resumed from.
         boundary = (step // self.capacity + 1) * self.capacity
-        end = min(callback_step, boundary, step + (self.capacity if most is None else most))
-        return _Planned(step, end - step, callbacks_due=end == callback_step)
+        end = min(callback_step, boundary, step + (self.capacity if limit is None else limit))
+        return _PlannedChunk(step, end - step, callbacks_due=end == callback_step)
 
 
 def _stack(arrays: tuple[np.ndarray, ...], capacity: int) -> np.ndarray:
+    """Arrays [...] stacked as [capacity, ...], padded with zeros."""
     if capacity == 1:
         return arrays[0][None]
     stacked = np.zeros((capacity, *arrays[0].shape), arrays[0].dtype)

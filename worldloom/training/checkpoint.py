@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written in the background, pruned, and found again."""
+"""The checkpoints of a run: background writes, pruning, restoring, loading weights."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from worldloom.training.checkpoint_files import (
 )
 
 REPLAY_FOLDER = "replay"
-"""Beside the checkpoints: the chunk files that they refer to."""
+"""Folder, next to the checkpoints, of the replay chunk files that they refer to."""
 
 
 class Checkpointer:
-    """The checkpoints in one folder, written in the background one at a time.
+    """Writes and reads the checkpoints in one folder; writes happen in the background, one at a time.
 
-    Replay that training changes lies in the same folder under ``replay/``, each row once, for all of them.
+    Replay content that training changes is stored in the subfolder ``replay/``, each row once for all checkpoints.
 
     Args:
-      folder: where they are; created by :meth:`open`.
-      keep_last: newest ones to keep.
-      mode: ``"min"`` or ``"max"`` keeps the one with the lowest or highest value too; None keeps the newest only.
-      monitor: what the values are of; those of another quantity, saved before a resume, are not compared with them.
+      folder: folder of the checkpoints; created by :meth:`open`.
+      keep_last: number of newest checkpoints to keep.
+      mode: ``"min"`` or ``"max"`` also keeps the one with the lowest or highest value; None keeps only the newest.
+      monitor: name of the metric whose values are compared; values of another metric, saved before a resume, are
+        ignored.
     """
 
     def __init__(self, folder: str | Path, *, keep_last: int = 3, mode: str | None = None, monitor: str | None = None):
@@ -48,9 +49,9 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def open(self, run_id: str) -> None:
-        """Make the folder ready for the run ``run_id``.
+        """Prepare the folder for the run ``run_id``, and start the background thread.
 
-        Raises ``CheckpointError`` if it cannot be written to or holds the checkpoints of another run.
+        Raises ``CheckpointError`` if the folder cannot be written to or holds the checkpoints of another run.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +65,8 @@ class Checkpointer:
             record = read_summary(self.folder / str(step))
             if record and record.get("run_id") != run_id:
                 raise CheckpointError(
-                    f"{self.folder} holds checkpoints of another run, up to step {self.steps()[-1]}. Go on with that "
-                    "run by train(…, resume='auto'), or choose another folder."
+                    f"{self.folder} holds checkpoints of another run, up to step {self.steps()[-1]}. Continue that run "
+                    "by train(…, resume='auto'), or choose another folder."
                 )
             self._values[step] = _value(record, self._monitor)
         for leftover in self.folder.glob("*.partial"):
@@ -73,64 +74,64 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="worldloom-checkpoint")
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that were completely written, in order."""
+        """Steps of the complete checkpoints, in ascending order."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
     @property
     def best_step(self) -> int | None:
-        """Step of the one with the best value; None while none has a value."""
+        """Step of the checkpoint with the best value; None if none has a value."""
         return _best(self._values, self._mode) if self._mode else None
 
     def save(self, snapshot: Snapshot, value: float | None = None) -> None:
-        """Write ``snapshot`` in the background, after the one before it; ``value`` decides which is best.
+        """Write ``snapshot`` in the background once the previous write is done; ``value`` decides which is best.
 
-        Raises ``CheckpointError`` if that one failed.
+        Raises ``CheckpointError`` if the previous write failed.
         """
         self.wait()
-        assert self._writer is not None, "open() comes first"
+        assert self._writer is not None, "call open() first"
         value = None if value is None or not np.isfinite(value) else float(value)
         replay = None if snapshot.replay is None else self._store.snapshot(snapshot.replay)
         self._pending = self._writer.submit(self._write, snapshot, value, replay)
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises ``CheckpointError`` if the last write failed."""
+        """Wait for the pending write. Raises ``CheckpointError`` if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Finish writing and release the thread. Errors of the last write are left to :meth:`wait`."""
+        """Finish the pending write and release the thread. An error of that write is raised by :meth:`wait`."""
         if self._writer is not None:
             self._writer.shutdown()
             self._writer = None
 
     def restore(self, template: TrainState, identity: Mapping[str, Any], step: int | None = None) -> Snapshot:
-        """The newest undamaged checkpoint, or that of ``step``, in the structure of ``template``.
+        """The newest undamaged checkpoint, or the one of ``step``, in the structure of ``template``.
 
-        A damaged one is named in a warning, and the one before it is taken.
+        A damaged checkpoint causes a warning and a fallback to the one before it.
 
         Args:
-          template: a state of the run that resumes; only shapes are read.
-          identity: its ``Run.identity()``, which the checkpoint's must equal.
-          step: updates done; None is the newest.
+          template: a state of the run that resumes; only its shapes are read.
+          identity: its ``Run.identity()``, which must equal the checkpoint's.
+          step: updates done; None means the newest.
 
         Raises:
-          CheckpointError: there is none, or none that can be read.
+          CheckpointError: there is no checkpoint, or none that can be read.
           ConfigError: it belongs to a run with another config or model class.
         """
         self.wait()
         steps = self.steps() if step is None else [s for s in self.steps() if s == step]
         if not steps:
-            wanted = "" if step is None else f" of step {step}"
-            raise CheckpointError(f"There is no checkpoint{wanted} in {self.folder}.")
+            of_step = "" if step is None else f" of step {step}"
+            raise CheckpointError(f"There is no checkpoint{of_step} in {self.folder}.")
         problems = []
         for number in reversed(steps):
             try:
-                found = read_checkpoint(self.folder / str(number), template, identity)
-                reference = found.record.get("replay")
-                return found if reference is None else found._replace(replay=self._store.load(reference))
+                snapshot = read_checkpoint(self.folder / str(number), template, identity)
+                reference = snapshot.record.get("replay")
+                return snapshot if reference is None else snapshot._replace(replay=self._store.load(reference))
             except FileFormatError as error:
                 problems.append(str(error))
                 if number != steps[0]:
@@ -139,37 +140,43 @@ class Checkpointer:
 
     def _write(self, snapshot: Snapshot, value: float | None, replay: PendingWrite | None) -> None:
         try:
-            judged = {"value": value, "mode": self._mode, "monitor": self._monitor}
-            further = {"replay": replay.write() if replay else None}
-            write_checkpoint(self.folder / str(snapshot.step), snapshot, **judged, **further)
+            write_checkpoint(
+                self.folder / str(snapshot.step),
+                snapshot,
+                value=value,
+                mode=self._mode,
+                monitor=self._monitor,
+                replay=replay.write() if replay else None,
+            )
         except Exception as error:
             raise CheckpointError(
                 f"The checkpoint of step {snapshot.step} could not be written to {self.folder}: {error}. "
-                "Those before it are as they were."
+                "Earlier checkpoints are unchanged."
             ) from error
         self._values[snapshot.step] = value
         self._prune(snapshot.step)
 
     def _prune(self, newest: int) -> None:
-        # Later steps than the newest are left from before a resume; they are replaced when the run gets there.
+        # Steps after the newest date from before a resume; they are kept until the run overwrites them.
         past = [step for step in self.steps() if step <= newest]
         keep = {*past[-self._keep_last :], self.best_step}
         for step in past:
             if step not in keep:
                 delete_checkpoint(self.folder / str(step))
                 self._values.pop(step, None)
+        # Delete the replay chunks that no remaining checkpoint refers to.
         references = [read_summary(self.folder / str(step)).get("replay") for step in self.steps()]
         self._store.collect(reference for reference in references if reference)
 
 
 def locate_checkpoint(resume: bool | str | Path, save_dir: Path | None) -> tuple[Path, int | None]:
-    """Folder of checkpoints and, if a single one was named, its step.
+    """The folder of checkpoints to resume from and, if ``resume`` is a single checkpoint, its step.
 
     Args:
-      resume: True or ``"auto"`` for ``save_dir``, or a path to a folder of checkpoints or to one of them.
-      save_dir: where the run saves; None for a run that does not.
+      resume: True or ``"auto"`` for ``save_dir``, or a path to a folder of checkpoints or to one checkpoint.
+      save_dir: folder in which the run saves; None if it saves nowhere.
 
-    Raises ``ConfigError`` where there is no folder to look in.
+    Raises ``ConfigError`` if there is no such folder.
     """
     if resume is not True and resume != "auto":
         path = Path(str(resume))
@@ -181,7 +188,7 @@ def locate_checkpoint(resume: bool | str | Path, save_dir: Path | None) -> tuple
 
 
 def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> int:
-    """Put the weights of a checkpoint into ``model``.
+    """Load the weights of a checkpoint into ``model``.
 
     Args:
       model: a world model with the config of the run.
@@ -194,7 +201,7 @@ def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> 
     Raises:
       CheckpointError: there is no such checkpoint.
       FileFormatError: it is damaged.
-      ConfigError: it belongs to a model with another config.
+      ConfigError: its model has another config.
     """
     folder = Path(folder)
     steps = Checkpointer(folder).steps()
@@ -213,11 +220,11 @@ def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> 
 
 
 def _value(record: Mapping[str, Any], monitor: str | None) -> float | None:
-    """The value that a checkpoint was judged by, if it is one of ``monitor``."""
+    """The value of ``monitor`` that was saved with a checkpoint; None if it was saved with another metric or none."""
     return record.get("value") if record.get("monitor") == monitor else None
 
 
 def _best(values: Mapping[int, float | None], mode: str) -> int | None:
+    """Step of the best value, the earliest if several are equal."""
     known = {step: value for step, value in values.items() if value is not None}
-    # Of equal values the earliest.
     return (min if mode == "min" else max)(sorted(known), key=known.__getitem__, default=None)

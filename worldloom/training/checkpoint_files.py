@@ -1,8 +1,8 @@
-"""The files of one checkpoint: arrays through Orbax, everything else as JSON, a checksum of each.
+"""The files of one checkpoint: arrays through Orbax, everything else as JSON, with checksums.
 
-A checkpoint is a folder ``<folder>/<step>/`` with ``state/`` (Orbax), ``run.json`` and ``manifest.json``. It is
-written as ``<step>.partial`` and renamed when the manifest is complete, so a folder with a bare number as its name is
-whole, and ``orbax.checkpoint.CheckpointManager`` reads the layout too.
+A checkpoint is a folder ``<folder>/<step>/`` with ``state/`` (Orbax), ``run.json`` and ``manifest.json`` (checksums).
+It is written as ``<step>.partial`` and renamed when complete, so a folder named by a bare number is always complete.
+``orbax.checkpoint.CheckpointManager`` can read the layout too.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import numpy as np
 from worldloom.algorithm import TrainState
 from worldloom.config import read_json_object
 from worldloom.errors import ConfigError, FileFormatError
+from worldloom.files import write_atomically
 
 FORMAT = 1
+"""Version of the checkpoint layout."""
 _MAX_JSON = 64 << 20
-# Fields of TrainingConfig that may change between parts of a run: none of them moves a number.
-_FREE = frozenset(
+"""Maximum size in bytes of a JSON file."""
+_MAY_CHANGE = frozenset(
     {
         "total_steps",
         "env_steps",
@@ -37,20 +39,21 @@ _FREE = frozenset(
         "replay_storage",
     }
 )
-_AROUND = "around/"
-"""Prefix of the arrays that are not part of the state."""
-_MAX_AROUND = 1 << 32
-"""Bytes of these that are read at most; those of the state must have the sizes that the run has."""
+"""Fields of ``TrainingConfig`` that may change when a run is resumed: none of them affects the results."""
+_EXTRA = "around/"
+"""Prefix of the names of arrays other than the state's."""
+_MAX_EXTRA = 1 << 32
+"""Maximum size in bytes of these arrays; the state's arrays must have the shapes of the run that resumes."""
 
 
 class Snapshot(NamedTuple):
-    """All that a run needs to go on.
+    """Everything that a run needs to continue.
 
     Attributes:
       state: the state, on the host.
-      record: JSON-serialisable values of everything around it.
-      arrays: arrays of everything around it, by name.
-      replay: the buffer that training changes, by collecting or by writing latents back; None for one it only reads.
+      record: JSON-serializable values of everything else: counters, configs, callbacks.
+      arrays: arrays of everything else, by name: pending latents, collector.
+      replay: the buffer, if training changes it by collecting or by writing latents back; None if it only reads it.
     """
 
     state: TrainState
@@ -64,16 +67,17 @@ class Snapshot(NamedTuple):
         return int(self.record["step"])
 
 
-def write_checkpoint(target: Path, snapshot: Snapshot, **further: Any) -> None:
-    """Write ``snapshot`` as the folder ``target``, whole or not at all, with ``further`` JSON values in its record."""
+def write_checkpoint(target: Path, snapshot: Snapshot, **values: Any) -> None:
+    """Write ``snapshot`` atomically as the folder ``target``, with further JSON ``values`` in its record."""
     partial = target.with_name(f"{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        around = {_AROUND + name: value for name, value in snapshot.arrays.items()}
-        _save_arrays(partial / "state", flatten_state(snapshot.state) | around)
+        extra = {_EXTRA + name: value for name, value in snapshot.arrays.items()}
+        _save_arrays(partial / "state", flatten_state(snapshot.state) | extra)
+        # Orbax does not save arrays of size zero; the record holds their shapes and dtypes.
         empty = {k: [value.shape, value.dtype.str] for k, value in snapshot.arrays.items() if not value.size}
-        _write_json(partial / "run.json", {**snapshot.record, **further, "empty": empty})
+        _write_json(partial / "run.json", {**snapshot.record, **values, "empty": empty})
         _write_json(partial / "manifest.json", {"files": dict(_checksums(partial))})
         if target.exists():
             shutil.rmtree(target)
@@ -84,13 +88,13 @@ def write_checkpoint(target: Path, snapshot: Snapshot, **further: Any) -> None:
 
 
 def delete_checkpoint(target: Path) -> None:
-    """Delete the folder; it loses its name first, so that a kill meanwhile leaves no half checkpoint under it."""
-    doomed = target.rename(target.with_name(f"{target.name}.partial"))
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Delete a checkpoint. It is renamed first: if the process is killed, no incomplete checkpoint keeps the name."""
+    renamed = target.rename(target.with_name(f"{target.name}.partial"))
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any]) -> Snapshot:
-    """Read one checkpoint folder in the structure of ``template``, checksums first.
+    """Read one checkpoint folder in the structure of ``template``, after verifying its checksums.
 
     ``identity`` holds the ``config``, ``training`` config and ``model_class`` of the run that resumes.
 
@@ -102,23 +106,23 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
     if record.get("format") != FORMAT:
         raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
     check_config(path, "model", record.get("config"), identity["config"])
-    check_config(path, "training", record.get("training"), identity["training"], _FREE)
+    check_config(path, "training", record.get("training"), identity["training"], _MAY_CHANGE)
     _check_class(path, record.get("model_class"), identity["model_class"])
-    arrays = _load_arrays(path, _tree(template), around=True)
-    around = {name.removeprefix(_AROUND): value for name, value in arrays.items() if name.startswith(_AROUND)}
-    around |= _empty_arrays(record, path)
-    return Snapshot(unflatten_state(arrays, template, path), record, around)
+    arrays = _load_arrays(path, _tree(template), extra=True)
+    extra = {name.removeprefix(_EXTRA): value for name, value in arrays.items() if name.startswith(_EXTRA)}
+    extra |= _empty_arrays(record, path)
+    return Snapshot(unflatten_state(arrays, template, path), record, extra)
 
 
 def read_params(path: Path, model: Any) -> dict[str, Any]:
     """The weights in a checkpoint, nested as ``model.params``. Raises as :func:`read_checkpoint`."""
     check_config(path, "model", read_record(path).get("config"), model.config.to_dict())
-    wanted = {"params": model.params}
-    return _fit(_load_arrays(path, wanted), wanted, path)["params"]
+    template = {"params": model.params}
+    return _fit(_load_arrays(path, template), template, path)["params"]
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint as it is, empty if it cannot be read; its checksum is not looked at."""
+    """The JSON record of a checkpoint without verifying checksums; empty if it cannot be read."""
     try:
         return _read_json(path / "run.json")
     except (FileFormatError, OSError):
@@ -126,13 +130,13 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint whose files are all as they were written; else ``FileFormatError``."""
+    """The JSON record of a checkpoint; ``FileFormatError`` unless all its files match their checksums."""
     try:
         files = _read_json(path / "manifest.json")["files"]
-        found = dict(_checksums(path))
+        actual = dict(_checksums(path))
         for name, expected in files.items():
-            if found.get(name) != expected:
-                state = "damaged" if name in found else "missing"
+            if actual.get(name) != expected:
+                state = "damaged" if name in actual else "missing"
                 raise FileFormatError(f"The checkpoint {path} is damaged: {name} is {state}.")
         return _read_json(path / "run.json")
     except FileFormatError:
@@ -142,7 +146,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def flatten_state(state: TrainState) -> dict[str, np.ndarray]:
-    """All arrays of a state by name (``params/encoder/…``), the key as its raw words."""
+    """All arrays of a state by name (``params/encoder/…``); the key as its raw data, uint32."""
     return _flatten(_tree(state))
 
 
@@ -164,10 +168,9 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _fit(arrays: Mapping[str, Any], template: Any, path: Path) -> Any:
-    """``arrays``, or what stands for them, in the structure of ``template``; ``FileFormatError`` if they do not fit."""
-    wanted = _flatten(template)
+    """``arrays`` (or ``ShapeDtypeStruct``) in the structure of ``template``; ``FileFormatError`` if they do not fit."""
     values = []
-    for name, leaf in wanted.items():
+    for name, leaf in _flatten(template).items():
         value = arrays.get(name, np.zeros(leaf.shape, leaf.dtype) if leaf.size == 0 else None)
         if value is None or value.shape != leaf.shape or value.dtype != leaf.dtype:
             has = "does not hold it" if value is None else f"holds {value.dtype}{list(value.shape)}"
@@ -177,69 +180,73 @@ def _fit(arrays: Mapping[str, Any], template: Any, path: Path) -> Any:
 
 
 def _empty_arrays(record: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
-    """The arrays around the state that have no elements: Orbax does not save them."""
+    """Arrays of size zero, from the shapes and dtypes in the record; :func:`_save_arrays` does not save them."""
     try:
-        found = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in record.get("empty", {}).items()}
-        if any(0 not in shape or dtype.hasobject for shape, dtype in found.values()):
-            raise ValueError("an array with elements")
-        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in found.items()}
+        specs = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in record.get("empty", {}).items()}
+        if any(0 not in shape or dtype.hasobject for shape, dtype in specs.values()):
+            raise ValueError("an array is not empty")
+        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in specs.items()}
     except (TypeError, ValueError, AttributeError) as error:
-        raise FileFormatError(f"The checkpoint {path} names empty arrays that are none: {error}.") from error
+        raise FileFormatError(f"The checkpoint {path} has an invalid list of empty arrays: {error}.") from error
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
-    # Orbax refuses arrays of size zero; they are rebuilt from the template.
-    held = {name: np.asarray(array) for name, array in arrays.items() if array.size}
+    # Orbax refuses arrays of size zero; reading recreates them from the template and the record.
+    nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(held))
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nonempty))
 
 
-def _load_arrays(path: Path, template: Any, *, around: bool = False) -> dict[str, np.ndarray]:
-    """The arrays of ``template``, and those around the state if wanted; sizes are compared before memory is taken."""
+def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of ``template`` by name, and with ``extra`` those with the prefix ``_EXTRA``.
+
+    Shapes and sizes are checked against the file's metadata before memory is allocated.
+    """
     import orbax.checkpoint as ocp
 
     folder = (path / "state").absolute()
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            held = {
+            saved = {
                 name: jax.ShapeDtypeStruct(entry.shape, entry.dtype)
                 for name, entry in checkpointer.metadata(folder).item_metadata.tree.items()
             }
-            _fit(held, template, path)
-            beside = {name: value for name, value in held.items() if around and name.startswith(_AROUND)}
-            if sum(value.size * value.dtype.itemsize for value in beside.values()) > _MAX_AROUND:
-                raise FileFormatError(f"{path} holds more than {_MAX_AROUND} bytes beside the state.")
-            wanted = {name: held[name] for name in _flatten(template) if name in held} | beside
-            options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+            _fit(saved, template, path)
+            extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
+            if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
+                raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
+            requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
+            options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
             return checkpointer.restore(
-                folder, args=ocp.args.PyTreeRestore(wanted, restore_args=options, partial_restore=True)
+                folder, args=ocp.args.PyTreeRestore(requested, restore_args=options, partial_restore=True)
             )
     except (FileFormatError, MemoryError):
         raise
     except Exception as error:
-        # Orbax answers what it cannot read with a dozen kinds of exception; all mean the same here.
+        # For an unreadable folder Orbax raises a dozen different exceptions, with no common base class.
         raise FileFormatError(f"The checkpoint arrays {folder} cannot be read: {error}") from error
 
 
 def _checksums(folder: Path) -> Iterator[tuple[str, list[Any]]]:
+    """Name, and [size in bytes, SHA-256], of each file in a checkpoint folder except the manifest."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise FileFormatError(f"{path} is neither a file nor a folder, and nothing that a checkpoint holds.")
+            raise FileFormatError(f"{path} is neither a file nor a folder; a checkpoint holds nothing else.")
         if path.is_file() and name != "manifest.json":
             with path.open("rb") as file:
                 yield name, [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def check_config(
-    path: Path, kind: str, saved: Any, given: Mapping[str, Any], free: frozenset[str] = frozenset()
+    path: Path, kind: str, saved: Any, given: Mapping[str, Any], may_change: frozenset[str] = frozenset()
 ) -> None:
-    """Raise ``ConfigError`` naming the first field outside ``free`` in which the saved config differs."""
+    """Raise ``ConfigError`` naming the first field outside ``may_change`` in which the saved config differs."""
     saved = saved if isinstance(saved, Mapping) else {}
     for name, value in given.items():
-        if name not in free and saved.get(name) != value:
+        if name not in may_change and saved.get(name) != value:
             raise ConfigError(
                 f"{path} was saved with {kind} config {name}={saved.get(name)!r}; this run has {value!r}. Resume with "
                 "the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
@@ -247,9 +254,9 @@ def check_config(
 
 
 def _check_class(path: Path, saved: Any, given: str) -> None:
-    """Raise ``ConfigError`` for a model of another class, whose loss may be another one; early checkpoints name none.
+    """Raise ``ConfigError`` for a model of another class, whose loss may differ. Early checkpoints name no class.
 
-    Compared without its module: the class of a script is in ``__main__`` there, in a module when imported.
+    Modules are not compared: a class defined in a script is in ``__main__`` there, and in a module when imported.
     """
     if saved is not None and str(saved).rpartition(":")[2] != given.rpartition(":")[2]:
         raise ConfigError(
@@ -263,4 +270,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    write_atomically(path, json.dumps(value, indent=1))

@@ -1,4 +1,4 @@
-"""Experience from environments: acting with the newest weights while the device trains."""
+"""Collects experience from environments: acts with the newest weights while the device trains."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from worldloom.training.writeback import strip_prefix
 _log = logging.getLogger("worldloom")
 
 _ACTING = 0xFFFFFFFF
-"""Folded into the root key for the keys of acting: no update has this number."""
+"""Folded into the root key to derive the keys for acting; no update has this number."""
 
 
 class Collector:
-    """Steps environments and stores what they return. One call of :meth:`step` is one step of all environments.
+    """Steps environments and adds the rows to replay. One call of :meth:`step` is one step of all environments.
 
-    The action at an observation is computed on the device while the host goes on; it is fetched at the next call only.
-    An update that is started in between therefore runs while the environments step, and the weights that acted are
-    those from before it: one step older than in a program that does one thing after the other.
+    :meth:`step` starts computing the next actions on the device and returns; they are fetched by the next call. An
+    update started in between therefore runs while the environments step, and the weights that chose the actions are
+    those from before that update: one step older than in a strictly sequential program.
 
-    Row t is stored once its action is known, so the newest observation of all is held here, not in replay.
+    Row t is added to replay once its action is known, so the newest observation is held here, not in replay.
 
     Args:
       env: the environments.
-      replay: where rows go.
+      replay: the buffer that rows are added to.
       model: the world model; its family's policy acts with the weights of the state given to :meth:`step`.
       config: the run's config.
-      store_latents: whether replay stores the model's latents beside the rows.
+      store_latents: whether replay stores the model's latents with the rows.
       updates_before: updates done before the first step; updates due are counted from there.
 
     Attributes:
       updates_before: see above.
-      decisions: decision steps taken so far.
-      ends: episodes that ended since a callback took them from here.
-      restarts: environment processes that had to be replaced so far.
+      decisions: decision steps taken so far, summed over all environments.
+      ends: episodes that ended since ``EpisodesCallback`` last cleared the list.
+      restarts: number of environment processes replaced so far.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class Collector:
         self._carry = algorithm.initial_carry(model.config, env.num_envs)
         self._random_prefill, self._random_steps = algorithm.random_prefill, config.prefill
         self._time_step: TimeStep | None = None
-        self._choice: tuple[Any, Mapping[str, Any]] | None = None
+        # Actions and latents for the newest time step, possibly still being computed.
+        self._pending: tuple[Any, Mapping[str, Any]] | None = None
         self._calls = self._moves = 0
         self.decisions = self.restarts = 0
         self.ends: list[EpisodeEnd] = []
@@ -79,27 +80,27 @@ class Collector:
         return self.decisions * self.env.action_repeat
 
     def updates_due(self, ratio: TrainRatio) -> int:
-        """Updates that should be done by now, those before the first step included."""
+        """Total number of updates due by now, including those before the first step."""
         return self.updates_before + ratio.updates(self.decisions)
 
     def count_from(self, updates: int, ratio: TrainRatio) -> None:
-        """Count updates by a new ``ratio``, with ``updates`` done at this moment."""
+        """Switch to a new ``ratio`` when ``updates`` updates are done."""
         self._random_steps = ratio.prefill
         self.updates_before = updates - ratio.updates(self.decisions)
 
     def step(self, state: TrainState) -> None:
-        """Take the actions chosen before, store the rows they were chosen at, and choose the next with ``state``."""
+        """Execute the pending actions, add their rows to replay, and start choosing the next actions with ``state``."""
         if self._time_step is not None and self.env.moves != self._moves:
             _log.warning("The environments were reset or stepped outside of training: all of them begin new episodes.")
-            self._time_step = self._choice = None
-        if self._choice is not None:
-            self._take(*jax.device_get(self._choice))
+            self._time_step = self._pending = None
+        if self._pending is not None:
+            self._execute(*jax.device_get(self._pending))
         elif self._time_step is None:
             self._receive(self.env.reset())
-        self._choose(state)
+        self._choose_actions(state)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What a resumed run needs: JSON-serialisable values, and arrays by name."""
+        """The state for a checkpoint: JSON-serializable values, and arrays by name."""
         counts = {
             "trained": self.updates_before,
             "decisions": self.decisions,
@@ -108,9 +109,9 @@ class Collector:
             "ends": [list(end) for end in self.ends],
             "env": env_identity(self.env),
         }
-        if self._choice is None:
+        if self._pending is None:
             return counts, {}
-        actions, latents = jax.device_get(self._choice)
+        actions, latents = jax.device_get(self._pending)
         arrays = {f"env/{name}": value for name, value in self.env.state().items()}
         arrays |= {f"carry/{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self._carry))}
         named = actions if isinstance(actions, Mapping) else {ACTION: actions}
@@ -119,9 +120,10 @@ class Collector:
         return counts, arrays
 
     def load_state_dict(self, counts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Inverse of :meth:`state_dict`: the environments are brought back by replaying their current episodes.
+        """Inverse of :meth:`state_dict`; restores the environments by replaying the actions of their current episodes.
 
-        Environments that cannot be, or that end up elsewhere, begin their next episodes instead, with a warning.
+        Environments that cannot be replayed, or that arrive at other observations, begin their next episodes instead,
+        with a warning.
         """
         self.updates_before = int(counts["trained"])
         self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
@@ -135,13 +137,14 @@ class Collector:
         structure = jax.tree.structure(self._carry)
         self._carry = jax.tree.unflatten(structure, [leaves[str(i)] for i in range(len(leaves))])
         if not np.array_equal(self.env.state()["episodes"], saved["episodes"]):
-            return  # In other episodes, the action that was chosen has no meaning.
+            return  # The saved actions were chosen at observations of other episodes.
         actions = strip_prefix(arrays, "actions/")
         # Checkpoints of earlier versions name a single action "".
         single = actions.get(ACTION, actions.get(""))
-        self._choice = actions if isinstance(self.env.action_dim, dict) else single, strip_prefix(arrays, "latents/")
+        self._pending = actions if isinstance(self.env.action_dim, dict) else single, strip_prefix(arrays, "latents/")
 
-    def _take(self, actions: Any, latents: Mapping[str, np.ndarray]) -> None:
+    def _execute(self, actions: Any, latents: Mapping[str, np.ndarray]) -> None:
+        """Add the current time step with its ``actions`` and ``latents`` to replay, and step the environments."""
         now = self._time_step
         assert now is not None
         stored = jax.tree.map(lambda action: _executed(now.is_last, action), actions)
@@ -150,6 +153,7 @@ class Collector:
         self._receive(self.env.step(actions))
 
     def _receive(self, time_step: TimeStep) -> None:
+        """Hold a new time step; check its data and note ended episodes and replaced processes."""
         self._time_step, self._moves = time_step, self.env.moves
         if time_step.is_terminal.any():
             self._validate_data(self._model_config, has_terminals=True, online=True)
@@ -160,18 +164,19 @@ class Collector:
                 self.restarts += 1
                 _log.warning("%s It was replaced, its episode closed as truncated.", event.reason)
 
-    def _choose(self, state: TrainState) -> None:
+    def _choose_actions(self, state: TrainState) -> None:
+        """Start choosing the actions for the current time step; they are random during a random prefill."""
         now = self._time_step
         assert now is not None
         self._calls += 1
         if self._random_prefill and self.decisions < self._random_steps:
             seed = np.random.SeedSequence(self._seed, spawn_key=(_ACTING, self._calls))
-            self._choice = self.env.sample_actions(np.random.Generator(np.random.Philox(seed))), {}
+            self._pending = self.env.sample_actions(np.random.Generator(np.random.Philox(seed))), {}
         else:
             self._carry, actions, latents = self._policy(
                 state.params, state.key, self._carry, now.obs, now.is_first, self._calls
             )
-            self._choice = actions, latents
+            self._pending = actions, latents
 
 
 @functools.lru_cache(maxsize=16)
@@ -181,10 +186,10 @@ def compiled_policy(
     model_config: Any,
     stored_latents: Callable[[Any], dict[str, jax.Array]] | None = None,
 ) -> Callable[..., tuple[Any, Any, dict[str, jax.Array]]]:
-    """A family's policy, compiled: (params, root key, carry, obs, is_first, call number) → carry, actions, latents.
+    """A family's policy, compiled: (params, root key, carry, obs, is_first, call number) → (carry, actions, latents).
 
-    Draws of call n use ``fold_in`` of the root key and n. Latents are those to store beside the rows; {} without
-    ``stored_latents``.
+    Call n samples with the key ``fold_in(fold_in(root key, _ACTING), n)``. The latents are those to store with the
+    rows, {} without ``stored_latents``.
     """
 
     def act(
@@ -199,7 +204,7 @@ def compiled_policy(
 
 
 def check_env_fits(env: VectorEnv, model: Any) -> None:
-    """Raise ``ConfigError`` unless the model takes the observations of ``env`` and gives the actions it needs."""
+    """Raise ``ConfigError`` unless observation shapes, action sizes and action types of ``env`` and model agree."""
     config = model.config
     model.algorithm.validate_data(config, has_terminals=False, online=True)
     pairs = {
@@ -207,28 +212,29 @@ def check_env_fits(env: VectorEnv, model: Any) -> None:
         "action_dim": (_as_dicts(env.action_dim), _as_dicts(config.action_dim)),
         "action_type": (_as_dicts(env.action_type), _as_dicts(config.action_type)),
     }
-    for name, (wanted, given) in pairs.items():
-        if isinstance(wanted, dict) and isinstance(given, str):
-            given = dict.fromkeys(wanted, given)
-        if wanted != given:
+    for name, (of_env, of_model) in pairs.items():
+        if isinstance(of_env, dict) and isinstance(of_model, str):  # One action type for all actions.
+            of_model = dict.fromkeys(of_env, of_model)
+        if of_env != of_model:
             raise ConfigError(
-                f"The environment has {name}={wanted!r}, the model {given!r}. Create the model with obs_shape="
+                f"The environment has {name}={of_env!r}, the model {of_model!r}. Create the model with obs_shape="
                 "env.obs_shape, action_dim=env.action_dim, action_type=env.action_type."
             )
 
 
 def env_identity(env: VectorEnv) -> dict[str, Any]:
-    """The settings of ``env`` that determine its episodes, as JSON values; where and how fast it runs is left out."""
+    """The settings of ``env`` that determine its episodes, as JSON values; not those that say where and how it runs."""
     plain = {name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)}
-    free = ("seed", "num_envs", "parallel", "worker_timeout", "action_repeat", "time_limit")
+    may_change = ("seed", "num_envs", "parallel", "worker_timeout", "action_repeat", "time_limit")
+    # The repeat and time limit in effect: the arguments may be None for the suite's own.
     effective = {"action_repeat": env.action_repeat, "episode_length": env.episode_length}
-    return {name: value for name, value in plain.items() if name not in free} | effective
+    return {name: value for name, value in plain.items() if name not in may_change} | effective
 
 
 def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
     """Raise ``ConfigError`` if ``saved``, the identity of a run's environments, is not that of ``env``."""
     for name, value in env_identity(env).items():
-        # Environments made from a function or an object have no spec that could be compared.
+        # Environments made from a function or an object have no spec to compare.
         if name in saved and saved[name] != value:
             raise ConfigError(
                 f"The run was collected from environments with {name}={saved[name]!r}, these have {value!r}. Resume "
@@ -237,13 +243,13 @@ def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
 
 
 def _as_dicts(value: Any) -> Any:
-    """Frozen mappings as plain dicts, which compare without regard to order."""
+    """Nested mappings as plain dicts, whose comparison ignores order."""
     return {name: _as_dicts(inner) for name, inner in value.items()} if isinstance(value, Mapping) else value
 
 
 def _executed(over: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """``actions`` as the environments execute them, within ±1; zero vectors or class −1 where an episode is over."""
+    """Actions [N, ...] as replay stores them: clipped to [−1, 1]; where ``over`` [N] is True, zeros or class −1."""
     if np.issubdtype(actions.dtype, np.integer):
         return np.where(over, -1, actions)
-    # A policy may draw from an unbounded distribution; replay holds what the environments were given.
+    # A policy may sample from an unbounded distribution; environments clip its actions, so replay must too.
     return np.where(over[:, None], np.float32(0), np.clip(actions, -1, 1))

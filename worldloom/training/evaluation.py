@@ -1,4 +1,4 @@
-"""How good a model is: loss terms on held-out data, returns of whole episodes."""
+"""Evaluation of a model: loss terms on held-out data, returns of whole episodes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from worldloom.training.sampler import SequenceSampler
 def evaluate(
     model: Any, buffer: Any, config: TrainingConfig | None = None, *, batches: int = 8, seed: int = 0, **overrides: Any
 ) -> dict[str, float]:
-    """Mean loss terms of ``model`` over windows of held-out data, every draw at its mode.
+    """Mean loss terms of ``model`` over windows of held-out data, with the mode in place of every random draw.
 
     The same arguments give the same windows and the same numbers. Compiled once per model config and batch shape.
 
     Args:
       model: a world model; it is not changed.
       buffer: the data, a ``ReplayBuffer``.
-      config: batch size and sequence length; None takes the defaults of ``TrainingConfig``.
-      batches: batches to average over.
-      seed: which windows.
+      config: batch size and sequence length; None means the defaults of ``TrainingConfig``.
+      batches: number of batches to average over.
+      seed: determines the windows.
       **overrides: fields of ``config`` to change.
 
     Returns:
@@ -39,8 +39,8 @@ def evaluate(
     config = (config or TrainingConfig()).replace(**overrides)
     check(isinstance(batches, int) and batches >= 1, f"batches must be an integer ≥ 1, not {batches!r}.")
     sampler = SequenceSampler(buffer, model, config)
-    # All are started before any is fetched: the device does not wait for the host in between.
-    terms = [model.compute_loss(sampler.draw(seed, number)[0], key=None) for number in range(batches)]
+    # Start all batches before fetching any result, so that the device does not wait for the host in between.
+    terms = [model.compute_loss(sampler.sample(seed, number)[0], key=None) for number in range(batches)]
     fetched = jax.device_get(terms)
     return {name: float(np.mean([batch[name] for batch in fetched], dtype=np.float64)) for name in fetched[0]}
 
@@ -54,23 +54,24 @@ def play(
     explore: bool = False,
     frames: list[np.ndarray] | None = None,
 ) -> list[EpisodeEnd]:
-    """Play whole episodes and return how each ended.
+    """Play whole episodes with the evaluation policy; returns their returns and lengths as :class:`EpisodeEnd`.
 
-    Every environment plays the same number of episodes (the first ones one more where that does not divide): taking
-    those that end first instead would favour short episodes. The same arguments give the same episodes.
+    Every environment plays the same number of episodes (the first ones one more if ``episodes`` is not a multiple):
+    counting the episodes that finish first would be biased towards short ones. The same arguments give the same
+    episodes.
 
     Args:
       model: a world model with the environment's shapes.
-      env: the environments; they are reset with ``seed``, and left amid an episode.
-      episodes: how many.
-      seed: of environments, latents and actions.
-      explore: act as when collecting data, not as in evaluation.
-      frames: a list to which pictures of environment 0 are appended, one an observation of its first episode; ``env``
-        must have been made with ``render=True``.
+      env: the environments; they are reset with ``seed``, and may be within an episode afterwards.
+      episodes: number of episodes in total.
+      seed: seed of environments, latents and actions.
+      explore: use the policy that collects data instead of the evaluation policy.
+      frames: list to which images of environment 0 are appended, one per observation of its first episode; requires an
+        ``env`` made with ``render=True``.
 
     Raises:
-      ConfigError: the environment and the model do not fit, or the environment renders no picture.
-      EnvError: an environment crashed; its episode counts for nothing.
+      ConfigError: the environment and the model do not fit, or the environment renders no image.
+      EnvError: an environment crashed; its episode is not counted.
     """
     check(isinstance(episodes, int) and episodes >= 1, f"episodes must be an integer ≥ 1, not {episodes!r}.")
     check_env_fits(env, model)
@@ -79,18 +80,19 @@ def play(
     act = compiled_policy(policy, model.__class__, model.config)
     params, key = model.params, root_key(seed)
     carry = algorithm.initial_carry(model.config, env.num_envs)
-    missing = np.full(env.num_envs, episodes // env.num_envs)
-    missing[: episodes % env.num_envs] += 1
+    # Episodes still to play, by environment.
+    remaining = np.full(env.num_envs, episodes // env.num_envs)
+    remaining[: episodes % env.num_envs] += 1
     ends: list[EpisodeEnd] = []
-    now, number, filming = env.reset(seed=seed), 0, frames is not None
-    while missing.any():
-        if filming and frames is not None:
+    time_step, number, recording = env.reset(seed=seed), 0, frames is not None
+    while remaining.any():
+        if recording and frames is not None:
             frames.append(env.render())
-            filming = not now.is_last[0]
-        carry, actions, _ = act(params, key, carry, now.obs, now.is_first, number)
-        now, number = env.step(jax.device_get(actions)), number + 1
-        for event in now.events:
-            if isinstance(event, EpisodeEnd) and not event.crashed and missing[event.env]:
-                missing[event.env] -= 1
+            recording = not time_step.is_last[0]
+        carry, actions, _ = act(params, key, carry, time_step.obs, time_step.is_first, number)
+        time_step, number = env.step(jax.device_get(actions)), number + 1
+        for event in time_step.events:
+            if isinstance(event, EpisodeEnd) and not event.crashed and remaining[event.env]:
+                remaining[event.env] -= 1
                 ends.append(event)
     return ends

@@ -8,9 +8,9 @@ from worldloom.training.run_state import Run
 
 
 def fit(run: Run, total_steps: int, callbacks: CallbackRunner, interrupts: Interrupts) -> None:
-    """Train until ``total_steps`` updates are done in all, a callback asks to stop, or a signal arrives.
+    """Train until ``total_steps`` updates are done in total, a callback requests a stop, or a signal arrives.
 
-    One iteration is one compiled call of up to K updates, between which the host reads nothing from the device.
+    One iteration is one compiled call of up to K updates; the host reads nothing from the device in between.
 
     Raises:
       NonFiniteError: a loss or gradient was not finite; the state is that of the last good update.
@@ -19,12 +19,12 @@ def fit(run: Run, total_steps: int, callbacks: CallbackRunner, interrupts: Inter
         total_steps, callbacks.next_step, lambda: bool(callbacks.stop_reason or interrupts.received)
     ) as chunks:
         callbacks.on_train_begin(run)
-        for chunk in chunks:  # from environments: steps them until an update is due
-            output = run.update(chunk)  # consumes the state in run.learner, and puts the next one there
-            run.writeback.submit(chunk.step, chunk.row_ids[: chunk.updates], output)
+        for chunk in chunks:  # online: steps the environments until an update is due
+            output = run.update(chunk)  # donates run.learner and replaces it
+            run.writeback.submit(chunk.step, chunk.row_ids[: chunk.updates], output)  # latents return to replay
             run.metrics.add(chunk.step, chunk.updates, output.metrics)
             run.step += chunk.updates
             if chunk.callbacks_due:
                 callbacks.on_step(run)
-        run.sync()
+        run.sync()  # a non-finite update in the last calls raises here
         callbacks.on_train_end(run)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to save and leave, the second leaves at once."""
+"""Ctrl-C and SIGTERM: the first makes the loop save and stop, a second ends the process at once."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _log = logging.getLogger("worldloom")
 
 
 class Interrupts:
-    """While entered, remembers the first SIGINT or SIGTERM instead of dying of it.
+    """Context manager that records the first SIGINT or SIGTERM in ``received`` instead of ending the process.
 
-    Handlers are only installed in the main thread (Python allows no other), only in place of the default ones (a
-    program that handles a signal itself goes on doing so), and are taken back when the first signal arrives or on exit.
+    Handlers are installed only in the main thread (Python allows no other) and only in place of the default ones, so a
+    program's own handlers stay in effect. They are uninstalled when the first signal arrives, or on exit.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                    self._before[number] = signal.signal(number, self._remember)
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -34,18 +34,18 @@ class Interrupts:
     ) -> None:
         self._restore()
 
-    def leave(self) -> None:
-        """End the program as the signal would have: ``KeyboardInterrupt``, or ``SystemExit(143)`` for SIGTERM."""
+    def raise_received(self) -> None:
+        """Raise ``KeyboardInterrupt`` after SIGINT, or ``SystemExit(143)`` after SIGTERM; return if none arrived."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:
             raise SystemExit(128 + self.received)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
         _log.warning("Stopping once this update is done and callbacks have saved; the same signal again ends at once.")
 
     def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+        while self._previous:
+            signal.signal(*self._previous.popitem())

@@ -1,4 +1,4 @@
-"""Metrics on their way from the device: accumulated per callback, fetched late, named for the logs."""
+"""Metrics of updates: fetched from the device asynchronously, accumulated for each callback, named for logs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ import numpy as np
 from worldloom.errors import NonFiniteError
 
 IN_FLIGHT = 2
-"""Compiled calls that may be under way: one runs, one waits, so the device never does."""
+"""Maximum number of compiled calls in flight: one running and one queued, so that the device is never idle."""
 
 
 class MetricsAccumulator:
-    """Metrics of the updates after ``start`` up to and including ``end`` (None: still open).
+    """Sums and counts of the metrics of updates ``start`` + 1 to ``end`` (None while open).
 
-    Rows are added one by one in float64, so a mean does not depend on how many updates a call had or where a run was
-    interrupted. Values that are not finite are left out of the means.
+    Rows are added one by one in float64, so a mean does not depend on how updates are grouped into calls or where a run
+    was interrupted. Non-finite values are excluded from the means.
+
+    Attributes:
+      total: sums of the finite values, float64 [M].
+      count: number of finite values, int64 [M].
+      last: metrics of the newest update added, [M]; None if there is none.
+      seen: number of the newest update added.
     """
 
     def __init__(self, start: int):
@@ -59,23 +65,24 @@ class MetricsAccumulator:
 
     def closed_copy(self, end: int) -> MetricsAccumulator:
         """A copy closed at ``end``; this one stays open."""
-        twin = MetricsAccumulator(self.start)
-        twin.total, twin.count, twin.last, twin.seen = self.total.copy(), self.count.copy(), self.last, self.seen
-        twin._began, twin._rows = self._began, self._rows
-        twin.close(end)
-        return twin
+        copied = MetricsAccumulator(self.start)
+        copied.total, copied.count = self.total.copy(), self.count.copy()
+        copied.last, copied.seen = self.last, self.seen
+        copied._began, copied._rows = self._began, self._rows
+        copied.close(end)
+        return copied
 
     def means(self) -> np.ndarray:
         """Mean of each metric [M], NaN for one that was never finite."""
         return np.where(self.count > 0, self.total / np.maximum(self.count, 1), np.nan)
 
     def rate(self) -> float:
-        """Updates per second, of those that were done in this process."""
+        """Updates per second, of the updates done in this process."""
         elapsed = (self._ended or time.perf_counter()) - self._began
         return self._rows / elapsed if self._rows and elapsed > 0 else 0.0
 
     def restart_clock(self) -> None:
-        """Leave the time between two calls of ``train`` out of the rate."""
+        """Exclude the time between two calls of ``train`` from the rate."""
         self._began, self._rows = time.perf_counter(), 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,11 +104,11 @@ class MetricsAccumulator:
 
 
 class MetricsStream:
-    """Rows of metrics in flight from the device, added in order to the accumulators that follow.
+    """Queue of metrics that the device is still computing; adds them in order to the registered accumulators.
 
     Attributes:
-      names: metric names in the order of the rows; empty before :meth:`open`.
-      last: the newest row that has arrived, with its step.
+      names: metric names in the order of the rows [M]; empty before :meth:`open`.
+      last: the newest row that was fetched, [M], with its step.
     """
 
     def __init__(self) -> None:
@@ -112,49 +119,49 @@ class MetricsStream:
         self._accumulators: list[MetricsAccumulator] = []
 
     def open(self, names: tuple[str, ...], guarded: tuple[int, ...]) -> None:
-        """Rows with these names are about to come; those at the positions ``guarded`` must be finite."""
+        """Set the names of the rows' metrics; those at the positions ``guarded`` must be finite."""
         self.names, self._guarded = names, list(guarded)
         for accumulator in self._accumulators:
             accumulator.restart_clock()
 
-    def follow(self, accumulator: MetricsAccumulator) -> MetricsAccumulator:
-        """Add rows to ``accumulator`` from now on, until it is complete."""
+    def register(self, accumulator: MetricsAccumulator) -> MetricsAccumulator:
+        """Add the rows fetched from now on to ``accumulator``, until it is complete; returns it."""
         if not accumulator.complete:
             self._accumulators.append(accumulator)
         return accumulator
 
     def add(self, step: int, count: int, rows: jax.Array) -> None:
-        """Note that ``count`` updates after ``step`` were started; waits until at most ``IN_FLIGHT`` calls are.
+        """Queue the metrics ``rows`` [K, M] of ``count`` updates after ``step``; waits if too many calls are in flight.
 
-        Raises ``NonFiniteError`` when a loss or gradient that has arrived is not finite.
+        Raises ``NonFiniteError`` if a fetched loss or gradient norm is not finite.
         """
         self._pending.append((step, count, rows))
-        self._receive(IN_FLIGHT)
+        self._fetch(IN_FLIGHT)
 
     def sync(self) -> None:
-        """Wait for everything in flight. Raises as :meth:`add`."""
-        self._receive(0)
+        """Wait for all calls in flight. Raises as :meth:`add`."""
+        self._fetch(0)
 
-    def _receive(self, leave: int) -> None:
-        while len(self._pending) > leave:
+    def _fetch(self, max_pending: int) -> None:
+        while len(self._pending) > max_pending:
             step, count, device_rows = self._pending.popleft()
             rows = np.asarray(device_rows)[:count].astype(np.float64)
-            self._check(step, rows)
+            self._check_finite(step, rows)
             for number, row in enumerate(rows, step + 1):
                 for accumulator in self._accumulators:
                     accumulator.add(number, row)
             self.last = step + count, rows[-1]
             self._accumulators = [accumulator for accumulator in self._accumulators if not accumulator.complete]
 
-    def _check(self, step: int, rows: np.ndarray) -> None:
+    def _check_finite(self, step: int, rows: np.ndarray) -> None:
         if np.isfinite(rows[:, self._guarded]).all():
             return
         self._pending.clear()
+        # The first non-finite update, and the terms that caused it: the total is not finite because a term is not.
         index = int(np.argmin(np.isfinite(rows[:, self._guarded]).all(axis=1)))
-        wrong = {self.names[i]: rows[index, i] for i in self._guarded if not np.isfinite(rows[index, i])}
-        # The total says nothing that its terms do not say better.
-        culprits = [name for name in wrong if name != "loss"] or ["loss"]
-        listed = ", ".join(f"{name} = {wrong[name]}" for name in culprits)
+        nonfinite = {self.names[i]: rows[index, i] for i in self._guarded if not np.isfinite(rows[index, i])}
+        causes = [name for name in nonfinite if name != "loss"] or ["loss"]
+        listed = ", ".join(f"{name} = {nonfinite[name]}" for name in causes)
         raise NonFiniteError(f"Step {step + index + 1}: {listed}; the update was not applied.")
 
 
@@ -162,9 +169,9 @@ class LazyMetrics(Mapping[str, float]):
     """Metrics by name, fetched from the device when the first one is read.
 
     Args:
-      stream: where the rows arrive.
-      accumulator: the updates meant.
-      mean: their mean, or else the values of the last of them.
+      stream: the stream that ``accumulator`` is registered with.
+      accumulator: accumulates the updates in question.
+      mean: whether to return their mean instead of the last update's values.
     """
 
     def __init__(self, stream: MetricsStream, accumulator: MetricsAccumulator, *, mean: bool):
@@ -181,6 +188,7 @@ class LazyMetrics(Mapping[str, float]):
             return {}
         self._stream.sync()
         row: np.ndarray | None = self._accumulator.means() if self._mean else self._accumulator.last
+        # An accumulator that begins at its own end has no rows; the stream still holds that update's.
         newest = self._stream.last
         if not self._mean and row is None and newest and newest[0] == self._accumulator.end:
             row = newest[1]

@@ -1,4 +1,4 @@
-"""Everything about one run in one folder."""
+"""A folder with all files of one run: config, versions, metrics, checkpoints, weights, plots."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import jax
 from worldloom.config import read_json_object
 from worldloom.envs import VectorEnv, make_env
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
+from worldloom.families import class_name
 from worldloom.files import write_atomically
 from worldloom.training.callbacks import (
     Callback,
@@ -34,26 +35,28 @@ from worldloom.training.run_info import versions
 
 _log = logging.getLogger("worldloom")
 _FORMAT = 1
-_MOST_ENVS = 10
-"""Environments that an evaluation steps together."""
+"""Version of the layout of ``config.json``."""
+_MAX_EVAL_ENVS = 10
+"""Maximum number of environments that an evaluation steps together."""
 _SIMULATORS = ("gymnasium", "dm-control", "mujoco", "ale-py", "crafter", "shimmy")
+"""Packages whose versions are recorded if they are installed."""
 
 
 class RunFolder:
-    """A folder that holds what a run is, how it went and what it became::
+    """A folder with all files of one run::
 
         runs/pendulum/
-          config.json           model, training and environment: all that makes the run again
+          config.json           model, training and environment: everything needed to repeat the run
           versions.json         a record per start: packages, git revision, device, command
-          metrics.jsonl         see LoggingCallback; TensorBoard's events lie beside it
+          metrics.jsonl         see LoggingCallback; next to it, TensorBoard's event files
           checkpoints/          see CheckpointCallback
-          model/                the weights at the end, for create_world_model
-          learning_curve.png    returns, or losses when there is no environment
+          model/                the final weights, for create_world_model
+          learning_curve.png    returns, or losses if there is no environment
           eval.gif              the first episode of the newest evaluation
-          open_loop*.png        DreamerV3: what it imagines beside what happened there
-          horizon.png           TD-MPC2: errors of reward, value and latent there by imagined steps
+          open_loop*.png        DreamerV3: open-loop predictions next to the observations of that evaluation
+          horizon.png           TD-MPC2: errors of reward, value and latent in that evaluation by prediction steps
 
-    Hand its callbacks to a trainer::
+    Pass its callbacks to a trainer::
 
         env, run = make_env("Pendulum-v1"), RunFolder("runs/pendulum")
         Trainer(model, config, run.callbacks(env)).train(env, resume="auto")
@@ -72,33 +75,33 @@ class RunFolder:
         return (self.path / "config.json").is_file()
 
     def settings(self) -> dict[str, Any]:
-        """``config.json``: ``run_id``, and the dicts ``model``, ``training`` and ``env`` (None without one).
+        """``config.json``: ``run_id``, and the dicts ``model``, ``training`` and ``env`` (None without environments).
 
-        Raises ``FileFormatError`` if there is none, or none that this version reads.
+        Raises ``FileFormatError`` if the file is missing, damaged or of another format.
         """
         if not self.exists:
             raise FileFormatError(f"{self.path} is not the folder of a run: it has no config.json.")
         settings = read_json_object(self.path / "config.json")
-        wanted = {"run_id": str, "model": dict, "training": dict}
-        if settings.get("format") != _FORMAT or any(not isinstance(settings.get(n), t) for n, t in wanted.items()):
-            raise FileFormatError(f"{self.path / 'config.json'} is not that of a run folder of format {_FORMAT}.")
+        required = {"run_id": str, "model": dict, "training": dict}
+        if settings.get("format") != _FORMAT or any(not isinstance(settings.get(n), t) for n, t in required.items()):
+            raise FileFormatError(f"{self.path / 'config.json'} is not a run's config of format {_FORMAT}.")
         return settings
 
     def title(self) -> str:
-        """What the run is, in a few words."""
+        """Title of plots: the model's type and the environment."""
         settings = self.settings()
         env = settings.get("env") or {}
-        where = env.get("spec") or env.get("made_of") or "recorded episodes"
-        return f"{settings['model'].get('model_type')} on {where}"
+        source = env.get("spec") or env.get("made_of") or "recorded episodes"
+        return f"{settings['model'].get('model_type')} on {source}"
 
     def training_config(self, **changes: Any) -> TrainingConfig:
         """The run's ``TrainingConfig``, with ``changes``."""
         return TrainingConfig(**{**self.settings()["training"], **changes})
 
     def make_env(self, **changes: Any) -> VectorEnv:
-        """The run's environments, made again with ``changes`` to the arguments of ``make_env``.
+        """The run's environments, recreated with ``changes`` to the arguments of ``make_env``.
 
-        Raises ``ConfigError`` if they were made of a function or an object, which a file cannot hold.
+        Raises ``ConfigError`` if they were made from a function or an object, which a file cannot hold.
         """
         settings = self.settings().get("env")
         if settings is None:
@@ -106,87 +109,87 @@ class RunFolder:
         spec = changes.pop("spec", settings["spec"])
         if spec is None:
             raise ConfigError(
-                f"The environment of {self.path} was made of {settings['made_of']}, which cannot be made again from a "
+                f"The environment of {self.path} was made from {settings['made_of']}, which cannot be recreated from a "
                 "file; register it with Gymnasium and train by its id, or evaluate it in Python by worldloom.training."
                 "evaluation.play."
             )
-        rest = {name: value for name, value in settings.items() if name not in ("spec", "made_of")}
-        return make_env(spec, **{**rest, **changes})
+        options = {name: value for name, value in settings.items() if name not in ("spec", "made_of")}
+        return make_env(spec, **{**options, **changes})
 
     def callbacks(self, source: Any = None, *, episodes: int = 10, progress: bool = True) -> list[Callback]:
-        """Callbacks that write all of it, for one trainer.
+        """Callbacks that write all files of the run, for one trainer.
+
+        If an environment cannot render, there is no video; if it cannot be recreated, there is no evaluation. Either is
+        logged as a warning.
 
         Args:
-          source: the environments that are trained in (evaluation and pictures use others of their kind), or a
-            ``ReplayBuffer`` of held-out episodes, or None for neither.
-          episodes: how many an evaluation plays.
-          progress: show a progress bar, and a line per evaluation.
-
-        An environment that draws nothing gives no video, one that cannot be made again no evaluation; a warning says
-        so.
+          source: the environments to train in (evaluations use separate ones made in the same way), a ``ReplayBuffer``
+            of held-out episodes, or None for no evaluation.
+          episodes: number of episodes per evaluation.
+          progress: whether to show a progress bar and print a line per evaluation.
         """
-        showing: list[Callback] = [ProgressCallback("training"), EvalPrinter()] if progress else []
+        output: list[Callback] = [ProgressCallback("training"), EvalPrinter()] if progress else []
         online = isinstance(source, VectorEnv)
         evaluation = self._evaluation(source, episodes) if online else None
-        measuring: list[Callback] = [evaluation] if evaluation else []
+        evaluations: list[Callback] = [evaluation] if evaluation else []
         if evaluation:
-            showing.append(FinalEvaluation(evaluation))
+            output.append(FinalEvaluation(evaluation))
         elif source is not None and not online:
-            measuring = [EvalCallback(source)]
-        monitor = "eval/return" if evaluation else "eval/loss" if measuring else "loss"
+            evaluations = [EvalCallback(source)]
+        monitor = "eval/return" if evaluation else "eval/loss" if evaluations else "loss"
         return [
-            _Record(self, source.settings if online else None),
-            *measuring,
+            _RunRecorder(self, source.settings if online else None),
+            *evaluations,
             LoggingCallback(str(self.path), log_to_console=False, log_to_tensorboard=True),
-            *showing,
+            *output,
             CheckpointCallback(str(self.checkpoints), monitor=monitor),
             CurveCallback(self.path, self.title, None if online else source),
         ]
 
     def _evaluation(self, env: VectorEnv, episodes: int) -> EvalReportCallback | None:
-        count, seed = min(episodes, _MOST_ENVS), env.seed + 1
+        """The evaluation in separate environments; without video if they cannot render, None if there are none."""
+        count, seed = min(episodes, _MAX_EVAL_ENVS), env.seed + 1
         try:
             try:
-                other = env.another(count, seed, render=True)
+                eval_env = env.another(count, seed, render=True)
             except ConfigError:
                 raise
-            except Exception as error:  # Whatever a simulator without graphics raises.
+            except Exception as error:  # Simulators without graphics raise exceptions of any type.
                 _log.warning("There will be no video: %s", error)
-                other = env.another(count, seed)
+                eval_env = env.another(count, seed)
         except ConfigError as error:
             _log.warning("There will be no evaluation: %s", error)
             return None
-        return EvalReportCallback(other, self.path, self.title, episodes=episodes, seed=seed)
+        return EvalReportCallback(eval_env, self.path, self.title, episodes=episodes, seed=seed)
 
 
-class _Record(Callback):
-    """Writes what the run is, before anything else is written, and its weights at the end."""
+class _RunRecorder(Callback):
+    """Writes the run's config and versions before any other file, and the final weights at the end."""
 
     every = 0
     order = -2
 
     def __init__(self, run: RunFolder, env: Mapping[str, Any] | None):
-        self.run, self.env = run, None if env is None else _plain(env)
+        self.run, self.env = run, None if env is None else _json_settings(env)
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         path = self.run.path
         if self.run.exists and self.run.settings()["run_id"] != info.run_id and any(self.run.checkpoints.glob("*")):
             raise CheckpointError(
-                f"{path} holds another run. Go on with that one by train(…, resume='auto'), or choose another folder."
+                f"{path} holds another run. Continue that one by train(…, resume='auto'), or choose another folder."
             )
         path.mkdir(parents=True, exist_ok=True)
-        cls = info.model_class
         settings = {
             "format": _FORMAT,
             "run_id": info.run_id,
-            "model_class": f"{cls.__module__}:{cls.__qualname__}",
+            "model_class": class_name(info.model_class),
             "model": info.model_config.to_dict(),
             "training": info.config.to_dict(),
             "env": self.env,
         }
         _write_json(path / "config.json", settings)
-        starts = _starts(path / "versions.json") if info.step else []
-        _write_json(path / "versions.json", [*starts, _this_start(info)])
+        earlier_starts = _read_starts(path / "versions.json") if info.step else []
+        _write_json(path / "versions.json", [*earlier_starts, _start_record(info)])
         return None
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
@@ -194,8 +197,8 @@ class _Record(Callback):
         return None
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of environments as JSON takes them; what cannot be made again from a file is described instead."""
+def _json_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of environments as JSON values; functions and objects are replaced by a description, ``made_of``."""
     spec = settings.get("spec")
     options = {name: value for name, value in settings.items() if name != "spec" and value is not None}
     try:
@@ -208,7 +211,8 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"spec": None, "made_of": f"{spec.__module__}.{name}" if name else type(spec).__name__, **plain}
 
 
-def _this_start(info: StepInfo) -> dict[str, Any]:
+def _start_record(info: StepInfo) -> dict[str, Any]:
+    """The record of one start of the run for ``versions.json``."""
     device = next(iter(jax.tree.leaves(jax.config.jax_default_device)), None) or jax.devices()[0]  # type: ignore[attr-defined]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -218,32 +222,35 @@ def _this_start(info: StepInfo) -> dict[str, Any]:
         "system": platform.platform(),
         "git": _git_revision(Path.cwd()),
         "seed": info.config.seed,
-        "packages": versions() | _simulators(),
+        "packages": versions() | _simulator_versions(),
     }
 
 
-def _simulators() -> dict[str, str]:
-    found = {}
+def _simulator_versions() -> dict[str, str]:
+    installed = {}
     for name in _SIMULATORS:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _git_revision(folder: Path) -> str | None:
-    """Commit of the checkout around ``folder``, with ``+changes`` if its files differ from that; None without one."""
+    """Commit of the git checkout around ``folder``, with ``+changes`` if files are modified; None without one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
     try:
-        ask = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        return ask("rev-parse", "HEAD") + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _starts(path: Path) -> list[Any]:
+def _read_starts(path: Path) -> list[Any]:
+    """The list in ``versions.json``; empty if it cannot be read."""
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

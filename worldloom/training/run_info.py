@@ -1,4 +1,4 @@
-"""What identifies a run on its host: the root key, versions; copies of its state and model."""
+"""Root key and package versions of a run, and copies of its state and model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from worldloom.training.update_loop import copy
 
 
 def root_key(seed: int) -> jax.Array:
-    """The root key of a run; unlike ``jax.random.key`` alone it tells seeds beyond 32 bits apart."""
+    """The root key of a run. Unlike ``jax.random.key``, it uses all bits of seeds beyond 32 bits."""
     key = jax.random.key(seed & 0xFFFFFFFF)
     return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
 
 
 def on_host(state: TrainState) -> TrainState:
-    """A copy with NumPy arrays, which no later update can touch. The key stays a JAX key."""
+    """A copy of ``state`` with NumPy arrays, independent of later updates. The key stays a JAX key."""
     fetched = jax.device_get((state.step, state.params, state.opt_state))
     step, params, opt_state = jax.tree.map(np.array, fetched)
     return state.replace(step=step, params=params, opt_state=opt_state, key=copy(state.key))
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def with_params(model: Any, params: dict[str, Any]) -> Any:
-    """A copy of ``model`` that holds the weights ``params``."""
-    twin = nnx.clone(model)
-    twin.load_params(params)
-    return twin
+    """A copy of ``model`` with the weights ``params``."""
+    copied = nnx.clone(model)
+    copied.load_params(params)
+    return copied

@@ -1,4 +1,4 @@
-"""One training run as an object: what it learns, what it reads, where it stands, and how it is saved and restored."""
+"""One training run as an object: its state, its data, its counters, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from worldloom.config import check
 from worldloom.devices import resolve_device
 from worldloom.envs import VectorEnv
 from worldloom.errors import ConfigError, NonFiniteError
+from worldloom.families import class_name
 from worldloom.replay import ReplayBuffer
 from worldloom.training.batches import BatchSource, UpdateChunk
 from worldloom.training.callbacks.base import StepInfo
@@ -34,42 +35,42 @@ from worldloom.xla_workarounds import needs_unrolled_updates
 _log = logging.getLogger("worldloom")
 
 _FIXED = ("seed", "device", "updates_per_call", "replay_capacity")
-"""Fields of ``TrainingConfig`` that cannot change once a run has begun: its state was made with them."""
+"""Fields of ``TrainingConfig`` that cannot change once a run has begun, because its state depends on them."""
 
 
 class Run:
-    """Everything that changes while a model is trained. :func:`worldloom.training.fit.fit` is the loop over it.
+    """Everything that changes while a model is trained; :func:`worldloom.training.fit.fit` loops over it.
 
     Args:
       model: the world model; it keeps its own arrays until :meth:`sync_model`.
-      config: how to train.
+      config: the training config.
 
     Attributes:
       step: updates done.
       learner: weights, optimizer state and non-finite guard, on the device; None before the first use.
-      sampler: draws batches from replay or from recorded data.
-      collector: steps the environments; None for recorded data.
-      writeback: fresh latents on their way to replay.
-      metrics: rows of metrics on their way from the device.
-      total_steps: updates at which the present call of ``train`` ends.
-      capacity: K, the most updates in one compiled call.
+      sampler: samples batches from replay or from recorded episodes.
+      collector: steps the environments; None offline.
+      writeback: writes fresh latents back to replay.
+      metrics: queue of metrics that the device is still computing.
+      total_steps: updates at which the current call of ``train`` ends.
+      capacity: K, the maximum number of updates per compiled call.
 
     Raises:
-      DeviceError: ``config.device`` is a numbered device that is not there.
-      ConfigError: training would not train the model as it is, see ``WorldModel.check_trainable``.
+      DeviceError: ``config.device`` is a numbered device that does not exist.
+      ConfigError: training would ignore a change of the model, see ``WorldModel.check_trainable``.
     """
 
     def __init__(self, model: Any, config: TrainingConfig):
         self.model, self.config = model, config
         self.device = resolve_device(config.device)
         model.check_trainable(self.device)
-        # On a CPU, a call costs little beside an update, and a short one answers Ctrl-C sooner.
+        # On a CPU, the overhead of a call is small compared with an update, and short calls react to Ctrl-C sooner.
         self.capacity = config.updates_per_call or (1 if self.device.platform == "cpu" else 8)
         self._unrolled = needs_unrolled_updates(model, self.device)
         if self._unrolled and self.capacity > 1:
             _log.warning(
-                "updates_per_call=%d is taken as 1: on a CPU, XLA computes gradients of convolutions a hundred times "
-                "slower inside the loop that several updates in one call are.",
+                "updates_per_call=%d is reduced to 1: on a CPU, XLA computes gradients of convolutions a hundred times "
+                "slower inside the loop over several updates.",
                 self.capacity,
             )
             self.capacity = 1
@@ -84,12 +85,12 @@ class Run:
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
-        """Names of the loss terms: the algorithm's, then those that the model's class adds."""
+        """Names of the loss terms: the algorithm's, followed by those that the model's class adds."""
         return tuple(dict.fromkeys((*self.model.algorithm.loss_terms, *type(self.model).loss_terms)))
 
     @property
     def state(self) -> TrainState:
-        """The newest state, perhaps still being computed."""
+        """The newest state, possibly still being computed."""
         if self.learner is None:
             with jax.default_device(self.device):
                 training = self.config.of_update()
@@ -100,16 +101,16 @@ class Run:
 
     @property
     def env_steps(self) -> int:
-        """Environment steps taken; 0 when training from recorded episodes."""
+        """Environment steps taken; 0 offline."""
         return self.collector.env_steps if self.collector else 0
 
     @property
     def ratio(self) -> TrainRatio:
-        """When updates are due while environments are stepped."""
+        """Determines when updates are due in online training."""
         assert self.sampler is not None
         return TrainRatio.of(self.config, self.sampler.rows_under_gradient)
 
-    # ---- where data come from ---------------------------------------------------------------------------------------
+    # ---- sources of data --------------------------------------------------------------------------------------------
 
     def use_data(self, buffer: Any) -> None:
         """Train on recorded episodes."""
@@ -117,12 +118,13 @@ class Run:
         self.writeback.switch_buffer(buffer)
 
     def use_env(self, env: VectorEnv, replay: Any = None) -> bool:
-        """Train on rows collected in ``env``; returns whether collecting starts (False: it continues there).
+        """Train on rows collected in ``env``; returns True for a new collector, False if the current one continues.
 
-        ``replay`` is the buffer to collect into; None is that of the present collector, or a new one.
+        ``replay`` is the buffer to collect into; None means the current collector's buffer, or a new one.
         """
         continues = self.collector is not None and self.collector.env is env
         if self.collector is None or not continues or replay not in (None, self.collector.replay):
+            # Other environments or another buffer: prepare the buffer for a new collector.
             check_env_fits(env, self.model)
             config = self.model.config
             if replay is None:
@@ -134,15 +136,15 @@ class Run:
             replay = self.collector.replay
         self.sampler = SequenceSampler(replay, self.model, self.config, allow_empty=True)
         if not continues:
-            store = self.sampler.uses_latents
+            store_latents = self.sampler.uses_latents
             self.collector = Collector(
-                env, replay, self.model, self.config, store_latents=store, updates_before=self.step
+                env, replay, self.model, self.config, store_latents=store_latents, updates_before=self.step
             )
         self.writeback.switch_buffer(replay)
         return not continues
 
     def updates_for(self, env_steps: int) -> int:
-        """Updates in all when ``env_steps`` environment steps have been taken. Raises ``ConfigError`` if none are."""
+        """Total number of updates due after ``env_steps`` environment steps. Raises ``ConfigError`` if it is 0."""
         assert self.collector is not None
         decisions = env_steps // self.collector.env.action_repeat
         due = self.ratio.updates(decisions)
@@ -153,7 +155,7 @@ class Run:
         )
         return self.collector.updates_before + due
 
-    # ---- the parts of the loop --------------------------------------------------------------------------------------
+    # ---- parts of the loop ------------------------------------------------------------------------------------------
 
     @contextmanager
     def batches(
@@ -162,12 +164,12 @@ class Run:
         next_callback_step: Callable[[int], int | None],
         stop_requested: Callable[[], bool],
     ) -> Iterator[Iterator[UpdateChunk]]:
-        """The chunks up to ``total_steps`` updates, while entered; see :class:`BatchSource`."""
+        """Context manager of the iterator over the chunks up to ``total_steps`` updates; see :class:`BatchSource`."""
         assert self.sampler is not None
         self.total_steps = total_steps
-        # An update consumes its state; the arrays that the model and callers hold must outlive it.
+        # Updates donate the state, so copy the arrays that the model and callers still hold.
         self._set_state(copy(self.state))
-        self._place_replay(self.sampler)
+        self._choose_replay_storage(self.sampler)
         self._update = compiled_update(
             self.model.algorithm.make_update,
             self.model.config,
@@ -194,7 +196,7 @@ class Run:
         self._skipped = int(self._guard.skipped)
 
     def update(self, chunk: UpdateChunk) -> UpdateOutput:
-        """Start the updates of a chunk on the device; :attr:`learner` becomes their result."""
+        """Start the updates of a chunk on the device and replace :attr:`learner`, whose state is donated."""
         assert self._update is not None
         assert self.learner is not None
         assert self.sampler is not None
@@ -206,12 +208,13 @@ class Run:
         return output
 
     def sync(self) -> None:
-        """Wait until everything started is done. Raises ``NonFiniteError`` naming step and term."""
+        """Wait for all updates and writes in flight. Raises ``NonFiniteError`` naming step and term."""
         self.metrics.sync()
         self.writeback.flush()
 
     def sync_model(self) -> None:
-        """Give the model the newest weights. A call that failed amid an update has used the state up."""
+        """Load the newest weights into the model."""
+        # If a compiled call failed, its donated state is gone; the model keeps its weights.
         if self.learner is None or self.learner.state.step.is_deleted():
             self.learner = None
             return
@@ -221,33 +224,34 @@ class Run:
     # ---- reading, saving, restoring ---------------------------------------------------------------------------------
 
     def read_state(self) -> TrainState:
-        """A copy of the state on the host, when everything started is done."""
+        """A copy of the state on the host, after all updates in flight."""
         self.sync()
         self._skipped = int(self._guard.skipped)
         return on_host(self.state)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be resumed: both configs and the model's class."""
-        cls = type(self.model)
+        """Both configs and the model's class, which a checkpoint must match to be resumed."""
         return {
             "config": self.model.config.to_dict(),
             "training": self.config.to_dict(),
-            "model_class": f"{cls.__module__}:{cls.__qualname__}",
+            "model_class": class_name(type(self.model)),
         }
 
-    def step_info(self, *, callback_state: Callable[[], dict[str, Any]], **of_callbacks: Any) -> StepInfo:
-        """The record of this step that callbacks are given.
+    def step_info(self, *, callback_state: Callable[[], dict[str, Any]], **runner_fields: Any) -> StepInfo:
+        """The :class:`StepInfo` of this step.
 
         Args:
           callback_state: function () → the callbacks' part of a snapshot.
-          **of_callbacks: the fields of :class:`StepInfo` that only their runner knows.
+          **runner_fields: the fields of :class:`StepInfo` that the callback runner provides.
         """
         assert self.sampler is not None
         step = self.step
 
         def read_state() -> TrainState:
             if self.step != step:
-                raise RuntimeError(f"The state of step {step} is gone; read it before the callback returns.")
+                raise RuntimeError(
+                    f"The state of step {step} is no longer available; read it before the callback returns."
+                )
             return self.read_state()
 
         return StepInfo(
@@ -263,7 +267,7 @@ class Run:
             read_state=read_state,
             model=lambda: with_params(self.model, read_state().params),
             snapshot=lambda: self.snapshot(read_state(), callback_state()),
-            **of_callbacks,
+            **runner_fields,
         )
 
     def snapshot(self, state: TrainState, callbacks: Mapping[str, Any]) -> Snapshot:
@@ -273,7 +277,7 @@ class Run:
           state: from :meth:`read_state`.
           callbacks: ``CallbackRunner.state_dict()``.
 
-        Raises ``NonFiniteError`` for weights that are not finite: such a checkpoint would be of no use.
+        Raises ``NonFiniteError`` if a weight is not finite, because such a checkpoint would be useless.
         """
         assert self.sampler is not None
         for name, array in flatten_state(state).items():
@@ -298,16 +302,17 @@ class Run:
         return Snapshot(state, record, arrays, self.sampler.buffer if changes else None)
 
     def restore(self, snapshot: Snapshot, folder: Path) -> None:
-        """Go back to a snapshot, with all in replay that online training had collected; ``folder`` is for messages.
+        """Restore a snapshot, including replay content that the run collected; ``folder`` is named in messages.
 
-        Raises ``ConfigError`` if it is of a run with another kind of source.
+        Raises ``ConfigError`` if the snapshot's run was offline and this one is online, or the reverse.
         """
         state, record, arrays, replay = snapshot
         assert self.sampler is not None
         if (self.collector is None) != ("collector" not in record):
             kinds = ("recorded episodes", "environments")
             saved, given = kinds if self.collector else kinds[::-1]
-            raise ConfigError(f"The run in {folder} was trained from {saved}; it cannot go on from {given}.")
+            raise ConfigError(f"The run in {folder} was trained from {saved}; it cannot continue from {given}.")
+        # Online: rows, environments and pending actions. Offline: only latents, if the episodes are the same.
         if self.collector is not None:
             check_same_env(record["collector"].get("env", {}), self.collector.env)
             self.collector.replay.adopt(replay)
@@ -327,27 +332,28 @@ class Run:
         self.sync_model()
 
     def reconfigure(self, config: TrainingConfig) -> None:
-        """Train by ``config`` from now on.
+        """Switch to ``config``.
 
-        Raises ``ConfigError`` for what cannot change within a run: seed, device, grouping of updates, the size of a
-        replay buffer that exists, and anything that gives the optimizer a state of another shape.
+        Raises ``ConfigError`` for a change that is impossible within a run: of seed, device, updates per call, the size
+        of an existing replay buffer, or the structure of the optimizer's state.
         """
         check(isinstance(config, TrainingConfig), f"config must be a TrainingConfig, not a {type(config).__name__}.")
         begun = self.learner is not None or self.step > 0
         for name in _FIXED:
-            before, now = getattr(self.config, name), getattr(config, name)
-            if before != now and (self.collector is not None if name == "replay_capacity" else begun):
+            old, new = getattr(self.config, name), getattr(config, name)
+            if old != new and (self.collector is not None if name == "replay_capacity" else begun):
                 raise ConfigError(
-                    f"{name}={before!r} cannot change to {now!r} within a run; begin a new Trainer with this model."
+                    f"{name}={old!r} cannot change to {new!r} within a run; begin a new Trainer with this model."
                 )
         if not begun:
-            fresh = Run(self.model, config)
-            self.device, self.capacity, self._unrolled = fresh.device, fresh.capacity, fresh._unrolled
-            self.writeback = fresh.writeback
+            # Nothing depends on the old config yet: take what the constructor derives from the new one.
+            new_run = Run(self.model, config)
+            self.device, self.capacity, self._unrolled = new_run.device, new_run.capacity, new_run._unrolled
+            self.writeback = new_run.writeback
         elif self.learner is not None:
-            make = lambda key: self.model.algorithm.init_state(self.model, config.of_update(), key)  # noqa: E731
-            wanted = jax.eval_shape(make, self.state.key).opt_state
-            if str(jax.tree.structure(wanted)) != str(jax.tree.structure(self.state.opt_state)):
+            init_state = lambda key: self.model.algorithm.init_state(self.model, config.of_update(), key)  # noqa: E731
+            expected = jax.eval_shape(init_state, self.state.key).opt_state
+            if str(jax.tree.structure(expected)) != str(jax.tree.structure(self.state.opt_state)):
                 raise ConfigError(
                     "The state of the optimizer does not fit the new config, which switches one of its parts (such as "
                     "weight_decay) on or off; begin a new Trainer with this model."
@@ -360,7 +366,7 @@ class Run:
                 self.collector.count_from(self.step, self.ratio)
 
     def new_metrics(self) -> MetricsStream:
-        """An empty stream for one call of ``train``."""
+        """Replace :attr:`metrics` by an empty stream, for one call of ``train``."""
         self.metrics = MetricsStream()
         return self.metrics
 
@@ -373,8 +379,8 @@ class Run:
         guard = NonFiniteGuard.create(self._skipped)
         self.learner = Learner(*jax.device_put((state, guard), self.device))
 
-    def _place_replay(self, sampler: SequenceSampler) -> None:
-        """Hold rows on the device, if the config says so or they fit well."""
+    def _choose_replay_storage(self, sampler: SequenceSampler) -> None:
+        """Copy rows to the device if the config requests it or, with "auto", if half of its free memory suffices."""
         storage, growing = self.config.replay_storage, self.collector is not None
         if storage == "auto":
             memory = self.device.memory_stats() if self.device.platform != "cpu" else None

@@ -1,4 +1,4 @@
-"""Drawing the windows of rows that an algorithm trains on."""
+"""Samples the batches of windows (slices of consecutive rows) that an algorithm trains on."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from worldloom.training.config import TrainingConfig
 
 
 class SequenceSampler:
-    """Draws the batches that an algorithm asks for; batch n is a function of (seed, n, content).
+    """Samples the batches of an algorithm's ``ReplaySpec``; batch n is a function of (seed, n, replay content).
 
-    Latents stored in replay are used if the buffer keeps those of the algorithm's ``ReplaySpec``; an ordinary dataset
-    does not, and every window then starts from the initial latent.
+    If the buffer stores the latents of the ``ReplaySpec``, each window starts from the stored latents of its first row.
+    Otherwise (an ordinary dataset) it starts from the initial latent.
 
     Args:
-      buffer: a :class:`~worldloom.replay.ReplayBuffer`, or an object that samples like one.
-      model: the world model the batches are for.
+      buffer: a :class:`~worldloom.replay.ReplayBuffer`, or an object with the same ``sample`` method.
+      model: the world model to train.
       config: batch size and sequence length.
-      allow_empty: whether the buffer may be empty, because it is yet to be filled.
+      allow_empty: whether the buffer may still be empty, as in online training.
 
     Attributes:
       buffer: see above.
       rows: rows per window.
-      uses_latents: whether windows start from stored latents, and fresh ones are written back.
+      uses_latents: whether windows start from stored latents, and fresh latents are written back.
       on_device: the copy of the rows on the device, or None.
 
     Raises:
-      DataError: the buffer is empty or holds data that the model does not train on.
-      TypeError: ``buffer`` cannot be sampled.
+      DataError: the buffer is empty or holds data that the model cannot train on.
+      TypeError: ``buffer`` has no ``sample`` method.
     """
 
     def __init__(self, buffer: Any, model: Any, config: TrainingConfig, *, allow_empty: bool = False):
@@ -50,7 +50,7 @@ class SequenceSampler:
         spec = model.algorithm.replay_spec(model.config, config)
         stored = getattr(buffer, "latents", {})
         self.uses_latents = bool(spec.latents) and all(stored.get(k) == tuple(s) for k, s in spec.latents.items())
-        # Context rows come before the ones that gradients run through; without stored latents there is no context.
+        # Context rows precede the rows that gradients flow through; without stored latents there is no context.
         self.rows = spec.rows if self.uses_latents or not spec.latents else config.sequence_length
         self.buffer, self._batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
         self.on_device: DeviceReplay | None = None
@@ -59,7 +59,7 @@ class SequenceSampler:
 
     @property
     def rows_under_gradient(self) -> int:
-        """Rows per window without the context row."""
+        """Rows per window that gradients flow through: all but the context row."""
         return self.rows - self.uses_latents
 
     @property
@@ -67,52 +67,45 @@ class SequenceSampler:
         """The arrays of :attr:`on_device`."""
         return None if self.on_device is None else self.on_device.ring
 
-    def draw(self, seed: int, update: int) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Batch number ``update`` [B, T, ...] and its row numbers, if the buffer has such.
+    def sample(self, seed: int, update: int) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Batch number ``update``, [B, T, ...], and its row numbers [B, T] (None if the buffer does not number rows).
 
-        What :attr:`on_device` holds is left out of the batch; :meth:`attach_slots` says where it is.
+        The batch lacks the observations and latents that :attr:`on_device` holds; see :meth:`attach_slots`.
         """
+        options: dict[str, Any] = {"seed": seed, "update": update, "cross_episodes": self._cross_episodes}
         if self.on_device is not None:
-            sizes, drawn = (self._batch_size, self.rows), {"seed": seed, "update": update}
-            ids = self.buffer.draw(*sizes, **drawn, cross_episodes=self._cross_episodes)
+            ids = self.buffer.draw(self._batch_size, self.rows, **options)
             batch = self.buffer.take(ids, observations=False)
             return batch, batch.pop("row_ids")
-        batch = self.buffer.sample(
-            self._batch_size,
-            self.rows,
-            seed=seed,
-            update=update,
-            cross_episodes=self._cross_episodes,
-            latents=self.uses_latents,
-        )
+        batch = self.buffer.sample(self._batch_size, self.rows, **options, latents=self.uses_latents)
         return batch, batch.pop("row_ids", None)
 
     def attach_slots(self, batches: dict[str, Any], row_ids: list[Any], capacity: int) -> dict[str, Any]:
-        """``batches`` [capacity, B, T, ...] with the slots of their rows on the device, if they are held there."""
+        """``batches`` [capacity, B, T, ...] plus the slots of their rows in :attr:`ring`, if rows are on the device."""
         if self.on_device is None:
             return batches
         return batches | {SLOTS: self.on_device.slots(row_ids, capacity)}
 
     def write_back(self) -> None:
-        """Copy the latents on the device to the buffer, so that it can be saved or read."""
+        """Copy the latents on the device to the buffer before it is saved or read."""
         if self.on_device is not None and self.uses_latents:
             self.on_device.write_back()
 
     def bytes_on_device(self, *, growing: bool) -> float:
-        """Memory that :meth:`to_device` would take; infinite if the buffer does not allow it."""
+        """Memory in bytes that :meth:`to_device` would allocate; infinite if the buffer does not support it."""
         if not supports_device_storage(self.buffer):
             return math.inf
-        # Images have three axes and stay uint8.
-        width = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in self._shapes)
-        width += sum(4 * math.prod(shape) for shape in self.buffer.latents.values()) if self.uses_latents else 0
-        return width * (self.buffer.capacity if growing else len(self.buffer))
+        # Images have three axes and stay uint8; everything else is float32.
+        row_bytes = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in self._shapes)
+        row_bytes += sum(4 * math.prod(shape) for shape in self.buffer.latents.values()) if self.uses_latents else 0
+        return row_bytes * (self.buffer.capacity if growing else len(self.buffer))
 
     def to_device(self, device: jax.Device, *, growing: bool) -> None:
-        """Keep a copy of observations and latents on ``device``, for as long as training runs.
+        """Keep a copy of observations and latents on ``device`` while training runs.
 
         Args:
-          device: where.
-          growing: whether rows will come, up to the buffer's capacity.
+          device: the device.
+          growing: whether rows will be added, up to the buffer's capacity.
         """
         capacity = self.buffer.capacity if growing else len(self.buffer)
         self.on_device = DeviceReplay(self.buffer, latents=self.uses_latents, device=device, capacity=capacity)

@@ -1,4 +1,4 @@
-"""When updates are due while environments are stepped."""
+"""The ratio of updates to environment steps in online training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from worldloom.training.config import TrainingConfig
 
 
 class TrainRatio(NamedTuple):
-    """Updates due as a function of decision steps (actions taken, over all environments).
+    """Number of updates due as a function of decision steps (actions taken, summed over all environments).
 
     Attributes:
       prefill: decision steps before the first update.
-      burst: updates due at once then.
-      ratio: rows to be replayed per decision step from there on.
-      rows: rows under gradient in one update's batch.
+      burst: updates due at once when the prefill is complete.
+      ratio: rows to replay per decision step after the prefill.
+      rows: rows that gradients flow through in one update's batch.
     """
 
     prefill: int
@@ -24,13 +24,13 @@ class TrainRatio(NamedTuple):
 
     @classmethod
     def of(cls, config: TrainingConfig, rows: int) -> TrainRatio:
-        """That of a run whose windows have ``rows`` rows under gradient."""
+        """The ratio of a run with ``rows`` rows under gradient per window."""
         replayed = config.batch_size * rows
         return cls(config.prefill, config.prefill_updates, config.train_ratio or replayed, replayed)
 
     def updates(self, decisions: int) -> int:
-        """Updates due after ``decisions`` decision steps in all."""
+        """Total number of updates due after ``decisions`` decision steps."""
         if decisions < self.prefill:
             return 0
-        # Divided last: 49 times 1/49 is less than 1 in floating point.
+        # The division comes last: in floating point, 49 · (1 / 49) is less than 1.
         return self.burst + int((decisions - self.prefill) * self.ratio / self.rows)

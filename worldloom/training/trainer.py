@@ -1,4 +1,4 @@
-"""The trainer: a run, its callbacks, and where it reads and saves."""
+"""The trainer: connects a run with its callbacks, environments and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,31 +29,30 @@ _log = logging.getLogger("worldloom")
 
 
 class Trainer:
-    """Trains a world model; callbacks observe it. The loop itself is :func:`worldloom.training.fit.fit`.
+    """Trains a world model and runs callbacks; the loop is :func:`worldloom.training.fit.fit`.
 
-    The model object keeps its own arrays while training runs and holds the trained weights afterwards, however it
-    ended. Everything else that training changes is in :attr:`state`.
+    The model keeps its old weights during :meth:`train` and holds the trained ones afterwards, also after an error.
+    Everything else that training changes is in :attr:`state`.
 
     Args:
       model: a world model of any family, or of a subclass.
-      config: how to train; None takes the defaults.
+      config: the training config; None means the defaults.
       callbacks: :class:`~worldloom.training.callbacks.Callback` objects, functions of a ``StepInfo``, or pairs
-        ``(updates, function)``. None is a progress bar, a log on the console and, online, an evaluation of 10 episodes
-        every ``eval_interval`` updates; nothing is written to disk unless a callback is given that does. An empty list
-        is silent.
+        ``(updates, function)``. None adds a progress bar, a console log and, online, an evaluation of 10 episodes every
+        ``eval_interval`` updates, an empty list nothing. Only callbacks given here write to disk.
 
     Raises:
-      DeviceError: ``config.device`` is a numbered device that is not there.
-      ConfigError: the model was changed in a way that training would not see.
-      TypeError: a callback is none, or has a method that is never called.
+      DeviceError: ``config.device`` is a numbered device that does not exist.
+      ConfigError: the model was changed in a way that training would ignore.
+      TypeError: an object is not a callback, or a callback has a method that is never called.
     """
 
     def __init__(self, model: Any, config: TrainingConfig | None = None, callbacks: Sequence[Any] | None = None):
         self.run = Run(model, config or TrainingConfig())
-        self._adds_evaluation = callbacks is None
+        self._add_evaluation = callbacks is None
         callbacks = [ProgressCallback(), LoggingCallback()] if callbacks is None else callbacks
         self._callbacks = CallbackRunner([as_callback(callback) for callback in callbacks])
-        self._made: tuple[Any, VectorEnv] | None = None
+        self._made_env: tuple[Any, VectorEnv] | None = None
 
     @property
     def model(self) -> Any:
@@ -62,8 +61,7 @@ class Trainer:
 
     @property
     def config(self) -> TrainingConfig:
-        """The training config. Assigning another takes effect at the next call of :meth:`train`, or raises
-        ``ConfigError`` for what cannot change within a run."""
+        """The training config. A new one applies from the next :meth:`train`; ``ConfigError`` if it cannot."""
         return self.run.config
 
     @config.setter
@@ -72,7 +70,7 @@ class Trainer:
 
     @property
     def state(self) -> TrainState:
-        """Step, weights, optimizer state and root key. Callbacks use ``StepInfo.read_state`` instead."""
+        """Step, weights, optimizer state and root key. In callbacks, use ``StepInfo.read_state`` instead."""
         return self.run.state
 
     @property
@@ -82,41 +80,38 @@ class Trainer:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why a callback stopped the last call of :meth:`train`; None if none did."""
+        """Reason for which a callback stopped the last call of :meth:`train`; None if none did."""
         return self._callbacks.stop_reason
 
     @property
     def replay(self) -> Any:
-        """The buffer that online training collects into; None before."""
+        """The buffer that online training collects into; None before the first online call of :meth:`train`."""
         return self.run.collector.replay if self.run.collector else None
 
     def train(
         self, source: Any, *, total_steps: int | None = None, resume: bool | str | Path = False, replay: Any = None
     ) -> TrainState:
-        """Train until ``total_steps`` updates are done in all; a further call continues from there.
+        """Train until ``total_steps`` updates are done in total, and return the state; a further call continues.
 
-        From an environment: act, store, and update as often as ``config.train_ratio`` says, after ``config.prefill``
-        decision steps without updates. ``config.env_steps`` then sets the end, unless it is 0 or ``total_steps`` given.
+        Online, updates follow environment steps at the ratio ``config.train_ratio``, after ``config.prefill`` decision
+        steps; ``config.env_steps`` environment steps end training, unless that is 0 or ``total_steps`` is given.
 
         Args:
-          source: recorded episodes, a :class:`~worldloom.replay.ReplayBuffer`; or environments: a
-            :class:`~worldloom.envs.VectorEnv`, or what ``make_env`` makes one of (an id such as ``"Pendulum-v1"``, a
-            function). They are reset when training begins, and yours to close. A further call continues in the same
-            episodes, unless the environments were reset or stepped meanwhile.
-          total_steps: updates in all, those of earlier calls and of a resumed run included; None takes the config's.
-          resume: ``"auto"`` continues from the newest checkpoint in the folder of the ``CheckpointCallback`` if there
-            is one, True requires one, a path names another folder of checkpoints or a single one. The run then equals
-            one that was never stopped, bit for bit, if the data (the environments) are the same.
-          replay: buffer to collect into, perhaps with episodes in it; None makes one of ``config.replay_capacity``.
-
-        Returns:
-          The state after training, also in :attr:`state`.
+          source: a :class:`~worldloom.replay.ReplayBuffer` of recorded episodes; or environments: a
+            :class:`~worldloom.envs.VectorEnv`, or an argument of ``make_env`` (an id such as ``"Pendulum-v1"``, a
+            function). They are reset when training begins, and the caller closes them. A further call continues the
+            current episodes, unless the environments were reset or stepped in between.
+          total_steps: total number of updates, including earlier calls and a resumed run; None means the config's.
+          resume: ``"auto"`` resumes from the newest checkpoint in the folder of the ``CheckpointCallback`` if there is
+            one, True requires one, a path names another folder of checkpoints or a single one. With the same data or
+            environments, the resumed run equals an uninterrupted one bit for bit.
+          replay: buffer to collect into, possibly with episodes; None creates one of ``config.replay_capacity`` rows.
 
         Raises:
           DataError: the buffer is empty, has other shapes than the model, or no episode is as long as a window.
-          CheckpointError: there is nothing (readable) to resume from, or nowhere to save.
+          CheckpointError: there is no readable checkpoint to resume from, or the folder cannot be written to.
           ConfigError: the checkpoint belongs to a run with another config; environment and model do not fit.
-          NonFiniteError: a loss or gradient became NaN or infinite. State and model are as before that update.
+          NonFiniteError: a loss or gradient became NaN or infinite. State and model are those before that update.
           KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after callbacks have saved and closed their files.
         """
         run = self.run
@@ -130,9 +125,8 @@ class Trainer:
         if run.step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", run.step, total)
             return run.state
-        # Intervals that follow the calls follow their real size; precision "auto" follows the default device.
-        self._callbacks.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())
-        with jax.default_device(run.device), Interrupts() as interrupts:
+        self._callbacks.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())  # K in effect
+        with jax.default_device(run.device), Interrupts() as interrupts:  # precision="auto" reads the default device
             try:
                 fit(run, total, self._callbacks, interrupts)
             except NonFiniteError as error:
@@ -140,7 +134,7 @@ class Trainer:
             finally:
                 self._callbacks.close()
                 run.sync_model()
-        interrupts.leave()
+        interrupts.raise_received()
         return run.state
 
     def evaluate(self, buffer: Any, *, batches: int = 8, seed: int = 0) -> dict[str, float]:
@@ -148,30 +142,28 @@ class Trainer:
         return evaluate(self.model, buffer, self.config, batches=batches, seed=seed)
 
     def _env(self, source: Any) -> VectorEnv:
-        """The environments meant by ``source``; those made from an id are kept for the next call."""
+        """``source``, or environments made from it, which are kept for the next call."""
         if isinstance(source, VectorEnv):
             return source
-        if self._made is None or self._made[0] != source or self._made[1].closed:
-            self._made = source, make_env(source, seed=self.config.seed)
-        return self._made[1]
+        if self._made_env is None or self._made_env[0] != source or self._made_env[1].closed:
+            self._made_env = source, make_env(source, seed=self.config.seed)
+        return self._made_env[1]
 
     def _use_env(self, env: VectorEnv, replay: Any) -> None:
-        """Collect in ``env``, with the callbacks that belong to a new collector."""
-        if not self.run.use_env(env, replay):
-            return
-        given = [callback for callback in self._callbacks.callbacks if not isinstance(callback, EpisodesCallback)]
-        if self._adds_evaluation:
-            self._adds_evaluation = False
-            given += default_evaluation(env)
-        self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
+        """Collect in ``env``; a new collector also needs new callbacks."""
+        if self.run.use_env(env, replay):
+            given = [callback for callback in self._callbacks.callbacks if not isinstance(callback, EpisodesCallback)]
+            given += default_evaluation(env) if self._add_evaluation else []
+            self._add_evaluation = False
+            self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
 
     def _total(self, total_steps: int | None) -> int:
-        """Updates in all."""
+        """Total number of updates: the argument, or what ``env_steps`` or ``total_steps`` of the config amount to."""
+        if total_steps is None and self.run.collector is not None and self.config.env_steps:
+            return self.run.updates_for(self.config.env_steps)
         total = self.config.total_steps if total_steps is None else total_steps
         check(isinstance(total, int) and total >= 1, f"total_steps must be an integer ≥ 1, not {total!r}.")
-        if self.run.collector is None or total_steps is not None or not self.config.env_steps:
-            return total
-        return self.run.updates_for(self.config.env_steps)
+        return total
 
     def _resume(self, resume: bool | str | Path) -> None:
         save_dirs = [c.save_dir for c in self._callbacks.callbacks if isinstance(c, CheckpointCallback)]
@@ -195,8 +187,7 @@ def train(
 ) -> TrainState:
     """Train ``model`` on ``buffer``: ``train(model, buffer, total_steps=1000, batch_size=8)``.
 
-    The model holds the trained weights afterwards. Arguments, result and errors are those of :class:`Trainer` and
-    :meth:`Trainer.train`; ``overrides`` are fields of ``config`` to change.
+    See :class:`Trainer` and :meth:`Trainer.train`; ``overrides`` are fields of ``config`` to change.
     """
     trainer = Trainer(model, (config or TrainingConfig()).replace(**overrides), callbacks)
     return trainer.train(buffer, resume=resume)

@@ -13,30 +13,35 @@ from worldloom.replay.device import Ring, gather_rows
 from worldloom.xla_workarounds import pad_single_update
 
 SKIPPED = "skipped"
-"""Metric added with ``skip_nonfinite``: updates left out so far."""
+"""Metric added with ``skip_nonfinite``: number of updates skipped so far."""
 
 
 class NonFiniteGuard(NamedTuple):
-    """What the device remembers of non-finite updates: ``alive`` bool [] until the first, ``skipped`` int32 []."""
+    """Record of non-finite updates, kept on the device.
+
+    Attributes:
+      alive: bool [], whether all updates so far were finite; not used with ``skip_nonfinite``.
+      skipped: int32 [], number of updates skipped so far; only used with ``skip_nonfinite``.
+    """
 
     alive: jax.Array
     skipped: jax.Array
 
     @classmethod
     def create(cls, skipped: int = 0) -> NonFiniteGuard:
-        """The guard of a run that has left out ``skipped`` updates so far."""
+        """The guard of a run that has skipped ``skipped`` updates so far."""
         return cls(jnp.asarray(True), jnp.asarray(skipped, jnp.int32))
 
 
 class Learner(NamedTuple):
-    """What training changes on the device."""
+    """Everything that a compiled call changes on the device."""
 
     state: TrainState
     guard: NonFiniteGuard
 
 
 class UpdateOutput(NamedTuple):
-    """What one call returns beside the learner; entries from the number of updates on are padding.
+    """Results of one call other than the learner; entries from the number of updates on are padding.
 
     Attributes:
       metrics: float32 [K, M], in the order of :meth:`CompiledUpdate.metric_names`.
@@ -50,30 +55,30 @@ class UpdateOutput(NamedTuple):
 
 
 class CompiledUpdate:
-    """Up to K updates in one compiled call that consumes (donates) the state it is given.
+    """Up to K updates in one compiled call; the state is donated.
 
     Update n reads batch n and the key ``fold_in(state.key, n)``, where n is the number of updates done before it. The
-    number of updates is an argument of one program, so that any distance to the next callback costs no compilation and
-    gives, bit for bit, what single calls give.
+    number of updates in a call is a runtime argument: calls that end early for a callback need no recompilation and
+    give, bit for bit, the results of single updates.
 
-    An update whose loss terms or gradient norms are not all finite is not applied. Without ``skip_nonfinite`` neither
-    is any later one: the state stays the last good one, however late the host notices.
+    An update whose loss terms or gradient norms are not all finite is not applied. Without ``skip_nonfinite``, later
+    updates are not applied either: the state stays the last good one, however late the host reads the metrics.
 
     Args:
       update: the family's pure update.
       loss_terms: names of the loss terms among its metrics.
-      skip_nonfinite: count non-finite updates and go on.
-      keep_latents: return the fresh latents; without, they are not even stored.
+      skip_nonfinite: skip and count non-finite updates, and continue.
+      keep_latents: return the fresh latents; if False, no memory is allocated for them.
       unrolled: K is 1 and there is no loop; see :func:`worldloom.xla_workarounds.needs_unrolled_updates`.
     """
 
     def __init__(
         self, update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_latents: bool, unrolled: bool
     ):
-        # Jitted by itself too: naming the metrics and compiling the loop then share one trace.
+        # The inner jit caches the trace, which metric_names and the loop then share.
         self._update = jax.jit(update)
         self._loss_terms = loss_terms
-        self._skip, self._keep_latents, self._unrolled = skip_nonfinite, keep_latents, unrolled
+        self._skip_nonfinite, self._keep_latents, self._unrolled = skip_nonfinite, keep_latents, unrolled
         self._call = jax.jit(self._updates, donate_argnums=0)
 
     def metric_names(self, state: TrainState, batches: Batch, ring: Ring | None = None) -> tuple[str, ...]:
@@ -85,18 +90,18 @@ class CompiledUpdate:
         assert "loss" in metrics, f"metrics must hold 'loss', got {sorted(metrics)}"
         terms = [name for name in self._loss_terms if name in metrics]
         names = (*terms, *sorted(metrics.keys() - set(terms)))
-        return (*names, SKIPPED) if self._skip else names
+        return (*names, SKIPPED) if self._skip_nonfinite else names
 
     def guarded(self, names: tuple[str, ...]) -> tuple[int, ...]:
-        """Positions in ``names`` of what must stay finite: loss terms and gradient norms."""
+        """Positions in ``names`` of the metrics that must be finite: loss terms and gradient norms."""
         return tuple(i for i, name in enumerate(names) if name in self._loss_terms or "grad_norm" in name)
 
     def __call__(
         self, learner: Learner, batches: Batch, count: int, ring: Ring | None = None
     ) -> tuple[Learner, UpdateOutput]:
-        """Do ``count`` updates with the first ``count`` of ``batches`` [K, B, T, ...]. The learner's state is used up.
+        """Do ``count`` updates with the first ``count`` of ``batches`` [K, B, T, ...]; donates the learner's state.
 
-        With a ``ring`` (see :mod:`worldloom.replay.device`) observations and latents are gathered there.
+        With a ``ring`` (see :mod:`worldloom.replay.device`), observations and latents are gathered from it.
         """
         assert count == 1 or not self._unrolled
         return self._call(*learner, batches, count, ring)
@@ -104,40 +109,43 @@ class CompiledUpdate:
     def _abstract_metrics(self, state: TrainState, batches: Batch, ring: Ring | None) -> dict[str, Any]:
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
         return jax.eval_shape(
-            lambda *args: self._update(args[0], _with_rows(ring, args[1]), args[2]), state, batch, state.key
+            lambda *args: self._update(args[0], _gather(ring, args[1]), args[2]), state, batch, state.key
         )[1]
 
     def _updates(
         self, state: TrainState, guard: NonFiniteGuard, batches: Batch, count: jax.Array, ring: Ring | None
     ) -> tuple[Learner, UpdateOutput]:
+        # Names and shapes of the results.
         names = self.metric_names(state, batches, ring)
-        measured = names[:-1] if self._skip else names
+        update_names = names[:-1] if self._skip_nonfinite else names
         guarded = jnp.array(self.guarded(names))
         if not self._unrolled:
             batches = pad_single_update(batches)
         capacity = jax.tree.leaves(batches)[0].shape[0]
         latents = self._abstract_metrics(state, batches, ring).get(LATENTS, {}) if self._keep_latents else {}
 
-        def one(
+        def one_update(
             index: jax.Array, carry: tuple[TrainState, NonFiniteGuard, UpdateOutput]
         ) -> tuple[TrainState, NonFiniteGuard, UpdateOutput]:
             old, guard, output = carry
-            # The barriers keep XLA from fusing the update with how its batch was stacked or its metrics are stored:
-            # rounding must not depend on K.
-            batch = _with_rows(ring, jax.tree.map(lambda x: x[index], batches))
+            # The barriers keep XLA from fusing the update with the indexing of its batch or the storing of its
+            # metrics: rounding must not depend on K.
+            batch = _gather(ring, jax.tree.map(lambda x: x[index], batches))
             batch = jax.lax.optimization_barrier(batch)
             new, metrics = self._update(old, batch, jax.random.fold_in(old.key, old.step))
             metrics = jax.lax.optimization_barrier(metrics)
-            row = jnp.stack([metrics[name].astype(jnp.float32) for name in measured])
+            row = jnp.stack([metrics[name].astype(jnp.float32) for name in update_names])
             finite = jnp.isfinite(row[guarded]).all()
-            if self._skip:
+            if self._skip_nonfinite:
+                # Drop a non-finite update but count its step: the next one reads the next batch and key.
                 skipped = guard.skipped + ~finite
-                new = _choose(finite, new, old).replace(step=new.step)
+                new = _select(finite, new, old).replace(step=new.step)
                 guard, row = guard._replace(skipped=skipped), jnp.append(row, skipped.astype(jnp.float32))
                 applied = finite
             else:
+                # Drop this update and all later ones: the step stays that of the last good update.
                 applied = guard.alive & finite
-                new, guard = _choose(applied, new, old), guard._replace(alive=applied)
+                new, guard = _select(applied, new, old), guard._replace(alive=applied)
             kept = {name: output.latents[name].at[index].set(metrics[LATENTS][name]) for name in output.latents}
             return (
                 new,
@@ -151,9 +159,9 @@ class CompiledUpdate:
             jnp.zeros(capacity, bool),
         )
         if self._unrolled:
-            state, guard, output = one(jnp.zeros((), jnp.int32), (state, guard, empty))
+            state, guard, output = one_update(jnp.zeros((), jnp.int32), (state, guard, empty))
         else:
-            state, guard, output = jax.lax.fori_loop(0, count, one, (state, guard, empty))
+            state, guard, output = jax.lax.fori_loop(0, count, one_update, (state, guard, empty))
         return Learner(state, guard), output
 
 
@@ -168,9 +176,9 @@ def compiled_update(
     keep_latents: bool,
     unrolled: bool,
 ) -> CompiledUpdate:
-    """The :class:`CompiledUpdate` of these arguments; runs in one process share it and its compiled programs.
+    """The :class:`CompiledUpdate` of these arguments, cached: runs in one process share its compiled programs.
 
-    ``training`` is the part of the config that an update reads, ``TrainingConfig.of_update()``.
+    ``training`` is ``TrainingConfig.of_update()``, the part of the config that an update reads.
     """
     update = make_update(config, training, model_class=model_class)
     return CompiledUpdate(update, loss_terms, skip_nonfinite, keep_latents, unrolled)
@@ -178,15 +186,16 @@ def compiled_update(
 
 @jax.jit
 def copy(tree: Any) -> Any:
-    """New arrays with the same values: one copy for the update to consume while others keep theirs."""
+    """New arrays with the same values, such as a state that an update may donate."""
     return jax.tree.map(jnp.copy, tree)
 
 
-def _with_rows(ring: Ring | None, batch: Batch) -> Batch:
+def _gather(ring: Ring | None, batch: Batch) -> Batch:
+    """``batch`` with the rows that its slots refer to, if rows are on the device."""
     return gather_rows(ring, dict(batch)) if ring else batch
 
 
-def _choose(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+def _select(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     """``new`` where ``condition`` holds, else ``old``. The key never changes."""
     step, params, opt_state = jax.tree.map(
         lambda a, b: jnp.where(condition, a, b),

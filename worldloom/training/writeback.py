@@ -1,4 +1,4 @@
-"""Fresh latents on their way back to replay. This module alone decides when they are written."""
+"""Writes fresh latents, those that updates computed, back to replay. This module alone decides when."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from worldloom.training.update_loop import UpdateOutput
 
 
 class PendingLatents(NamedTuple):
-    """Latents that one call of updates computed, not yet written to replay.
+    """Latents that one compiled call computed and that are not yet written to replay.
 
     Attributes:
       step: updates done before the call.
-      row_ids: the rows of each update's batch, [B, T'] each; the latents are those of the last T of them.
-      output: of the call, perhaps still being computed.
+      row_ids: row numbers [B, T'] of each update's batch; the latents [B, T] belong to the last T of the T' rows.
+      output: output of the call, possibly still being computed.
     """
 
     step: int
@@ -28,13 +28,15 @@ class PendingLatents(NamedTuple):
     output: UpdateOutput
 
     def write(self, target: Any) -> None:
-        """Write them to a buffer, update by update, or to a ``DeviceReplay``, which does not wait for them."""
+        """Write the latents, update by update, to a buffer, or to a ``DeviceReplay`` without waiting for them."""
+        # On the device: the write is one more asynchronous computation; updates that were not applied are masked.
         if isinstance(target, DeviceReplay):
             for i, ids in enumerate(self.row_ids):
                 latents = {name: jnp.asarray(value[i]) for name, value in self.output.latents.items()}
                 length = next(iter(latents.values())).shape[1]
                 target.write_latents(ids[:, -length:], latents, jnp.asarray(self.output.applied[i]))
             return
+        # On the host: wait for the results.
         applied = np.asarray(self.output.applied)
         fetched = {name: np.asarray(value) for name, value in self.output.latents.items()}
         for i, ids in enumerate(self.row_ids):
@@ -45,14 +47,14 @@ class PendingLatents(NamedTuple):
 
 
 class LatentWriteback:
-    """Queue of fresh latents, in the order of their updates, and the rule when each is written.
+    """Queue of fresh latents, in the order of their updates.
 
-    Updates are counted in groups of K, and a batch sees the latents of all groups but its own and the one before it.
-    So a batch does not depend on how the updates of a group were split into calls, and the latents of the call that is
-    still running are never waited for.
+    Updates n are grouped by n // K. The batches of a group see the latents of all earlier groups except the previous
+    one. Hence a batch does not depend on how callbacks split a group into calls, and sampling never waits for the call
+    that is still running.
 
     Args:
-      group: K, the most updates in one call.
+      group: K, the maximum number of updates per call.
     """
 
     def __init__(self, group: int):
@@ -62,23 +64,24 @@ class LatentWriteback:
         self._writes: list[Future[None]] = []
 
     def switch_buffer(self, buffer: Any) -> None:
-        """Write to ``buffer`` from now on, after flushing what is pending for the previous one."""
+        """Switch to ``buffer``, writing pending latents to the previous buffer first."""
         while self._buffer is not buffer and self._queue:
             self._queue.popleft().write(self._buffer)
         self._buffer = buffer
 
     def submit(self, step: int, row_ids: list[Any], output: UpdateOutput) -> None:
-        """Queue the latents of the call that followed ``step`` updates; ``row_ids`` has one entry per update."""
+        """Queue the latents of the call after ``step`` updates; ``row_ids`` has one entry, [B, T'], per update."""
         if output.latents:
             self._queue.append(PendingLatents(step, row_ids, output))
 
     def write_due(self, step: int, target: Any = None, executor: Executor | None = None) -> None:
-        """Write what batch number ``step`` is to see.
+        """Write the latents that batch number ``step`` must see.
 
         Args:
           step: updates done before that batch.
-          target: a ``DeviceReplay``; None is the buffer.
-          executor: where to write; one thread, which afterwards draws the batch. None writes at once.
+          target: a ``DeviceReplay``; None means the buffer.
+          executor: writes in the background; it has a single thread, which samples the batch afterwards. None writes in
+            the calling thread.
         """
         target = self._buffer if target is None else target
         while self._queue and self._queue[0].step // self._group <= step // self._group - 2:
@@ -89,43 +92,43 @@ class LatentWriteback:
                 self._writes.append(executor.submit(pending.write, target))
 
     def raise_errors(self) -> None:
-        """Raise what a write in the background raised, if one has."""
+        """Raise the exception of a background write that failed, if any."""
         for write in [write for write in self._writes if write.done()]:
             self._writes.remove(write)
             write.result()
 
     def flush(self) -> None:
-        """Wait until no write is under way. What is not due yet stays queued."""
+        """Wait for background writes to finish. Latents that are not due yet stay queued."""
         while self._writes:
             self._writes.pop(0).result()
 
     def state_arrays(self) -> dict[str, np.ndarray]:
-        """The queue as arrays for a checkpoint; waits until they are computed."""
-        found: dict[str, np.ndarray] = {}
+        """The queue as arrays for a checkpoint; waits for latents that are still being computed."""
+        arrays: dict[str, np.ndarray] = {}
         for number, (step, row_ids, output) in enumerate(self._queue):
-            found[f"{number}/step"] = np.array(step)
-            found[f"{number}/row_ids"] = np.stack(row_ids)
-            found[f"{number}/good"] = np.asarray(output.applied)
-            found |= {f"{number}/latents/{name}": np.asarray(value) for name, value in output.latents.items()}
-        return found
+            arrays[f"{number}/step"] = np.array(step)
+            arrays[f"{number}/row_ids"] = np.stack(row_ids)
+            arrays[f"{number}/good"] = np.asarray(output.applied)
+            arrays |= {f"{number}/latents/{name}": np.asarray(value) for name, value in output.latents.items()}
+        return arrays
 
     def load_state_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Inverse of :meth:`state_arrays`."""
         self._queue.clear()
-        while one := strip_prefix(arrays, f"{len(self._queue)}/"):
-            latents: Any = strip_prefix(one, "latents/")
-            applied: Any = one["good"]
-            output = UpdateOutput(applied, latents, applied)
-            self._queue.append(PendingLatents(int(one["step"]), list(one["row_ids"]), output))
+        while entry := strip_prefix(arrays, f"{len(self._queue)}/"):
+            latents: Any = strip_prefix(entry, "latents/")
+            applied: Any = entry["good"]
+            output = UpdateOutput(metrics=applied, latents=latents, applied=applied)  # The metrics are not read.
+            self._queue.append(PendingLatents(int(entry["step"]), list(entry["row_ids"]), output))
 
 
 def strip_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The entries whose name begins with ``prefix``, named without it."""
+    """The entries whose names begin with ``prefix``, under their names without it."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 def copy_latents(source: Any, target: Any, rows: int = 4096) -> None:
-    """Give the rows of ``target`` the latents stored in ``source``, a buffer of the same rows, ``rows`` at a time."""
+    """Copy the stored latents from ``source`` to ``target``, a buffer of the same rows, ``rows`` at a time."""
     first, end = source.state_dict().values()
     for begin in range(first, end, rows):
         ids = np.arange(begin, min(begin + rows, end))
