@@ -1,4 +1,4 @@
-"""``worldloom list``, ``info`` and ``doctor``: what there is."""
+"""``worldloom list``, ``info`` and ``doctor``: names of models, their size and memory, a check of the installation."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ EXTRAS = {
     "wandb": ("wandb",),
     "minari": ("minari", "h5py"),
 }
-"""Extras and the packages they bring."""
-_SHAPING = ("image_size", "frame_stack")
-"""Settings of environments that change the shape of observations."""
+"""Extras and the packages that they install."""
+_SHAPE_OPTIONS = ("image_size", "frame_stack")
+"""Arguments of ``make_env`` that change the shape of observations."""
 
 
 def names(words: Sequence[str]) -> int:
@@ -47,7 +47,7 @@ def names(words: Sequence[str]) -> int:
     from worldloom.envs import SUITES
 
     FlagParser("list", "Names of models and kinds of environments.").parse(words)
-    print("models (worldloom info NAME tells more):", *(f"  {name}" for name in list_models()), sep="\n")
+    print("models (details: worldloom info NAME):", *(f"  {name}" for name in list_models()), sep="\n")
     print("environments: any Gymnasium id (Pendulum-v1, module:Id), or a suite and a task:")
     print(*(f"  {prefix}:…" for prefix in SUITES), sep="\n")
     return 0
@@ -60,15 +60,15 @@ def info(words: Sequence[str]) -> int:
     """Print parameters of a model, and memory for training it."""
     name = next((word for word in words if not word.startswith("-")), "")
     family = find_family(name.partition(":")[0]) if name else None
-    about = "Parameters of a model, and memory for training it. Nothing is allocated."
+    about = "Parameters of a model, and memory for training it. No weights are allocated."
     flags = FlagParser("info", about, argument="name", argument_help="preset, as worldloom list shows them")
     flags.group(
         "options",
         [
             Flag("env", str, "Take the shapes of this environment."),
-            *[flag for flag in ENV_FLAGS if flag.name in _SHAPING],
+            *[flag for flag in ENV_FLAGS if flag.name in _SHAPE_OPTIONS],
             FAMILY_FLAG,
-            Flag("exact", bool, "Compile the update and ask XLA, which takes up to some minutes."),
+            Flag("exact", bool, "Compile the update and print XLA's memory plan; may take minutes."),
             *[flag for flag in config_flags(TrainingConfig) if flag.name in ("batch_size", "sequence_length")],
         ],
     )
@@ -81,23 +81,26 @@ def info(words: Sequence[str]) -> int:
     changes: dict[str, Any] = {field: given.pop(field) for field in ("batch_size", "sequence_length") if field in given}
     training = TrainingConfig(**{**recipe(given["name"], None).training, **changes})
     exact, env_id = given.pop("exact", False), given.pop("env", None)
-    shaping = {flag: given.pop(flag) for flag in _SHAPING if flag in given}
-    check(not shaping or env_id is not None, f"{' and '.join(shaping)} belongs to an environment: give --env too.")
-    shapes = _shapes_of(env_id, shaping) if env_id else family.config_class.example_shapes
+    options = {flag: given.pop(flag) for flag in _SHAPE_OPTIONS if flag in given}
+    check(not options or env_id is not None, f"{' and '.join(options)} belongs to an environment: give --env too.")
+    shapes = _shapes_of(env_id, options) if env_id else family.config_class.example_shapes
     config = get_config(given.pop("name"), **{**shapes, **given})
     print(f"{name} for observations {config.obs_shape} and {config.action_dim} {config.action_type} actions")
     print(*_memory_report(config, training, exact), sep="\n")
     return 0
 
 
-def _shapes_of(env_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _shapes_of(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Observation shape, action size and action type of an environment."""
     from worldloom.envs import make_env
 
-    with make_env(env_id, **settings) as env:
+    with make_env(env_id, **options) as env:
         return {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
 
 
 def _memory_report(config: Any, training: TrainingConfig, exact: bool) -> Iterator[str]:
+    """Lines with the parameters of each part, and the memory of one update."""
+    # Parameters.
     model_class, algorithm = get_family(config.model_type)[2:]
     state = jax.eval_shape(lambda key: algorithm.init_state(model_class(config), training, key), jax.random.key(0))
     trained = {name: part for name, part in state.params.items() if name not in model_class.untrained}
@@ -105,6 +108,7 @@ def _memory_report(config: Any, training: TrainingConfig, exact: bool) -> Iterat
         kind = "" if name in trained else "  (a copy or statistics, not trained)"
         yield f"  {name:16} {count_parameters(part):>13,}{kind}"
     yield f"  {'parameters':16} {count_parameters(trained):>13,}"
+    # Memory, from abstract evaluation.
     batch = _abstract_batch(config, training, algorithm.replay_spec(config, training))
     sizes = {
         "weights, copies": _nbytes(state.params),
@@ -117,52 +121,54 @@ def _memory_report(config: Any, training: TrainingConfig, exact: bool) -> Iterat
     yield f"memory for an update of {training.batch_size} × {rows} rows:"
     yield from (f"  {name:16} {_megabytes(size):>13}" for name, size in sizes.items())
     yield f"  {'in all, about':16} {_megabytes(sum(sizes.values())):>13}"
+    # Memory, from the compiler.
     if exact:
         backend = jax.default_backend()
         update = jax.jit(algorithm.make_update(config, training, model_class=model_class), donate_argnums=0)
-        found: Any = update.lower(state, batch, jax.random.key(0)).compile().memory_analysis()
-        whole = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
-        yield f"  {'as XLA plans it':16} {_megabytes(whole - found.alias_size_in_bytes):>13}  on {backend}"
+        analysis: Any = update.lower(state, batch, jax.random.key(0)).compile().memory_analysis()
+        total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        # Donated arguments share their memory with outputs.
+        yield f"  {'as XLA plans it':16} {_megabytes(total - analysis.alias_size_in_bytes):>13}  on {backend}"
 
 
 def _abstract_batch(config: Any, training: TrainingConfig, spec: ReplaySpec) -> dict[str, Any]:
-    """Shapes of a batch of the algorithm's windows."""
-    lead = (training.batch_size, spec.rows)
+    """A batch [B, T, ...] of the algorithm's windows as ``ShapeDtypeStruct``."""
+    axes = (training.batch_size, spec.rows)
 
-    def array(shape: Sequence[int], kind: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*lead, *shape), kind)
+    def array(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*axes, *shape), dtype)
 
-    def each(value: Any, make: Any) -> Any:
+    def for_each(value: Any, make: Any) -> Any:
         return {name: make(name, x) for name, x in value.items()} if isinstance(value, Mapping) else make(None, value)
 
-    def kind(name: str | None) -> str:
+    def action_type(name: str | None) -> str:
         return config.action_type[name] if isinstance(config.action_type, Mapping) else config.action_type
 
     batch = {
-        "obs": each(config.obs_shape, lambda name, x: array(x, jnp.uint8 if len(x) == 3 else jnp.float32)),
-        "actions": each(
+        "obs": for_each(config.obs_shape, lambda name, x: array(x, jnp.uint8 if len(x) == 3 else jnp.float32)),
+        "actions": for_each(
             config.action_dim,
-            lambda name, x: array((), jnp.int32) if kind(name) == "discrete" else array((x,), jnp.float32),
+            lambda name, x: array((), jnp.int32) if action_type(name) == "discrete" else array((x,), jnp.float32),
         ),
         "rewards": array((), jnp.float32),
         **{name: array((), jnp.bool_) for name in ("is_first", "is_last", "is_terminal")},
     }
     if spec.latents:
-        stored = {n: jax.ShapeDtypeStruct((lead[0], *shape), jnp.float32) for n, shape in spec.latents.items()}
-        batch["context"] = stored
+        latents = {n: jax.ShapeDtypeStruct((axes[0], *shape), jnp.float32) for n, shape in spec.latents.items()}
+        batch["context"] = latents
     if getattr(config, "num_tasks", 0):
-        batch["task"] = jax.ShapeDtypeStruct(lead[:1], jnp.int32)
+        batch["task"] = jax.ShapeDtypeStruct(axes[:1], jnp.int32)
     return batch
 
 
 def _residuals(model_class: Any, config: Any, params: Any, batch: Any) -> int:
-    """Bytes of what the loss keeps for its backward pass, found by abstract evaluation."""
+    """Bytes of the activations that the loss keeps for its backward pass, by abstract evaluation."""
 
     def backward(params: Any, batch: Any, key: jax.Array) -> Any:
         return jax.vjp(lambda p: merge(model_class, config, p).compute_loss(batch, key)["loss"], params)[1]
 
     kept = _nbytes(jax.eval_shape(backward, params, batch, jax.random.key(0)))
-    return max(kept - _nbytes(params), 0)  # The weights are among it.
+    return max(kept - _nbytes(params), 0)  # The residuals include the weights.
 
 
 def _nbytes(tree: Any) -> int:
@@ -178,8 +184,8 @@ def _megabytes(size: int) -> str:
 
 
 def doctor(words: Sequence[str]) -> int:
-    """Print what JAX sees, what is missing for a GPU, versions, extras and folders; 1 if something does not work."""
-    FlagParser("doctor", "What JAX sees, what is missing for a GPU, versions, extras, folders.").parse(words)
+    """Print versions, devices, GPU support, extras and folders; returns 1 if there is a problem."""
+    FlagParser("doctor", "Versions, devices, GPU support, extras and folders.").parse(words)
     problems = list(_problems())
     for section in (_versions(), _devices(), _extras(), _folders()):
         print(*section, sep="\n")
@@ -197,6 +203,7 @@ def _versions() -> Iterator[str]:
 
 
 def _devices() -> Iterator[str]:
+    """Lines with the devices that JAX sees, and the environment variables that affect them."""
     yield f"JAX computes on {jax.default_backend()} and sees:"
     for device in jax.devices():
         limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
@@ -209,11 +216,14 @@ def _devices() -> Iterator[str]:
 
 
 def _problems() -> Iterator[str]:
+    """A sentence for each problem of the installation."""
+    # Does the device compute?
     start = time.perf_counter()
     try:
         jnp.dot(jnp.ones((8, 8)), jnp.ones((8, 8))).block_until_ready()
-    except Exception as error:  # Whatever a broken driver raises.
-        yield f"a small product failed after {time.perf_counter() - start:.1f} s: {error}"
+    except Exception as error:  # A broken driver may raise exceptions of any type.
+        yield f"a small matrix product failed after {time.perf_counter() - start:.1f} s: {error}"
+    # Does JAX use the GPU that is there?
     driver, has_gpu = nvidia_driver(), jax.default_backend() == "gpu"
     plugins = cuda_plugins()
     if driver and not has_gpu:
@@ -224,39 +234,41 @@ def _problems() -> Iterator[str]:
             yield f"there is a GPU ({driver}), but JAX's plugin for it is missing: pip install 'worldloom[cuda12]'"
         else:
             yield f"there is a GPU ({driver}) and {plugins}, but JAX does not use it; jax.devices() may log why"
-    own = importlib.metadata.version("jaxlib")
+    # Do the plugins fit jaxlib?
+    jaxlib = importlib.metadata.version("jaxlib")
     yield from (
-        f"{name} {version} does not fit jaxlib {own}: pip install -U 'jax[{name.split('-')[1]}]'"
+        f"{name} {version} does not fit jaxlib {jaxlib}: pip install -U 'jax[{name.split('-')[1]}]'"
         for name, version in plugins.items()
-        if version.split(".")[:2] != own.split(".")[:2]
+        if version.split(".")[:2] != jaxlib.split(".")[:2]
     )
 
 
 def nvidia_driver() -> str | None:
-    """Names, memory and driver of NVIDIA GPUs as ``nvidia-smi`` tells them; None where there is none."""
+    """Names, memory and driver of NVIDIA GPUs, from ``nvidia-smi``; None without a GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return "; ".join(found.splitlines()) or None
+    return "; ".join(output.splitlines()) or None
 
 
 def cuda_plugins() -> dict[str, str]:
     """Installed CUDA plugins of JAX and their versions."""
-    found = {}
+    plugins = {}
     for name in ("jax-cuda12-plugin", "jax-cuda13-plugin"):
         try:
-            found[name] = importlib.metadata.version(name)
+            plugins[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return plugins
 
 
 def _extras() -> Iterator[str]:
+    """Lines with GPU support and the packages missing for each extra."""
     yield "for a GPU: " + (
         "ready"
         if jax.default_backend() == "gpu"

@@ -35,42 +35,46 @@ ENV_FLAGS = [
     Flag("worker_timeout", float, "Seconds after which a silent environment process is replaced.", 60.0),
 ]
 SHAPES = ("obs_shape", "action_dim", "action_type", "model_type")
-"""Fields that the environment or the preset settles."""
+"""Fields of the model's config that the environment or the preset determines; they are no flags."""
 
 
 class Plan(NamedTuple):
-    """What is about to be trained.
+    """A training run that is ready to start.
 
     Attributes:
       model: the world model.
-      config: how.
-      env: where.
-      run: its folder.
-      settled: lines that say what differs from the defaults, and why.
+      config: the training config.
+      env: the environments.
+      run: the run's folder.
+      settings: lines that list the settings other than the defaults, with reasons.
     """
 
     model: Any
     config: TrainingConfig
     env: Any
     run: RunFolder
-    settled: list[str]
+    settings: list[str]
 
 
 def train(words: Sequence[str]) -> int:
-    """Train an agent in an environment, or go on with a run."""
+    """Train an agent in an environment, or resume a run."""
     from worldloom.training.trainer import Trainer
 
+    # Flags depend on the family, so find it first.
     resume = _flag_given(words, "--resume")
     folder = peek_option(words, "--run")
-    known = RunFolder(folder) if folder and resume and RunFolder(folder).exists else None
+    existing = RunFolder(folder) if folder and resume and RunFolder(folder).exists else None
     name = peek_option(words, "--model")
-    family = split_name(name)[0] if name else _family_of(known) if known else None
+    family = split_name(name)[0] if name else _family_of(existing) if existing else None
     given = _flags(family).parse(words)
-    if family is None or not family.algorithm.short_updates(_config_before_env(name, known, family, given)):
+    # Must come before the environment and the model allocate memory.
+    if family is None or not family.algorithm.short_updates(_config_before_env(name, existing, family, given)):
         keep_freed_memory()
-    plan = _go_on(known, given) if known and not name else _begin(given)
-    print(_headline(plan), *(f"  {line}" for line in plan.settled), f"run folder {plan.run.path}", sep="\n", flush=True)
-    again = "".join(f" --family-module {name}" for name in imported_modules)
+    plan = _resumed_run(existing, given) if existing and not name else _new_run(given)
+    print(
+        _headline(plan), *(f"  {line}" for line in plan.settings), f"run folder {plan.run.path}", sep="\n", flush=True
+    )
+    module_flags = "".join(f" --family-module {name}" for name in imported_modules)
     with plan.env:
         start = time.perf_counter()
         trainer = Trainer(plan.model, plan.config, plan.run.callbacks(plan.env))
@@ -78,25 +82,23 @@ def train(words: Sequence[str]) -> int:
             trainer.train(plan.env, resume="auto" if given.get("resume") else False)
         except (KeyboardInterrupt, SystemExit):
             if any(plan.run.checkpoints.glob("[0-9]*")):
-                print(
-                    f"Stopped after {trainer.step:,} updates. To continue: worldloom train --run {plan.run.path} "
-                    f"--resume{again}",
-                    file=sys.stderr,
-                )
+                command = f"worldloom train --run {plan.run.path} --resume{module_flags}"
+                print(f"Stopped after {trainer.step:,} updates. To continue: {command}", file=sys.stderr)
             raise
         seconds = time.perf_counter() - start
     print(
-        f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {plan.run.path}{again}; "
-        f"worldloom play {plan.run.path}{again}; tensorboard --logdir {plan.run.path}"
+        f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {plan.run.path}{module_flags}; "
+        f"worldloom play {plan.run.path}{module_flags}; tensorboard --logdir {plan.run.path}"
     )
     return 0
 
 
 def _flags(family: Family | None) -> FlagParser:
-    further = (
+    """The parser of the command's flags, including the fields of the family's config."""
+    epilog = (
         "" if family else "With --model, the fields of its config are flags too: worldloom train --model tdmpc2 --help"
     )
-    flags = FlagParser("train", "Train an agent in an environment, or go on with a run.", epilog=further)
+    flags = FlagParser("train", "Train an agent in an environment, or resume a run.", epilog=epilog)
     flags.group("run", RUN_FLAGS)
     flags.group("environment (make_env)", ENV_FLAGS)
     training = [
@@ -111,48 +113,50 @@ def _flags(family: Family | None) -> FlagParser:
     return flags
 
 
-def _begin(given: Mapping[str, Any]) -> Plan:
-    """A new run: the preset, the recipe for it in this environment, and what was given on top."""
+def _new_run(given: Mapping[str, Any]) -> Plan:
+    """A new run with the preset and its recipe in this environment, overridden by the ``given`` flags."""
     from worldloom.envs import make_env
     from worldloom.training.recipes import recipe
 
     run = RunFolder(given["run"]) if "run" in given else None
     if run and run.exists and not given.get("resume"):
-        raise ConfigError(f"{run.path} holds a run; add --resume to go on with it, or choose another folder by --run.")
+        raise ConfigError(f"{run.path} holds a run; add --resume to continue it, or choose another folder by --run.")
     if "model" not in given or "env" not in given:
         raise ConfigError(
             "A new run needs --model and --env, for example: "
             "worldloom train --model tdmpc2:tiny --env Pendulum-v1 --steps 10000."
         )
-    name, (model_given, training_given, env_given) = given["model"], _sort(given)
+    name, (model_given, training_given, env_given) = given["model"], _split_given(given)
     seed = training_given.get("seed", TrainingConfig.seed)
     if given.get("resume") and "run" not in given:
-        newest = max(Path("runs").glob(f"{_plain(given['env'], name)}-*"), default=Path("runs/FOLDER"))
+        newest = max(Path("runs").glob(f"{_slug(given['env'], name)}-*"), default=Path("runs/FOLDER"))
         raise ConfigError(f"--resume needs the folder of the run, for example --run {newest}.")
+    # Environment, recipe, model.
     env = make_env(given["env"], seed=seed, **env_given)
     try:
-        advice = recipe(name, env, {**model_given, **training_given})
-        config = TrainingConfig(**{**advice.training, **training_given})
-        model = create_world_model(name, **{**advice.model, **model_given}, seed=seed, device=config.device)
+        recommended = recipe(name, env, {**model_given, **training_given})
+        config = TrainingConfig(**{**recommended.training, **training_given})
+        model = create_world_model(name, **{**recommended.model, **model_given}, seed=seed, device=config.device)
     except BaseException:
         env.close()
         raise
-    reasons = {**dict.fromkeys([*advice.model, *advice.training], "recipe"), **advice.reasons}
+    # The settings to print, with reasons.
+    reasons = {**dict.fromkeys([*recommended.model, *recommended.training], "recipe"), **recommended.reasons}
     reasons |= dict.fromkeys({**model_given, **training_given, **env_given}, "given")
-    chosen = {**env_given, **advice.model, **model_given, **advice.training, **training_given}
-    settled = [_as_flag(field, value, reasons[field]) for field, value in chosen.items() if field not in SHAPES]
-    return Plan(model, config, env, run or RunFolder(_new_folder(given["env"], name)), settled)
+    values = {**env_given, **recommended.model, **model_given, **recommended.training, **training_given}
+    lines = [_as_flag(field, value, reasons[field]) for field, value in values.items() if field not in SHAPES]
+    return Plan(model, config, env, run or RunFolder(_new_folder(given["env"], name)), lines)
 
 
-def _go_on(run: RunFolder, given: Mapping[str, Any]) -> Plan:
-    """The run in a folder, with what was given changed; the checkpoint refuses what may not change."""
+def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
+    """The run in a folder, with the ``given`` changes; restoring its checkpoint refuses those that are impossible."""
     settings = run.settings()
-    model_given, training_given, env_given = _sort(given)
+    model_given, training_given, env_given = _split_given(given)
     if "env" in given:
         env_given["spec"] = given["env"]
-    # The end that is given counts, not one of the other kind that the run was begun with.
-    ends = {"env_steps": 0} if "total_steps" in training_given else {}
-    config = run.training_config(**{**ends, **training_given})
+    # A given number of updates replaces the number of environment steps that the run was begun with.
+    end = {"env_steps": 0} if "total_steps" in training_given else {}
+    config = run.training_config(**{**end, **training_given})
     env = run.make_env(**env_given)
     try:
         cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
@@ -165,20 +169,21 @@ def _go_on(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     return Plan(model, config, env, run, [_as_flag(name, value, "given") for name, value in changed.items()])
 
 
-def _sort(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What was given of the model's config, of the training config, and for the environment."""
-    about_env = {flag.name for flag in ENV_FLAGS}
-    about_run = {flag.name for flag in RUN_FLAGS}
-    about_training = TrainingConfig.__dataclass_fields__  # type: ignore[attr-defined]
-    env = {name: value for name, value in given.items() if name in about_env}
-    training = {name: value for name, value in given.items() if name in about_training}
+def _split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The given fields of the model's config and of the training config, and the arguments of ``make_env``."""
+    env_names = {flag.name for flag in ENV_FLAGS}
+    run_names = {flag.name for flag in RUN_FLAGS}
+    training_names = TrainingConfig.__dataclass_fields__  # type: ignore[attr-defined]
+    env = {name: value for name, value in given.items() if name in env_names}
+    training = {name: value for name, value in given.items() if name in training_names}
     if training.get("total_steps") and training.get("env_steps"):
-        raise ConfigError("--steps (environment steps) and --total-steps (updates) both say when to end; give one.")
-    rest = about_env | about_run | set(about_training)
-    return {name: value for name, value in given.items() if name not in rest}, training, env
+        raise ConfigError("--steps (environment steps) and --total-steps (updates) both set the end; give one.")
+    other_names = env_names | run_names | set(training_names)
+    return {name: value for name, value in given.items() if name not in other_names}, training, env
 
 
 def _headline(plan: Plan) -> str:
+    """Parameters of the model, and shapes of the environment."""
     env, config = plan.env, plan.model.config
     episodes = f", episodes of at most {env.episode_length:,} decision steps" if env.episode_length else ""
     return (
@@ -188,15 +193,15 @@ def _headline(plan: Plan) -> str:
 
 
 def _as_flag(name: str, value: Any, reason: str) -> str:
-    """``--batch-size 64        recipe``."""
+    """A line such as ``--batch-size 64        recipe``."""
     flag = "steps" if name == "env_steps" else name.replace("_", "-")
     text = f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
     return f"{text:28} {reason}"
 
 
 def _new_folder(env: str, model: str) -> Path:
-    """A folder that was not there before, now taken: runs that begin in the same second get one each."""
-    path = Path("runs") / f"{_plain(env, model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Create a new folder; runs that begin in the same second get different ones."""
+    path = Path("runs") / f"{_slug(env, model)}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(2):
         try:
             path.mkdir(parents=True)
@@ -207,7 +212,8 @@ def _new_folder(env: str, model: str) -> Path:
     return path
 
 
-def _plain(env: str, model: str) -> str:
+def _slug(env: str, model: str) -> str:
+    """Environment and model as a part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", f"{env}-{model}").strip("-").lower()
 
 
@@ -215,12 +221,12 @@ def _family_of(run: RunFolder) -> Family:
     return get_family(run.settings()["model"].get("model_type"))
 
 
-def _config_before_env(name: str | None, known: RunFolder | None, family: Family, given: Mapping[str, Any]) -> Any:
-    """The model's config as far as it is known before the environment is made: with the smallest shapes."""
-    if name is None and known is not None:
-        return config_from_dict({**known.settings()["model"], **_sort(given)[0]})
+def _config_before_env(name: str | None, existing: RunFolder | None, family: Family, given: Mapping[str, Any]) -> Any:
+    """The model's config before the environment is made; of a new run with the smallest shapes."""
+    if name is None and existing is not None:
+        return config_from_dict({**existing.settings()["model"], **_split_given(given)[0]})
     shapes = {"obs_shape": (1,), "action_dim": 1}
-    return get_config(str(name), **{**shapes, **_sort(given)[0]}) if name else family.config_class(**shapes)
+    return get_config(str(name), **{**shapes, **_split_given(given)[0]}) if name else family.config_class(**shapes)
 
 
 def _flag_given(words: Sequence[str], option: str) -> bool:

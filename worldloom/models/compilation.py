@@ -115,9 +115,7 @@ def initializer(cls: Any, config: Any, dtype: jnp.dtype, version: Any) -> tuple[
 
 
 @functools.lru_cache(maxsize=512)
-def _jitted(
-    method: Callable[..., Any], cls: Any, config: Any, dtype: jnp.dtype, version: Any
-) -> Callable[..., Any]:
+def _jitted(method: Callable[..., Any], cls: Any, config: Any, dtype: jnp.dtype, version: Any) -> Callable[..., Any]:
     graph = graphdef(cls, config, dtype)
 
     def run(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """The files of one checkpoint: arrays through Orbax, everything else as JSON, with checksums.
 
 A checkpoint is a folder ``<folder>/<step>/`` with ``state/`` (Orbax), ``run.json`` and ``manifest.json`` (checksums).
-It is written as ``<step>.partial`` and renamed when it is complete, so a folder named by a bare number is always
-complete. ``orbax.checkpoint.CheckpointManager`` can read the layout too.
+It is written as ``<step>.partial`` and renamed when complete, so a folder named by a bare number is always complete.
+``orbax.checkpoint.CheckpointManager`` can read the layout too.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Interrupts:
         self._restore()
 
     def raise_received(self) -> None:
-        """Raise what the received signal means, if any: ``KeyboardInterrupt``, or ``SystemExit(143)`` (SIGTERM)."""
+        """Raise ``KeyboardInterrupt`` after SIGINT, or ``SystemExit(143)`` after SIGTERM; return if none arrived."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:

@@ -66,12 +66,8 @@ class MetricsAccumulator:
     def closed_copy(self, end: int) -> MetricsAccumulator:
         """A copy closed at ``end``; this one stays open."""
         copied = MetricsAccumulator(self.start)
-        copied.total, copied.count, copied.last, copied.seen = (
-            self.total.copy(),
-            self.count.copy(),
-            self.last,
-            self.seen,
-        )
+        copied.total, copied.count = self.total.copy(), self.count.copy()
+        copied.last, copied.seen = self.last, self.seen
         copied._began, copied._rows = self._began, self._rows
         copied.close(end)
         return copied

@@ -1,4 +1,4 @@
-"""Callbacks: what looks at a run from the host. A plain function of a :class:`StepInfo` is one too."""
+"""Callbacks run on the host at intervals of a run. A plain function of a :class:`StepInfo` is one too."""
 
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo, StopTraining, every
 from worldloom.training.callbacks.checkpointing import CheckpointCallback

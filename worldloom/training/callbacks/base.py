@@ -1,4 +1,4 @@
-"""What a callback is, what it is given, and what it may return."""
+"""Base class of callbacks, the record of a step that they receive, and the results that they may return."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from worldloom.training.config import TrainingConfig
 
 
 class StopTraining(Exception):
-    """Ask training to stop after this step: raise it in a callback, or return it. The message is the reason."""
+    """Stops training after this step: raise it in a callback, or return it. The message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepInfo:
-    """An immutable record of a run at one step, once every update up to it has been started.
+    """Immutable record of a run at one step; its updates have been started but are possibly still running.
 
-    Nothing waits for the device until something is read: ``metrics``, ``means`` and ``updates_per_second`` fetch when
-    first used and stay valid. The functions ``read_state``, ``model`` and ``snapshot`` may be called until the callback
-    returns; their results are copies on the host to keep.
+    The host waits for the device only when a value is read: ``metrics``, ``means`` and ``updates_per_second`` are
+    fetched on first use and stay valid. The functions ``read_state``, ``model`` and ``snapshot`` may be called until
+    the callback returns; their results are copies on the host, which stay valid.
 
     Attributes:
       step: updates done.
-      env_steps: environment steps taken, action repeat counted; 0 when training from recorded episodes.
+      env_steps: environment steps taken, counting action repeat; 0 offline.
       total_steps: updates at which this call of ``train`` ends.
       metrics: metrics of the last update by name, as the family's ``update`` returns them.
-      means: their means over the updates since this callback last ran; values that are not finite are left out.
+      means: means of the finite values of the metrics over the updates since this callback last ran.
       measurements: the newest values that callbacks published, such as ``eval/loss``.
       config: the run's training config.
       model_config: the model's config.
       model_class: the model's class.
-      loss_terms: which metrics are terms of the loss.
-      replay_size: rows in replay.
+      loss_terms: names of the metrics that are loss terms.
+      replay_size: number of rows in replay.
       run_id: identifies the run; a resumed run keeps it.
-      measured: whether some callback publishes measurements.
+      measured: whether any callback publishes measurements.
       updates_per_second: function () → updates per second since this callback last ran.
       read_state: function () → the :class:`TrainState`.
       model: function () → a copy of the world model with the weights of this step.
-      snapshot: function () → everything that a checkpoint needs.
+      snapshot: function () → the content of a checkpoint.
     """
 
     step: int
@@ -75,19 +75,20 @@ class StepInfo:
 
 
 CallbackResult = StopTraining | Mapping[str, float] | None
-"""Nothing, a request to stop, or measurements to publish by name (``{"eval/return_mean": 3.5}``)."""
+"""A request to stop, measurements to publish by name (``{"eval/return_mean": 3.5}``), or None."""
 
 
 class Callback:
-    """Code on the host that runs at intervals of a training run. Subclass, and override what you need.
+    """Code that runs on the host at intervals of a training run. Subclass it and override some of its methods.
 
     Between two callbacks, updates run on the device without the host; a callback that runs at every step therefore
-    slows small models down. A subclass with an ``on_…`` method that is none of those below is refused by ``Trainer``.
+    slows down small models. ``Trainer`` refuses a subclass that has ``on_…`` methods other than those below.
 
     Attributes:
-      every: updates between two calls of :meth:`on_step`; None follows ``TrainingConfig.log_interval``, 0 is never.
-      order: callbacks run in increasing order: −1 measures, 0 is everyone else, 1 saves what the others concluded.
-      measures: whether it publishes measurements.
+      every: updates between two calls of :meth:`on_step`; None follows ``TrainingConfig.log_interval``, 0 means never.
+      order: callbacks run in ascending order: −1 for those that publish measurements, 0 by default, 1 for those that
+        save the state of others.
+      measures: whether the callback publishes measurements.
     """
 
     every: int | None = None
@@ -95,35 +96,35 @@ class Callback:
     measures: bool = False
 
     def interval(self, config: TrainingConfig) -> int:
-        """Updates between two calls of :meth:`on_step` in a run with ``config``; 0 is never."""
+        """Updates between two calls of :meth:`on_step` in a run with ``config``; 0 means never."""
         return config.log_interval if self.every is None else self.every
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
-        """Training is about to begin, or to continue after a resume. Check folders here."""
+        """Called before training begins or continues. Check folders here."""
 
     def on_step(self, info: StepInfo) -> CallbackResult:
-        """``info.step`` is a multiple of the interval."""
+        """Called when ``info.step`` is a multiple of the interval."""
 
     def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
-        """Some callback published ``measurements`` of this step."""
+        """Called when a callback published ``measurements`` at this step."""
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
-        """Training ended: done, stopped or interrupted, but not by an error."""
+        """Called when training is complete, stopped or interrupted by a signal, but not after an error."""
 
     def close(self) -> None:
-        """Release files and threads. Called however training ended."""
+        """Release files and threads. Always called at the end of training, also after an error."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a resume, as JSON-serialisable values."""
+        """The state for a checkpoint, as JSON-serializable values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
 
 
 _EVENTS = {"on_train_begin": 1, "on_step": 1, "on_eval": 2, "on_train_end": 1}
 """Methods that the runner calls, with the number of their arguments."""
-_EARLIER_NAMES = {
+_OTHER_NAMES = {
     "on_step_end": "on_step",
     "on_batch_end": "on_step",
     "on_update": "on_step",
@@ -136,23 +137,23 @@ _EARLIER_NAMES = {
     "on_checkpoint": "on_step",
     "on_epoch_end": "on_step",
 }
-"""What the earlier library and others call them."""
+"""Names of these methods in the earlier library and in other libraries."""
 
 
 def check_events(callback: Callback) -> None:
-    """Raise ``UnknownFieldError`` for ``on_…`` methods that are never called, or that take other arguments."""
+    """Raise ``UnknownFieldError`` for ``on_…`` methods that are never called, or that have another signature."""
     owner = type(callback).__name__
     for name in dir(callback):
         method = getattr(callback, name) if name.startswith("on_") else None
         if not callable(method):
             continue
         if name not in _EVENTS:
-            right = _EARLIER_NAMES.get(name)
-            hint = f" Did you mean '{right}'?" if right else nearest(name, _EVENTS)
+            correct = _OTHER_NAMES.get(name)
+            hint = f" Did you mean '{correct}'?" if correct else nearest(name, _EVENTS)
             raise UnknownFieldError(
-                f"{owner}.{name} would never be called: a callback has {', '.join(_EVENTS)}.{hint} Each takes a "
-                "StepInfo (step, metrics, means, …) as in on_step(self, info); a helper of your own needs a name that "
-                "does not begin with 'on_'."
+                f"{owner}.{name} would never be called: a callback has {', '.join(_EVENTS)}.{hint} Their argument info "
+                "is a StepInfo (step, metrics, means, …), as in on_step(self, info); names of other methods must not "
+                "begin with 'on_'."
             )
         arguments = ("info", "measurements")[: _EVENTS[name]]
         try:
@@ -167,7 +168,7 @@ def check_events(callback: Callback) -> None:
 class FunctionCallback(Callback):
     """A plain function ``f(info)`` as a callback; see :func:`every`."""
 
-    measures = True  # It may: what a function returns is not known beforehand.
+    measures = True  # Whether the function returns measurements is only known when it is called.
 
     def __init__(self, function: Callable[[StepInfo], CallbackResult], every: int | None = None):
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
@@ -180,12 +181,12 @@ class FunctionCallback(Callback):
 
 
 def every(updates: int, function: Callable[[StepInfo], CallbackResult]) -> Callback:
-    """Call ``function(info)`` every so many updates."""
+    """A callback that calls ``function(info)`` every ``updates`` updates."""
     return FunctionCallback(function, updates)
 
 
 def as_callback(value: Any) -> Callback:
-    """A callback from what a user gave: a :class:`Callback`, a function, or a pair ``(updates, function)``.
+    """Convert a :class:`Callback`, a function, or a pair ``(updates, function)`` to a :class:`Callback`.
 
     Raises ``TypeError`` for anything else, and for a Callback with methods that are never called.
     """
@@ -193,7 +194,7 @@ def as_callback(value: Any) -> Callback:
         check_events(value)
         return value
     if isinstance(value, type):
-        raise TypeError(f"Give an instance: {value.__name__}(…) instead of {value.__name__}.")
+        raise TypeError(f"A callback must be an instance: {value.__name__}(…) instead of {value.__name__}.")
     if callable(value):
         return FunctionCallback(value)
     if isinstance(value, tuple) and len(value) == 2 and callable(value[1]):
@@ -204,7 +205,7 @@ def as_callback(value: Any) -> Callback:
 
 
 def name_of(callback: Callback) -> str:
-    """Name for messages and checkpoints: that of the class or function."""
+    """Name of a callback in messages and checkpoints: that of its class or function."""
     if isinstance(callback, FunctionCallback):
         return getattr(callback.function, "__qualname__", type(callback.function).__name__)
     return type(callback).__name__

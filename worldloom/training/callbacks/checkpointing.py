@@ -1,4 +1,4 @@
-"""Save the run now and then, and keep the best."""
+"""Saves checkpoints at intervals, and keeps the best one."""
 
 from __future__ import annotations
 
@@ -33,23 +33,24 @@ def _note_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class CheckpointCallback(Callback):
-    """Writes checkpoints of the whole run in the background: at every ``save_every`` steps, and when training ends.
+    """Writes checkpoints of the whole run in the background, every ``save_every`` steps and when training ends.
 
-    The best one is chosen among these, never written for its own sake: by the mean of a training metric over the steps
-    since the save before, or by the newest measurement published since then. One noisy batch decides nothing.
+    The best checkpoint is one of these; none is written only because it is the best. They are compared by the mean of a
+    training metric over the steps since the previous save, or by the newest measurement since then, so that no single
+    noisy batch decides.
 
     Args:
-      save_dir: folder of the checkpoints; one run each. ``load_weights`` and ``Trainer.train(…, resume=…)`` read it.
-      save_every: steps between two saves. Not given, it is ``TrainingConfig.save_interval`` (10,000 by default); given,
-        it is what was given, also 10,000.
-      keep_last: how many of the newest to keep.
-      save_best: keep the best one too.
-      monitor: metric that decides which is best.
+      save_dir: folder of the checkpoints of one run, read by ``load_weights`` and ``Trainer.train(…, resume=…)``.
+      save_every: steps between two saves. If omitted, it is ``TrainingConfig.save_interval``; an explicit value always
+        counts, also one that equals the default, 10,000.
+      keep_last: number of newest checkpoints to keep.
+      save_best: whether to keep the best one too.
+      monitor: name of the metric that decides which is best.
       mode: ``"min"``, ``"max"``, or ``"auto"``: max for names of returns, scores, successes, accuracies and lengths.
 
     Raises:
       CheckpointError: when training begins, if the folder cannot be written to or holds another run.
-      ConfigError: a value is out of range; at the first save, when there is no metric of that name.
+      ConfigError: a value is out of range; at the first save, if there is no metric of that name.
     """
 
     order = 1
@@ -72,9 +73,9 @@ class CheckpointCallback(Callback):
         check(isinstance(keep_last, int) and keep_last >= 1, f"keep_last must be an integer ≥ 1, not {keep_last!r}.")
         self.save_dir, self.save_every = Path(save_dir), save_every
         self.monitor = Monitor(monitor, mode) if save_best else None
-        judged = {"mode": self.monitor.mode, "monitor": self.monitor.name} if self.monitor else {}
-        self.checkpointer = Checkpointer(save_dir, keep_last=keep_last, **judged)
-        self._measured: float | None = None
+        best = {"mode": self.monitor.mode, "monitor": self.monitor.name} if self.monitor else {}
+        self.checkpointer = Checkpointer(save_dir, keep_last=keep_last, **best)
+        self._measurement: float | None = None
         self._saved_step: int | None = None
 
     def interval(self, config: TrainingConfig) -> int:
@@ -94,19 +95,19 @@ class CheckpointCallback(Callback):
         return None if step is None else self.save_dir / str(step)
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
-        """Refuse a folder that will not do, before any work."""
+        """Refuse an unusable folder before training begins."""
         self.checkpointer.open(info.run_id)
         self._saved_step = info.step if info.step in self.checkpointer.steps() else None
         return None
 
     def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
-        """Remember the monitored measurement for the next save."""
+        """Keep the monitored measurement for the next save."""
         if self.monitor:
-            self._measured = measurements.get(self.monitor.name, self._measured)
+            self._measurement = measurements.get(self.monitor.name, self._measurement)
         return None
 
     def on_step(self, info: StepInfo) -> CallbackResult:
-        """Save in the background. A write that failed is warned of; the next save tries again."""
+        """Save in the background. If the previous write failed, warn and continue."""
         try:
             self.checkpointer.wait()
         except CheckpointError as error:
@@ -115,38 +116,38 @@ class CheckpointCallback(Callback):
         return None
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
-        """Save where training ended, unless that is saved, and wait until it is written."""
+        """Save the final step, unless it is already saved, and wait for the write."""
         if info.step != self._saved_step:
             self.on_step(info)
         self.checkpointer.wait()
         return None
 
     def close(self) -> None:
-        """Finish the write that is under way."""
+        """Finish the pending write."""
         self.checkpointer.close()
 
     def _save(self, info: StepInfo) -> None:
         value = None
         if self.monitor:
-            trained = self.monitor.trained(info)
-            value, self._measured = (self._measured if trained is None else trained), None
+            mean = self.monitor.training_mean(info)
+            value, self._measurement = (self._measurement if mean is None else mean), None
         self.checkpointer.save(info.snapshot(), value)
         self._saved_step = info.step
 
     def state_dict(self) -> dict[str, Any]:
-        """A measurement that no save has used yet."""
-        return {"measured": self._measured}
+        """The measurement that the next save will use."""
+        return {"measured": self._measurement}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
-        self._measured = state["measured"]
+        """Restore it."""
+        self._measurement = state["measured"]
 
 
 def recovery_hint(callbacks: Iterable[Callback]) -> str:
-    """What a user can do about a loss that is not finite, and which checkpoint is good."""
-    saved = [callback.latest for callback in callbacks if isinstance(callback, CheckpointCallback)]
-    kept = next((f"The last good checkpoint is {path}." for path in saved if path), "No checkpoint was saved.")
+    """Advice after a non-finite loss: the last good checkpoint, and settings to change."""
+    latest = [callback.latest for callback in callbacks if isinstance(callback, CheckpointCallback)]
+    saved = next((f"The last good checkpoint is {path}." for path in latest if path), "No checkpoint was saved.")
     return (
-        f"{kept} The model holds the weights before it. Look at the data of that step, lower learning_rate or "
-        "grad_clip, or set skip_nonfinite=True to leave such updates out."
+        f"{saved} The model holds the weights before that update. Check the data of that step, lower learning_rate or "
+        "grad_clip, or set skip_nonfinite=True to skip such updates."
     )

@@ -1,4 +1,4 @@
-"""Stop when a metric no longer improves."""
+"""Stops training when a metric no longer improves."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from worldloom.training.config import TrainingConfig
 class EarlyStoppingCallback(Callback):
     """Stops training once ``monitor`` has not improved for ``patience`` steps.
 
-    A training metric is judged by its mean over the steps since the last look, a measurement such as ``eval/loss``
-    whenever it is published.
+    A training metric is compared by its mean over the steps since the last comparison, a measurement such as
+    ``eval/loss`` whenever it is published.
 
     Args:
-      monitor: the metric.
-      patience: steps without improvement.
-      min_delta: smallest change that counts as one.
-      mode: ``"min"`` or ``"max"``: what better means (or ``"auto"``: by the name).
+      monitor: name of the metric.
+      patience: number of steps without improvement after which training stops.
+      min_delta: minimum change that counts as an improvement.
+      mode: ``"min"`` if lower is better, ``"max"`` if higher is, ``"auto"`` to infer it from the name.
 
     Raises:
-      ConfigError: a value is out of range; at the first look, when there is no metric of that name.
+      ConfigError: a value is out of range; at the first comparison, if there is no metric of that name.
     """
 
     def __init__(self, monitor: str = "loss", patience: int = 5000, min_delta: float = 1e-4, mode: str = "min"):
@@ -35,24 +35,24 @@ class EarlyStoppingCallback(Callback):
         self.best_step = 0
 
     def interval(self, config: TrainingConfig) -> int:
-        """As often as the log, but not more rarely than patience runs out."""
+        """The log interval, but at most ``patience``."""
         return min(config.log_interval, self.patience)
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
-        """Patience starts with training."""
+        """Count patience from the first step of training."""
         if self.best is None:
             self.best_step = info.step
         return None
 
     def on_step(self, info: StepInfo) -> CallbackResult:
-        """Judge the mean of a training metric."""
-        return self._judge(info.step, self.monitor.trained(info))
+        """Compare the mean of a training metric with the best so far."""
+        return self._compare(info.step, self.monitor.training_mean(info))
 
     def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
-        """Judge a measurement."""
-        return self._judge(info.step, measurements.get(self.monitor.name))
+        """Compare a measurement with the best so far."""
+        return self._compare(info.step, measurements.get(self.monitor.name))
 
-    def _judge(self, step: int, value: float | None) -> CallbackResult:
+    def _compare(self, step: int, value: float | None) -> CallbackResult:
         if value is None:
             return None
         if self.best is None or self.monitor.better(value, self.best, self.min_delta):
@@ -69,5 +69,5 @@ class EarlyStoppingCallback(Callback):
         return {"best": self.best, "best_step": self.best_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on waiting where the run was saved."""
+        """Restore them."""
         self.best, self.best_step = state["best"], state["best_step"]

@@ -1,4 +1,4 @@
-"""Returns of the episodes that online training collects."""
+"""Publishes returns and lengths of the episodes that online training collects."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 
 
 class EpisodesCallback(Callback):
-    """Publishes ``collect/return`` and ``collect/length`` of the episodes that ended since the last log record, their
-    number ``collect/episodes``, and ``collect/restarts``, how many environment processes had to be replaced so far.
+    """Publishes means over the episodes that ended since the last log record: ``collect/return``, ``collect/length``.
 
-    Online training adds it by itself. Episodes that a crash cut short are left out.
+    Also published are their number, ``collect/episodes``, and ``collect/restarts``, the number of environment processes
+    replaced so far. Online training adds this callback itself. Episodes cut short by a crash are excluded.
 
     Args:
-      collector: where episodes end.
+      collector: the run's collector.
     """
 
     order = -1
@@ -26,13 +26,13 @@ class EpisodesCallback(Callback):
         self.collector = collector
 
     def on_step(self, info: StepInfo) -> CallbackResult:
-        """Publish, if an episode ended."""
+        """Publish if an episode ended, and clear the collector's list."""
         counts = self._counts()
         self.collector.ends = []
         return counts
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
-        """Publish the last ones. They stay, so that a run that goes on has the records of one that never stopped."""
+        """Publish the last episodes. The list is kept, so a continued run has the records of an uninterrupted one."""
         return self._counts()
 
     def _counts(self) -> CallbackResult:

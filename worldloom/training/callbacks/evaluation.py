@@ -1,4 +1,4 @@
-"""Measure on held-out data, or in environments of their own, while training."""
+"""Evaluates a model during training, on held-out episodes or in separate environments."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from worldloom.training.sampler import SequenceSampler
 
 _log = logging.getLogger("worldloom")
 
-_EPISODES = 10
-"""Episodes of the evaluation that is added by default."""
+_DEFAULT_EPISODES = 10
+"""Number of episodes of the evaluation that online training adds by default."""
 
 
 class EvalCallback(Callback):
-    """Evaluates the weights of a step, on data or in environments.
+    """Evaluates the current weights, on data or in environments.
 
     * A ``ReplayBuffer`` of held-out episodes: publishes the mean loss terms ``eval/loss`` and ``eval/loss/<term>``.
-    * A ``VectorEnv``: plays whole episodes with the evaluation policy and publishes ``eval/return`` (their mean),
-      ``eval/return_std`` and ``eval/length``. Which episodes is a function of ``seed`` and the step alone.
+    * A ``VectorEnv``: plays whole episodes with the evaluation policy and publishes ``eval/return`` (the mean),
+      ``eval/return_std`` and ``eval/length``. The episodes are determined by ``seed`` and the step.
 
     Args:
-      source: held-out episodes, such as the second part of ``ReplayBuffer.split``, or environments that nobody else
-        steps, such as ``env.another(10, seed=1)``.
+      source: held-out episodes, such as the second part of ``ReplayBuffer.split``, or environments used for nothing
+        else, such as ``env.another(10, seed=1)``.
       every: steps between two evaluations; None follows ``TrainingConfig.eval_interval``.
-      batches: batches an evaluation averages over, the same ones every time.
-      episodes: episodes an evaluation plays.
-      seed: which ones.
+      batches: number of batches per evaluation, the same ones every time.
+      episodes: number of episodes per evaluation.
+      seed: determines the batches or episodes.
     """
 
     order = -1
@@ -48,11 +48,11 @@ class EvalCallback(Callback):
         self.source, self.every, self.batches, self.episodes, self.seed = source, every, batches, episodes, seed
 
     def interval(self, config: TrainingConfig) -> int:
-        """``every``, or ``config.eval_interval``."""
+        """``every``, or ``config.eval_interval`` if that is None."""
         return config.eval_interval if self.every is None else self.every
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
-        """Refuse data or environments that do not fit before training, not at the first evaluation."""
+        """Refuse data or environments that do not fit, before training instead of at the first evaluation."""
         if not self.interval(info.config):
             return None
         if isinstance(self.source, VectorEnv):
@@ -62,7 +62,7 @@ class EvalCallback(Callback):
         return None
 
     def on_step(self, info: StepInfo) -> CallbackResult:
-        """Evaluate the weights of this step."""
+        """Evaluate and publish the results."""
         model = info.model()
         if isinstance(self.source, VectorEnv):
             ends = play(model, self.source, episodes=self.episodes, seed=self.seed + info.step)
@@ -77,13 +77,13 @@ class EvalCallback(Callback):
 
 
 def default_evaluation(env: VectorEnv) -> list[EvalCallback]:
-    """The evaluation of an online run without callbacks of its own: ten episodes in other environments of the kind.
+    """The default evaluation of an online run: ten episodes in separate environments made like ``env``.
 
-    Empty, with a warning, if no others can be made.
+    Empty, with a warning, if such environments cannot be made.
     """
     try:
-        other = env.another(_EPISODES, env.seed + 1)
+        eval_env = env.another(_DEFAULT_EPISODES, env.seed + 1)
     except ConfigError as error:
         _log.warning("There will be no evaluation: %s", error)
         return []
-    return [EvalCallback(other, episodes=_EPISODES, seed=env.seed + 1)]
+    return [EvalCallback(eval_env, episodes=_DEFAULT_EPISODES, seed=env.seed + 1)]

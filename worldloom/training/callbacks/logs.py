@@ -1,4 +1,4 @@
-"""Records of a run: a line on the console, JSON lines and TensorBoard events in a folder, a Weights & Biases run."""
+"""Logs of a run: lines on the console, JSON lines and TensorBoard events in a folder, a Weights & Biases run."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.metrics import tag
 
 FILE_NAME = "metrics.jsonl"
-_LATEST = ("lr", "skipped")  # Where the last value says more than a mean.
+_LATEST = ("lr", "skipped")
+"""Metrics of which the last value is logged instead of the mean."""
 
 
 class LoggingCallback(Callback):
-    """Writes a record every ``TrainingConfig.log_interval`` steps, of means over these steps, and one per evaluation.
+    """Writes the means over every ``TrainingConfig.log_interval`` steps, and the measurements of each evaluation.
 
-    Names are the same everywhere: ``train/loss``, ``train/loss/<term>``, ``train/grad_norm``, ``train/lr``,
+    Names are the same in all outputs: ``train/loss``, ``train/loss/<term>``, ``train/grad_norm``, ``train/lr``,
     ``fps/update``, ``replay/size``, ``collect/…``, ``eval/…``. Every JSON line has ``step`` (updates),
     ``env_steps`` and ``time``. TensorBoard's x-axis is the number of environment steps online and of updates offline.
 
     Args:
-      log_dir: folder of ``metrics.jsonl`` (always written there) and TensorBoard events; None writes no files. A
-        resumed run goes on in the same file; a new run moves an older file to ``metrics.<n>.jsonl``.
-      log_to_console: print a line too.
-      log_to_tensorboard: write TensorBoard events too; needs ``log_dir``.
-      log_to_wandb: log to Weights & Biases too (extra ``wandb``): to the run of ``wandb.init`` if one is active, else
-        to one with the id of this run and both configs. ``WANDB_PROJECT`` (default ``worldloom``),
+      log_dir: folder of ``metrics.jsonl``, which is always written, and TensorBoard events; None writes no files. A
+        resumed run appends to the file; a new run first renames an existing file to ``metrics.<n>.jsonl``.
+      log_to_console: whether to print a line as well.
+      log_to_tensorboard: whether to write TensorBoard events as well; requires ``log_dir``.
+      log_to_wandb: whether to log to Weights & Biases as well (extra ``wandb``): to the run of ``wandb.init`` if one is
+        active, else to a new one with the id of this run and both configs. ``WANDB_PROJECT`` (default ``worldloom``),
         ``WANDB_MODE`` and its other variables are respected; ``WANDB_MODE=offline`` writes under ``log_dir`` only.
 
     Raises:
@@ -68,7 +69,7 @@ class LoggingCallback(Callback):
         self._finish_wandb = False
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
-        """Open the files; records after the step that a run goes on from are cut off."""
+        """Open the files; a resumed run first removes records after its step."""
         if self.log_to_wandb:
             self._open_wandb(info)
         if self.log_dir is None:
@@ -76,12 +77,12 @@ class LoggingCallback(Callback):
         self.log_dir.mkdir(parents=True, exist_ok=True)
         path = self.log_dir / FILE_NAME
         if path.exists():
-            _make_room(path, info.step)
+            _truncate_or_rename(path, info.step)
         self._file = path.open("a", encoding="utf-8")
         if self.log_to_tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.log_dir), purge_step=_x(info) + 1 if info.step else None)
+            self._writer = SummaryWriter(str(self.log_dir), purge_step=_x_axis(info) + 1 if info.step else None)
         return None
 
     def on_step(self, info: StepInfo) -> CallbackResult:
@@ -98,7 +99,7 @@ class LoggingCallback(Callback):
         return None
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
-        """Write the last record, of the steps that no record has covered."""
+        """Write the means over the steps since the last record."""
         if info.means:
             self.on_step(info)
         return None
@@ -132,51 +133,54 @@ class LoggingCallback(Callback):
 
     def _write(self, info: StepInfo, record: Mapping[str, float]) -> None:
         if self.log_to_console:
-            taken = f"env steps {info.env_steps:,}  " if info.env_steps else ""
-            _print(f"step {info.step:,}/{info.total_steps:,}  {taken}" + "  ".join(_short(record)))
+            env_steps = f"env steps {info.env_steps:,}  " if info.env_steps else ""
+            _print(f"step {info.step:,}/{info.total_steps:,}  {env_steps}" + "  ".join(_console_items(record)))
         if self._file is not None:
+            # JSON has no NaN or infinity.
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-            place = {"step": info.step, "env_steps": info.env_steps, "time": time.time()}
-            self._file.write(json.dumps({**place, **finite}) + "\n")
+            position = {"step": info.step, "env_steps": info.env_steps, "time": time.time()}
+            self._file.write(json.dumps({**position, **finite}) + "\n")
             self._file.flush()
         if self._wandb is not None:
             self._wandb.log({"step": info.step, "env_steps": info.env_steps, **record})
         if self._writer is not None:
             for name, value in record.items():
-                self._writer.add_scalar(name, value, _x(info))
+                self._writer.add_scalar(name, value, _x_axis(info))
             self._writer.flush()
 
 
-def _x(info: StepInfo) -> int:
+def _x_axis(info: StepInfo) -> int:
+    """Position of a record on TensorBoard's x-axis."""
     return info.env_steps or info.step
 
 
-def _short(record: Mapping[str, float]) -> list[str]:
-    """``loss 1.23``: the names without what the reader knows."""
+def _console_items(record: Mapping[str, float]) -> list[str]:
+    """Items such as ``loss 1.23``, without the prefixes of training metrics."""
     return [f"{name.removeprefix('train/').removeprefix('loss/')} {value:.4g}" for name, value in record.items()]
 
 
 def _print(line: str) -> None:
     from tqdm.auto import tqdm
 
-    # Plain print would tear a progress bar apart.
+    # Plain print would break up a progress bar.
     tqdm.write(line)
 
 
-def _make_room(path: Path, step: int) -> None:
-    """Keep the records up to ``step`` of a run that goes on; move those of another run aside."""
+def _truncate_or_rename(path: Path, step: int) -> None:
+    """For a resumed run, remove the records after ``step``; for a new one (step 0), rename the existing file."""
     if step == 0:
         number = 1
-        while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        while (renamed := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
             number += 1
-        path.rename(aside)
+        path.rename(renamed)
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
     write_atomically(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:
+    """The step of a record; infinite if the line is incomplete because the process was killed while writing it."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf  # Cut off amid a write.
+        return math.inf

@@ -1,4 +1,4 @@
-"""Evaluations that leave pictures behind, for a run's folder."""
+"""Evaluations with videos and plots, written to a run's folder."""
 
 from __future__ import annotations
 
@@ -23,31 +23,34 @@ from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import play
 
 _log = logging.getLogger("worldloom")
-_ROWS, _FRAMES = 20_000, 1_500
+_MAX_ROWS = 20_000
+"""Rows of the newest evaluation that are kept for plots of the model's predictions."""
+_MAX_FRAMES = 1_500
+"""Frames of a video: one minute at 25 per second."""
 
 
 class FrameRecorder(list[np.ndarray]):
-    """Pictures of an episode, as ``play`` appends them: the first minute of it (at 25 a second)."""
+    """The first ``_MAX_FRAMES`` frames of an episode, as ``play`` appends them."""
 
     def append(self, frame: np.ndarray) -> None:
-        """Keep ``frame``, unless there are enough."""
-        if len(self) < _FRAMES:
+        """Add ``frame``, unless the maximum is reached."""
+        if len(self) < _MAX_FRAMES:
             super().append(frame)
 
 
 class EvalReportCallback(Callback):
-    """Plays whole episodes with the evaluation policy, as ``EvalCallback`` does, and shows them.
+    """Plays whole episodes with the evaluation policy, as ``EvalCallback`` does, and writes a video and plots of them.
 
-    Publishes ``eval/return``, ``eval/return_std`` and ``eval/length``, and writes to the folder ``eval.gif`` of the
-    first episode and how well the model imagines these episodes, see
-    :func:`worldloom.report.imagination.draw_imagination` and :func:`worldloom.report.trust.draw_trust`.
+    Publishes ``eval/return``, ``eval/return_std`` and ``eval/length``. Writes ``eval.gif`` of the first episode, and
+    plots of the model's predictions in these episodes, see :func:`worldloom.report.imagination.draw_imagination` and
+    :func:`worldloom.report.trust.draw_trust`.
 
     Args:
-      env: environments that nobody else steps; made with ``render=True`` for a video.
-      folder: where the pictures go.
-      title: function () → what the run is, above the pictures.
-      episodes: how many an evaluation plays.
-      seed: which ones.
+      env: environments used for nothing else; made with ``render=True`` for a video.
+      folder: folder of the video and the plots.
+      title: function () → title of the plots.
+      episodes: number of episodes per evaluation.
+      seed: determines the episodes.
     """
 
     order = -1
@@ -58,25 +61,27 @@ class EvalReportCallback(Callback):
     ):
         self.env, self.folder, self.title, self.episodes, self.seed = env, Path(folder), title, episodes, seed
         self.step: int | None = None
-        self._films = True
+        self._records_video = True
 
     def interval(self, config: TrainingConfig) -> int:
         """``config.eval_interval``."""
         return config.eval_interval
 
     def on_step(self, info: StepInfo) -> CallbackResult:
-        """Evaluate the weights of this step."""
-        model, replay, film = info.model(), ReplayBuffer(_ROWS), FrameRecorder()
+        """Evaluate and publish the results."""
+        # Play and record.
+        model, replay, frames = info.model(), ReplayBuffer(_MAX_ROWS), FrameRecorder()
         env: Any = Recording(self.env, replay)
-        self._films = self._films and draws(self.env, self.seed)
-        frames = film if self._films else None
-        ends = play(model, env, episodes=self.episodes, seed=self.seed + info.step, frames=frames)
+        self._records_video = self._records_video and can_render(self.env, self.seed)
+        recorded = frames if self._records_video else None
+        ends = play(model, env, episodes=self.episodes, seed=self.seed + info.step, frames=recorded)
         self.step = info.step
-        if film:
-            attempt("eval.gif", lambda: save_gif(film, self.folder / "eval.gif"))
+        # Video, plots, measurements.
+        if frames:
+            draw_or_warn("eval.gif", lambda: save_gif(frames, self.folder / "eval.gif"))
         title = f"{self.title()}, {info.env_steps:,} environment steps"
-        attempt("imagination", lambda: draw_imagination(model, replay, self.folder, title=title))
-        attempt("trust.png", lambda: draw_trust(model, replay, self.folder, title=title))
+        draw_or_warn("imagination", lambda: draw_imagination(model, replay, self.folder, title=title))
+        draw_or_warn("trust.png", lambda: draw_trust(model, replay, self.folder, title=title))
         returns = [end.episode_return for end in ends]
         return {
             "eval/return": float(np.mean(returns)),
@@ -86,9 +91,9 @@ class EvalReportCallback(Callback):
 
 
 class FinalEvaluation(Callback):
-    """Evaluates once more where training is done, unless that was just evaluated.
+    """Evaluates the final weights, unless they were just evaluated.
 
-    It comes after the last checkpoint, and not at all when training was stopped or interrupted: that should be quick.
+    Runs after the last checkpoint, and only if training reached ``total_steps``: stops and interrupts should be quick.
     """
 
     every = 0
@@ -99,18 +104,18 @@ class FinalEvaluation(Callback):
         self.evaluation = evaluation
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
-        """Evaluate."""
-        done = info.step >= info.total_steps and info.step != self.evaluation.step
-        return self.evaluation.on_step(info) if done else None
+        """Evaluate and publish the results."""
+        due = info.step >= info.total_steps and info.step != self.evaluation.step
+        return self.evaluation.on_step(info) if due else None
 
 
 class CurveCallback(Callback):
-    """Draws ``learning_curve.png`` from the ``metrics.jsonl`` in its folder after every evaluation and at the end.
+    """Plots ``learning_curve.png`` from the ``metrics.jsonl`` in its folder after every evaluation and at the end.
 
     Args:
-      folder: of a ``LoggingCallback``, which comes earlier in the list.
-      title: function () → what the run is, above the pictures.
-      held_out: recorded episodes; then how well the model imagines them is drawn too.
+      folder: folder of a ``LoggingCallback``, which must run before this callback.
+      title: function () → title of the plots.
+      held_out: recorded episodes; if given, the model's predictions of them are plotted too.
     """
 
     every = 0
@@ -120,33 +125,33 @@ class CurveCallback(Callback):
         self.folder, self.title, self.held_out = Path(folder), title, held_out
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
-        """Say once what will be missing."""
+        """Warn once about missing packages."""
         missing = [name for name in ("matplotlib", "PIL") if not _installed(name)]
         if missing:
             _log.warning("No curves or no video without %s: pip install 'worldloom[video]'.", " and ".join(missing))
         return None
 
     def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
-        """Draw, if this was an evaluation."""
+        """Update the plots after an evaluation."""
         if any(name.startswith("eval/") for name in measurements):
-            self._draw(info)
+            self._plot(info)
         return None
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
-        """Draw."""
-        self._draw(info)
+        """Update the plots."""
+        self._plot(info)
         return None
 
-    def _draw(self, info: StepInfo) -> None:
+    def _plot(self, info: StepInfo) -> None:
         records = read_records(self.folder / FILE_NAME)
         if any({"eval/return", "collect/return", "train/loss"} & record.keys() for record in records):
             path = self.folder / "learning_curve.png"
-            attempt(path.name, lambda: learning_curve(records, path, title=self.title()))
+            draw_or_warn(path.name, lambda: learning_curve(records, path, title=self.title()))
         if self.held_out is not None:
             title, held_out = f"{self.title()}, {info.step:,} updates", self.held_out
             model = info.model()
-            attempt("imagination", lambda: draw_imagination(model, held_out, self.folder, title=title))
-            attempt("trust.png", lambda: draw_trust(model, held_out, self.folder, title=title))
+            draw_or_warn("imagination", lambda: draw_imagination(model, held_out, self.folder, title=title))
+            draw_or_warn("trust.png", lambda: draw_trust(model, held_out, self.folder, title=title))
 
 
 class EvalPrinter(Callback):
@@ -170,27 +175,27 @@ class EvalPrinter(Callback):
         return None
 
 
-def draws(env: VectorEnv, seed: int) -> bool:
-    """Whether ``env`` draws pictures, and they can be written; resets it."""
+def can_render(env: VectorEnv, seed: int) -> bool:
+    """Whether ``env`` renders images and the package that writes them is installed; resets ``env``."""
     if not _installed("PIL"):
         return False
     try:
         env.reset(seed=seed)
         env.render()
-    except Exception as error:  # Whatever a simulator without graphics raises.
+    except Exception as error:  # Simulators without graphics raise exceptions of any type.
         _log.warning("There will be no video: %s", error)
         return False
     return True
 
 
-def attempt(what: str, draw: Callable[[], Any]) -> None:
-    """Draw a picture. One that cannot be drawn costs a warning, never the run."""
-    if not _installed("matplotlib" if what != "eval.gif" else "PIL"):
+def draw_or_warn(name: str, draw: Callable[[], Any]) -> None:
+    """Call ``draw`` if its package is installed; an exception is logged as a warning, so that the run continues."""
+    if not _installed("matplotlib" if name != "eval.gif" else "PIL"):
         return
     try:
         draw()
     except Exception as error:
-        _log.warning("%s was not drawn: %s", what, error)
+        _log.warning("%s was not drawn: %s", name, error)
 
 
 def _installed(package: str) -> bool:

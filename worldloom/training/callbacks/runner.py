@@ -1,4 +1,4 @@
-"""Runs the callbacks of one trainer: when each is due, what it is given, what becomes of its result."""
+"""Runs the callbacks of one trainer: schedules them, builds their ``StepInfo``, handles their results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class CallbackRunner:
     """Callbacks in execution order, each with the metrics accumulated since it last ran.
 
     Args:
-      callbacks: in the order given; :attr:`Callback.order` goes first.
+      callbacks: the callbacks; they are sorted by :attr:`Callback.order`, and keep their order where it is equal.
 
     Attributes:
-      callbacks: sorted.
+      callbacks: the sorted callbacks.
+      names: their unique names in checkpoints and messages.
       measurements: the newest values that callbacks published, by name.
-      stop_reason: why a callback asked to stop, in this call of ``train``; or None.
+      stop_reason: reason for which a callback stopped this call of ``train``; None if none did.
     """
 
     def __init__(self, callbacks: Sequence[Callback]):
@@ -44,26 +45,26 @@ class CallbackRunner:
         return any(callback.measures for callback in self.callbacks)
 
     def start(self, config: TrainingConfig, stream: MetricsStream) -> None:
-        """Prepare for one call of ``train``: intervals follow ``config``, metrics come from ``stream``."""
+        """Prepare for one call of ``train``, with intervals from ``config`` and metrics from ``stream``."""
         self._every = [callback.interval(config) for callback in self.callbacks]
         self._stream, self.stop_reason = stream, None
         for accumulator in self._accumulators:
             stream.register(accumulator)
 
     def next_step(self, step: int) -> int | None:
-        """First step after ``step`` at which some callback is due; None if none ever is."""
+        """The first step after ``step`` at which a callback is due; None if there is none."""
         return min(((step // every + 1) * every for every in self._every if every), default=None)
 
     def on_train_begin(self, run: Run) -> None:
-        """Call ``on_train_begin`` of all."""
+        """Call ``on_train_begin`` of all callbacks."""
         for index, callback in enumerate(self.callbacks):
-            self._call(index, run, callback.on_train_begin, self._so_far(index, run.step))
+            self._call(index, run, callback.on_train_begin, self._partial(index, run.step))
 
     def on_step(self, run: Run) -> None:
-        """Call ``on_step`` of those that are due."""
+        """Call ``on_step`` of the callbacks that are due."""
         due = [index for index, every in enumerate(self._every) if every and run.step % every == 0]
         finished = {}
-        # All accumulators change before any callback runs: a checkpoint saves them as they are after this step.
+        # Replace all accumulators before any callback runs: a checkpoint must save them as they are after this step.
         for index in due:
             finished[index] = self._accumulators[index]
             finished[index].close(run.step)
@@ -72,19 +73,19 @@ class CallbackRunner:
             self._call(index, run, self.callbacks[index].on_step, finished[index])
 
     def on_train_end(self, run: Run) -> None:
-        """Call ``on_train_end`` of all; accumulators stay open for the next call of ``train``."""
+        """Call ``on_train_end`` of all callbacks; accumulators stay open for the next call of ``train``."""
         if self.stop_reason:
             _log.info("Training stopped at step %d. %s.", run.step, self.stop_reason)
         for index, callback in enumerate(self.callbacks):
-            self._call(index, run, callback.on_train_end, self._so_far(index, run.step))
+            self._call(index, run, callback.on_train_end, self._partial(index, run.step))
 
     def close(self) -> None:
-        """Call ``close`` of all."""
+        """Call ``close`` of all callbacks."""
         for callback in self.callbacks:
             callback.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the callbacks, by name."""
+        """The state of callbacks, accumulators and measurements for a checkpoint."""
         return {
             "states": {n: callback.state_dict() for n, callback in zip(self.names, self.callbacks, strict=True)},
             "intervals": {n: each.state_dict() for n, each in zip(self.names, self._accumulators, strict=True)},
@@ -92,7 +93,7 @@ class CallbackRunner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Inverse of :meth:`state_dict`. A callback that was not there before starts at ``step``."""
+        """Inverse of :meth:`state_dict`. Metrics of a callback without saved state are accumulated from ``step``."""
         self.measurements = dict(state["measurements"])
         for index, (name, callback) in enumerate(zip(self.names, self.callbacks, strict=True)):
             saved = state["intervals"].get(name)
@@ -103,23 +104,28 @@ class CallbackRunner:
     def _call(
         self, index: int, run: Run, method: Callable[..., CallbackResult], accumulator: MetricsAccumulator
     ) -> None:
-        result = self._checked(index, run.step, method, self._info(run, accumulator))
+        """Call a method of callback ``index``, and ``on_eval`` of all callbacks with the measurements it returns."""
+        result = self._checked_call(index, run.step, method, self._info(run, accumulator))
         if isinstance(result, Mapping):
             self.measurements.update(result)
             for other, callback in enumerate(self.callbacks):
-                info = self._info(run, self._so_far(other, run.step))
-                if isinstance(self._checked(other, run.step, callback.on_eval, info, result), Mapping):
+                info = self._info(run, self._partial(other, run.step))
+                if isinstance(self._checked_call(other, run.step, callback.on_eval, info, result), Mapping):
                     raise TypeError(f"{self.names[other]}.on_eval may return None or StopTraining, not measurements.")
 
-    def _checked(self, index: int, step: int, method: Callable[..., CallbackResult], *args: Any) -> CallbackResult:
-        """Measurements as floats, or None; notes a request to stop, and names the callback in any error."""
+    def _checked_call(self, index: int, step: int, method: Callable[..., CallbackResult], *args: Any) -> CallbackResult:
+        """Call ``method``; returns measurements as floats, or None.
+
+        A request to stop sets :attr:`stop_reason`. Exceptions get a note naming the callback; ``TypeError`` for an
+        invalid result.
+        """
         name = f"{self.names[index]}.{method.__name__}"
         try:
             result = method(*args)
         except StopTraining as request:
             result = request
         except NonFiniteError:
-            raise  # From reading metrics; not the callback's fault.
+            raise  # Raised when the callback read metrics; the callback did not cause it.
         except Exception as error:
             error.add_note(f"Raised by the callback {name} at step {step}.")
             raise
@@ -154,10 +160,11 @@ class CallbackRunner:
             callback_state=self.state_dict,
         )
 
-    def _so_far(self, index: int, step: int) -> MetricsAccumulator:
+    def _partial(self, index: int, step: int) -> MetricsAccumulator:
+        """The metrics of callback ``index`` up to ``step``; its accumulator stays open."""
         return self._stream.register(self._accumulators[index].closed_copy(step))
 
 
 def _unique(names: list[str]) -> list[str]:
-    """Names with a number from the second of a kind on; the same callbacks get the same names after a resume."""
+    """Number repeated names from the second on; the same callbacks get the same names after a resume."""
     return [f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
