@@ -77,8 +77,9 @@ def examine(name, count, rng, steps=40):
         trainer, source = small_run(name, Path(temporary), steps=steps, save_every=10, keep_last=10)
         trainer.train(source)
         intact, folder = Path(temporary) / "checkpoints", Path(temporary) / "damaged"
+        identity = trainer.run.identity()
         needed = {step: parts(intact, step) for step in Checkpointer(intact).steps()}
-        good = {step: content(Checkpointer(intact).restore(trainer.state, step)) for step in needed}
+        good = {step: content(Checkpointer(intact).restore(trainer.state, identity, step)) for step in needed}
         files = sorted(set().union(*needed.values()))
         for number in range(count):
             shutil.rmtree(folder, ignore_errors=True)
@@ -98,7 +99,7 @@ def examine(name, count, rng, steps=40):
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 try:
-                    found = Checkpointer(folder).restore(trainer.state)
+                    found = Checkpointer(folder).restore(trainer.state, identity)
                 except CheckpointError as error:
                     outcome, right = "said that none is left", not left and str(folder) in str(error)
                 else:

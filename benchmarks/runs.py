@@ -46,11 +46,11 @@ def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=()):
         total_steps=steps, batch_size=4, sequence_length=6, learning_rate=1e-3, prefill=60,
         log_interval=max(7, steps // 500), replay_capacity=200, updates_per_call=3, device="cpu", seed=11,
     )  # fmt: skip
-    window = model.algorithm.window(model.config, config)
+    latents = model.algorithm.replay_spec(model.config, config).latents
     if kind == "online":
         source, held_out = env, env.another(2, seed=99)
     else:
-        source, held_out = recorded(env, 8, window.latents), recorded(env, 2, {})
+        source, held_out = recorded(env, 8, latents), recorded(env, 2, {})
     callbacks = [
         *callbacks,
         EvalCallback(held_out, every=max(1, steps // 4), batches=2, episodes=2),
@@ -84,9 +84,9 @@ def recorded(env, episodes, latents):
                 arrivals.append(world.step(actions[-1]))
         if len(actions) >= 8:
             buffer.add_episode(
-                np.concatenate([rows.obs for rows in arrivals]),
+                np.concatenate([time_step.obs for time_step in arrivals]),
                 np.concatenate(actions),
-                np.concatenate([rows.reward for rows in arrivals[1:]]),
+                np.concatenate([time_step.reward for time_step in arrivals[1:]]),
                 terminated=bool(arrivals[-1].is_terminal[0]),
                 truncated=not arrivals[-1].is_terminal[0],
             )

@@ -14,6 +14,7 @@ from worldloom import create_world_model
 from worldloom.devices import keep_freed_memory
 from worldloom.models.base import merge
 from worldloom.training import TrainingConfig
+from worldloom.training.collector import compiled_policy
 
 
 def random_batch(obs_shape, action_dim, batch_size, rows, seed=0):
@@ -41,15 +42,15 @@ def update_call(name, *, obs_shape, action_dim, batch_size, length, training=Non
     clip = 20.0 if name.startswith("tdmpc2") else 0.0
     training = TrainingConfig(batch_size=batch_size, sequence_length=length, grad_clip=clip, **(training or {}))
     algorithm = model.algorithm
-    rows = algorithm.window(model.config, training).rows
-    batch = random_batch(obs_shape, action_dim, batch_size, rows)
-    if getattr(model.config, "replay_context", False):
-        spec = algorithm.window(model.config, training)
+    spec = algorithm.replay_spec(model.config, training)
+    batch = random_batch(obs_shape, action_dim, batch_size, spec.rows)
+    if spec.latents:
         batch["context"] = {k: np.zeros((batch_size, *shape), np.float32) for k, shape in spec.latents.items()}
     batch = jax.device_put(batch)
     state = {"now": jax.device_put(algorithm.init_state(model, training, jax.random.key(0)), jax.devices()[0])}
     state["now"] = jax.tree.map(lambda x: x.copy(), state["now"])
-    step = jax.jit(algorithm.update, donate_argnums=0)
+    update = algorithm.make_update(model.config, training.of_update(), model_class=type(model))
+    step = jax.jit(update, donate_argnums=0)
     key = jax.random.key(1)
 
     def call():
@@ -63,16 +64,17 @@ def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
     """``call()`` plans one action for each of ``environments`` parallel environments and blocks."""
     model = create_world_model(name, obs_shape=obs_shape, action_dim=action_dim, **overrides)
     algorithm = model.algorithm
-    state = algorithm.init_state(model, TrainingConfig(), jax.random.key(0))
+    act = compiled_policy(algorithm.policy, type(model), model.config)
     obs = np.random.default_rng(0).normal(size=(environments, *obs_shape)).astype(np.float32)
     carry = algorithm.initial_carry(model.config, environments)
-    act = jax.jit(algorithm.act)
-    key = jax.random.key(1)
+    # Root key, carry, observations, is_first, number of the call; the weights are an argument as in training.
+    arguments = (jax.random.key(1), carry, obs, np.zeros(environments, bool), 0)
+    params = jax.device_put(model.params)
 
     def call():
-        jax.block_until_ready(act(state, carry, obs, key))
+        jax.block_until_ready(act(params, *arguments))
 
-    return call, model, lambda: act.lower(state, carry, obs, key)
+    return call, model, lambda: act.lower(params, *arguments)
 
 
 def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **overrides):

@@ -8,6 +8,7 @@ import pytest
 import worldloom
 from worldloom.cli import COMMANDS
 from worldloom.cli.train import _flags
+from worldloom.families import get_family
 
 PAGE = Path(worldloom.__file__).parent / "docs" / "online.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -16,7 +17,7 @@ TYPED = re.findall(r"^\$ worldloom (.*)$", TEXT, flags=re.M)
 
 @pytest.mark.parametrize("words", [line.split() for line in TYPED if line.startswith("train") and "siz " not in line])
 def test_training_commands_are_understood(words):
-    assert _flags("tdmpc2").parse(words[1:])
+    assert _flags(get_family("tdmpc2")).parse(words[1:])
 
 
 def test_every_command_is_shown():
@@ -24,7 +25,8 @@ def test_every_command_is_shown():
 
 
 def test_every_flag_in_the_text_exists():
-    known = {option for f in ("tdmpc2", "dreamerv3") for option in _flags(f)._parser._option_string_actions}
+    parsers = [_flags(get_family(name))._parser for name in ("tdmpc2", "dreamerv3")]
+    known = {option for parser in parsers for option in parser._option_string_actions}
     known |= {
         "--episodes",
         "--checkpoint",
@@ -36,6 +38,12 @@ def test_every_flag_in_the_text_exists():
         "--logdir",
     }
     assert set(re.findall(r"--[a-z][a-z-]+", TEXT)) <= known
+
+
+def test_modules_on_the_command_line_exist():
+    files = re.findall(r"--family-module (\S+\.py)", TEXT)
+    assert files
+    assert all((PAGE.parents[2] / file).is_file() for file in files)
 
 
 def test_links_lead_somewhere():

@@ -20,7 +20,8 @@ from test_hostile_files import fuzz, mutate, repacked, write_zip
 from worldloom import get_config
 from worldloom.config import read_json_object
 from worldloom.errors import ConfigError, FileFormatError
-from worldloom.models.registry import config_from_dict, read_safetensors
+from worldloom.models.pretrained import read_safetensors
+from worldloom.models.registry import config_from_dict
 from worldloom.replay import ReplayBuffer, ReplayStore
 from worldloom.training import TrainingConfig
 

@@ -1,6 +1,7 @@
 """Examples are programs that people copy: they run, alone and as they stand, small."""
 
 import json
+import re
 import runpy
 import sys
 import types
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import worldloom
+from worldloom import families
+from worldloom.cli import main
 
 EXAMPLES = Path(worldloom.__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
@@ -59,6 +62,38 @@ def test_reinforce_in_imagination(small, monkeypatch, capsys):
     out = run("reinforce_in_imagination.py", monkeypatch, capsys)
     assert "update    3: imagined return" in out
     assert "after learning in imagination" in out
+
+
+def test_a_changed_model_in_less_than_60_lines(small, monkeypatch, capsys):
+    assert len((EXAMPLES / "custom_model.py").read_text(encoding="utf-8").splitlines()) < 60
+    out = run("custom_model.py", monkeypatch, capsys)
+    assert re.search(r"\binverse 0\.\d+", out)  # on the console with the other terms
+    assert "all read back: True" in out
+    assert (small / "runs" / "custom_model" / "model" / "model.safetensors").is_file()
+
+
+def test_a_family_in_one_file(small, monkeypatch, capsys):
+    out = run("linear_family.py", monkeypatch, capsys)
+    families._registered.pop("linear")
+    (score,) = re.findall(r"Mean return of 2 episodes: (-\d+)", out)
+    assert -900 < int(score) < 0  # Pendulum's rewards are at least -16.3, and an episode has 50 steps
+
+
+def test_a_family_in_one_file_works_on_the_command_line(small, monkeypatch, capsys):
+    """The commands in its head, with less to do."""
+    text = (EXAMPLES / "linear_family.py").read_text(encoding="utf-8")
+    typed = re.findall(r"^ +worldloom (.*)$", text, flags=re.M)
+    assert [line.split()[0] for line in typed] == ["train", "eval"]
+    tiny = ["--steps=40", "--prefill=30", "--time-limit=10", "--sequence-length=4", "--eval-interval=0", "--device=cpu"]
+    monkeypatch.setattr(families, "imported_modules", [])
+    try:
+        for line, further in zip(typed, (tiny, ["--episodes=1"]), strict=True):
+            words = [str(EXAMPLES.parent / word) if word.endswith(".py") else word for word in line.split()]
+            assert main([*words, *further]) == 0
+    finally:
+        families._registered.pop("linear", None)
+        sys.modules.pop("linear_family", None)
+    assert "of 1 episodes terminated" in capsys.readouterr().out
 
 
 def test_the_notebook_runs(small, monkeypatch, capsys):
