@@ -45,9 +45,10 @@ DynamicsReward = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 class PlannerModel(Protocol):
     """What the planner uses of a world model. ``task`` is [], or None for a single-task model.
 
-    Any object with these methods will do. Outside of a trace, :func:`plan` and :func:`score` compile for a
-    :class:`worldloom.WorldModel`; for another object they run uncompiled, because nothing says which of its attributes
-    are weights that change. ``jax.jit(functools.partial(plan, model))`` compiles with the weights of that moment.
+    Any object with these methods will do. Outside of a trace, :func:`plan` and :func:`score` are compiled once for the
+    :class:`worldloom.WorldModel` s of a config. For another object they are compiled at every call, because nothing
+    says which of its attributes are weights that change; ``jax.jit(functools.partial(plan, model))`` is compiled once,
+    with the weights of that moment.
     """
 
     config: TDMPC2Config
@@ -80,7 +81,7 @@ class PlannerModel(Protocol):
 
 
 def _entry(function: F) -> F:
-    """Take the latent as an array or :class:`LatentState`, and compile ``function`` for world models."""
+    """Let ``function`` take an array or :class:`LatentState`, and compile it when it is not called in a trace."""
     run = compiled(function)
 
     @functools.wraps(function)
@@ -89,7 +90,9 @@ def _entry(function: F) -> F:
         if isinstance(model, WorldModel):
             return run(model, z, *args, **kwargs)
         _check_model(model)
-        return function(model, z, *args, **kwargs)
+        bound = functools.partial(function, model)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((z, args, kwargs)))
+        return bound(z, *args, **kwargs) if traced else jax.jit(bound)(z, *args, **kwargs)
 
     return call  # type: ignore[return-value]
 
