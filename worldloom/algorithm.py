@@ -50,7 +50,7 @@ class TrainState:
 
 
 class ReplaySpec(NamedTuple):
-    """What an algorithm needs from replay.
+    """An algorithm's requirements on replay.
 
     Attributes:
       rows: rows per window: those that gradients flow through, plus context rows.

@@ -64,9 +64,9 @@ def test_environment_flags_are_arguments_of_make_env():
     ],
 )
 def test_texts_become_values(kind, text, value):
-    found = parse_value(Flag("field", kind, ""), text)
-    assert found == value
-    assert type(found) is type(value)
+    parsed = parse_value(Flag("field", kind, ""), text)
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The page about online training says what is so."""
+"""The page about online training agrees with the command line."""
 
 import re
 from pathlib import Path
@@ -12,21 +12,22 @@ from worldloom.families import get_family
 
 PAGE = Path(worldloom.__file__).parent / "docs" / "online.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-TYPED = re.findall(r"^\$ worldloom (.*)$", TEXT, flags=re.M)
+SHOWN = re.findall(r"^\$ worldloom (.*)$", TEXT, flags=re.M)
+"""The commands on the page."""
 
 
-@pytest.mark.parametrize("words", [line.split() for line in TYPED if line.startswith("train") and "siz " not in line])
-def test_training_commands_are_understood(words):
+@pytest.mark.parametrize("words", [line.split() for line in SHOWN if line.startswith("train") and "siz " not in line])
+def test_the_flags_of_training_commands_are_valid(words):
     assert _flags(get_family("tdmpc2")).parse(words[1:])
 
 
 def test_every_command_is_shown():
-    assert {line.split()[0] for line in TYPED} | {"list"} == set(COMMANDS)
+    assert {line.split()[0] for line in SHOWN} | {"list"} == set(COMMANDS)
 
 
 def test_every_flag_in_the_text_exists():
-    parsers = [_flags(get_family(name))._parser for name in ("tdmpc2", "dreamerv3")]
-    known = {option for parser in parsers for option in parser._option_string_actions}
+    families = [get_family(name) for name in ("tdmpc2", "dreamerv3")]
+    known = {option for family in families for option in _flags(family)._parser._option_string_actions}
     known |= {
         "--episodes",
         "--checkpoint",
@@ -40,21 +41,21 @@ def test_every_flag_in_the_text_exists():
     assert set(re.findall(r"--[a-z][a-z-]+", TEXT)) <= known
 
 
-def test_modules_on_the_command_line_exist():
+def test_family_modules_in_commands_exist():
     files = re.findall(r"--family-module (\S+\.py)", TEXT)
     assert files
     assert all((PAGE.parents[2] / file).is_file() for file in files)
 
 
-def test_links_lead_somewhere():
+def test_linked_files_exist():
     links = re.findall(r"\]\((?!http)([^)#]+)", TEXT)
     assert links
     for link in links:
         assert (PAGE.parent / link).exists(), link
 
 
-def test_the_program_runs_as_printed(tmp_path, monkeypatch):
-    """Up to training itself, which is the examples' affair."""
+def test_the_program_runs_up_to_training(tmp_path, monkeypatch):
+    """Training itself is covered by the tests of the examples."""
     monkeypatch.chdir(tmp_path)
     program = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)[0]
     namespace: dict = {}

@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture
 def config():
-    """A short run: looks at 4, 8, 12, …"""
+    """A short run with log records at steps 4, 8, 12, …"""
     return TrainingConfig(
         total_steps=20, batch_size=4, sequence_length=5, learning_rate=1e-2, log_interval=4, device="cpu"
     )

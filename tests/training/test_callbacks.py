@@ -1,4 +1,4 @@
-"""What each callback writes, shows, measures and decides."""
+"""The built-in callbacks: logs, evaluation, early stopping, progress bar."""
 
 import itertools
 import json
@@ -34,19 +34,20 @@ def lines(folder):
 
 def scalars(folder):
     """{tag: [(step, value)]} of the TensorBoard events in ``folder``, read without TensorBoard."""
-    found = {}
+    values = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            length = int.from_bytes(data[at : at + 8], "little")
-            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
-            at += 12 + length + 4
+        data, offset = path.read_bytes(), 0
+        while offset < len(data):
+            # A TFRecord: length, its checksum, the event, its checksum.
+            length = int.from_bytes(data[offset : offset + 8], "little")
+            event = event_pb2.Event.FromString(data[offset + 12 : offset + 12 + length])
+            offset += 12 + length + 4
             for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return found
+                values.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return values
 
 
-def test_the_log_holds_means_under_the_usual_names(model, buffer, config, held_out, tmp_path, capsys):
+def test_the_log_records_means_under_documented_names(model, buffer, config, held_out, tmp_path, capsys):
     means = []
     callbacks = [
         LoggingCallback(str(tmp_path), log_to_tensorboard=True),
@@ -57,18 +58,18 @@ def test_the_log_holds_means_under_the_usual_names(model, buffer, config, held_o
     trained = [line for line in lines(tmp_path) if "train/loss" in line]
     assert [line["step"] for line in trained] == [4, 8, 12, 16, 20]
     assert [line["train/loss"] for line in trained] == means
-    place = {"step", "env_steps", "time"}
-    expected = place | {"train/loss", "train/loss/prediction", "train/loss/reward", "train/grad_norm"}
+    position = {"step", "env_steps", "time"}
+    expected = position | {"train/loss", "train/loss/prediction", "train/loss/reward", "train/grad_norm"}
     expected |= {"train/lr", "train/update_norm", "train/first_row", "fps/update", "replay/size"}
     assert set(trained[0]) == expected
     assert trained[0]["replay/size"] == len(buffer)
     assert trained[-1]["fps/update"] > 0
     evaluated = [line for line in lines(tmp_path) if "eval/loss" in line]
     assert [line["step"] for line in evaluated] == [10, 20]
-    assert set(evaluated[0]) == place | {"eval/loss", "eval/loss/prediction", "eval/loss/reward"}
+    assert set(evaluated[0]) == position | {"eval/loss", "eval/loss/prediction", "eval/loss/reward"}
     assert {line["env_steps"] for line in evaluated} == {0}
     events = scalars(tmp_path)
-    assert set(events) == (expected | set(evaluated[0])) - place
+    assert set(events) == (expected | set(evaluated[0])) - position
     assert events["train/loss"] == [(line["step"], np.float32(line["train/loss"])) for line in trained]
     console = capsys.readouterr().out
     assert "step 4/20  loss " in console
@@ -90,7 +91,7 @@ def test_tensorboard_needs_a_folder():
         LoggingCallback(log_to_tensorboard=True)
 
 
-def test_a_second_run_moves_the_older_log_aside(buffer, config, tmp_path):
+def test_a_new_run_renames_an_existing_log(buffer, config, tmp_path):
     for _ in range(3):
         Trainer(
             ToyWorldModel(ToyConfig()), config.replace(total_steps=4), [LoggingCallback(str(tmp_path), False)]
@@ -102,13 +103,13 @@ def test_a_second_run_moves_the_older_log_aside(buffer, config, tmp_path):
     ]
 
 
-def test_a_resumed_log_drops_what_came_after_the_checkpoint(buffer, config, tmp_path):
-    def trainer(*further):
+def test_a_resumed_log_drops_records_after_the_checkpoint(buffer, config, tmp_path):
+    def trainer(*more):
         callbacks = [
             LoggingCallback(str(tmp_path / "log"), False, True),
             CheckpointCallback(str(tmp_path / "run"), save_every=8),
         ]
-        return Trainer(ToyWorldModel(ToyConfig()), config, [*callbacks, *further])
+        return Trainer(ToyWorldModel(ToyConfig()), config, [*callbacks, *more])
 
     def power_cut(info):
         raise RuntimeError("power cut")
@@ -117,16 +118,17 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(buffer, config, tmp_
         trainer((15, power_cut)).train(buffer)
     with (tmp_path / "log" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 16, "train/lo')
-    assert [line["step"] for line in lines_until_torn(tmp_path / "log")] == [4, 8, 12]
+    assert [line["step"] for line in complete_lines(tmp_path / "log")] == [4, 8, 12]
     trainer().train(buffer, resume=True)
     assert [line["step"] for line in lines(tmp_path / "log")] == [4, 8, 12, 16, 20]
 
 
-def lines_until_torn(folder):
+def complete_lines(folder):
+    """All lines but the last, which is incomplete."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
 
 
-def test_values_that_are_not_finite_stay_valid_json(model, buffer, config, tmp_path):
+def test_nonfinite_values_are_logged_as_valid_json(model, buffer, config, tmp_path):
     callbacks = [(4, lambda info: {"eval/ratio": math.nan}), LoggingCallback(str(tmp_path), False)]
     Trainer(model, config.replace(total_steps=4), callbacks).train(buffer)
     strict = [
@@ -138,20 +140,20 @@ def test_values_that_are_not_finite_stay_valid_json(model, buffer, config, tmp_p
 
 @pytest.mark.parametrize("value", [np.float32(1.5), np.array(1.5), jnp.float32(1.5), 1.5])
 def test_numbers_of_any_kind_are_measurements(model, buffer, config, tmp_path, value):
-    folder, heard = tmp_path / "saved", []
+    folder, received = tmp_path / "saved", []
 
-    class Hear(Callback):
+    class Recorder(Callback):
         def on_eval(self, info, measurements):
-            heard.append(measurements)
+            received.append(measurements)
 
-    callbacks = [(4, lambda info: {"eval/x": value}), Hear(), LoggingCallback(str(tmp_path), False)]
+    callbacks = [(4, lambda info: {"eval/x": value}), Recorder(), LoggingCallback(str(tmp_path), False)]
     callbacks.append(CheckpointCallback(str(folder), save_every=4, monitor="eval/x"))
     Trainer(model, config.replace(total_steps=8), callbacks).train(buffer)
-    assert heard == [{"eval/x": 1.5}, {"eval/x": 1.5}]
+    assert received == [{"eval/x": 1.5}, {"eval/x": 1.5}]
     assert sorted(path.name for path in folder.iterdir() if path.name.isdecimal()) == ["4", "8"]
 
 
-def test_what_is_no_number_is_no_measurement(model, buffer, config):
+def test_measurements_that_are_not_numbers_are_refused(model, buffer, config):
     with pytest.raises(TypeError, match="measurements are numbers"):
         Trainer(model, config, [(4, lambda info: {"eval/x": "high"})]).train(buffer)
 
@@ -166,50 +168,50 @@ def test_held_out_data_that_does_not_fit_is_refused_before_training(model, buffe
     Trainer(model, config.replace(eval_interval=0, total_steps=2), [EvalCallback(short)]).train(buffer)
 
 
-def test_evaluation_is_the_same_every_time_and_changes_nothing(model, buffer, config, held_out):
+def test_evaluation_is_reproducible_and_does_not_change_training(model, buffer, config, held_out):
     published = []
 
-    class Keep(Callback):
+    class Recorder(Callback):
         def on_eval(self, info, measurements):
             published.append((info.step, dict(measurements)))
             assert info.measurements["eval/loss"] == measurements["eval/loss"]
 
-    trainer = Trainer(model, config.replace(eval_interval=10), [EvalCallback(held_out, batches=3), Keep()])
+    trainer = Trainer(model, config.replace(eval_interval=10), [EvalCallback(held_out, batches=3), Recorder()])
     trainer.train(buffer)
     assert [step for step, _ in published] == [10, 20]
     again = trainer.evaluate(held_out, batches=3)
     assert {f"eval/loss/{k}" if k != "loss" else "eval/loss": v for k, v in again.items()} == published[-1][1]
-    quiet = ToyWorldModel(ToyConfig())
-    Trainer(quiet, config, []).train(buffer)
-    np.testing.assert_array_equal(quiet.params["dynamics"]["kernel"], model.params["dynamics"]["kernel"])
+    unevaluated = ToyWorldModel(ToyConfig())
+    Trainer(unevaluated, config, []).train(buffer)
+    np.testing.assert_array_equal(unevaluated.params["dynamics"]["kernel"], model.params["dynamics"]["kernel"])
 
 
 def test_evaluate_averages_the_loss_terms(model, held_out, config):
     terms = evaluate(model, held_out, config, batches=4, seed=3)
     batches = [held_out.sample(4, 5, seed=3, update=number) for number in range(4)]
     for name, value in terms.items():
-        singles = []
+        of_batches = []
         for batch in batches:
             batch.pop("row_ids", None)
-            singles.append(float(model.compute_loss(batch)[name]))
-        assert value == pytest.approx(np.mean(singles), rel=1e-6)
+            of_batches.append(float(model.compute_loss(batch)[name]))
+        assert value == pytest.approx(np.mean(of_batches), rel=1e-6)
     assert list(terms) == ["loss", "prediction", "reward"]
     assert terms == evaluate(model, held_out, batches=4, seed=3, batch_size=4, sequence_length=5)
 
 
-def test_eval_interval_zero_is_never(model, buffer, config, held_out):
-    seen = []
+def test_eval_interval_zero_means_never(model, buffer, config, held_out):
+    steps = []
 
-    class Keep(Callback):
+    class Recorder(Callback):
         def on_eval(self, info, measurements):
-            seen.append(info.step)
+            steps.append(info.step)
 
-    Trainer(model, config.replace(eval_interval=0), [EvalCallback(held_out), Keep()]).train(buffer)
-    assert seen == []
+    Trainer(model, config.replace(eval_interval=0), [EvalCallback(held_out), Recorder()]).train(buffer)
+    assert steps == []
 
 
-def measured(values):
-    """Publishes these values, one every two steps, the last one for ever."""
+def publish(values):
+    """A callback that publishes these values, one every two steps, repeating the last one."""
     stream = itertools.chain(values, itertools.repeat(values[-1]))
     return (2, lambda info: {"eval/score": next(stream)})
 
@@ -219,13 +221,13 @@ def measured(values):
     [
         ("min", [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 1.0], 12),  # best at 6, patience until 12
         ("max", [5.0, 6.0, 5.0, 5.5, 5.9, 9.0], 10),  # best at 4
-        ("min", [5.0, 4.95, 4.93, 4.92], 8),  # steps below min_delta do not count: best at 2
+        ("min", [5.0, 4.95, 4.93, 4.92], 8),  # changes below min_delta are no improvement: best at 2
         ("min", [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0], None),
     ],
 )
 def test_early_stopping_waits_for_patience(model, buffer, config, mode, values, stop):
     callback = EarlyStoppingCallback("eval/score", patience=6, min_delta=0.1, mode=mode)
-    trainer = Trainer(model, config, [callback, measured(values)])
+    trainer = Trainer(model, config, [callback, publish(values)])
     trainer.train(buffer)
     assert trainer.step == (stop or 20)
     assert (trainer.stop_reason is None) == (stop is None)
@@ -237,7 +239,7 @@ def test_early_stopping_on_a_training_metric(model, buffer, config):
     callback = EarlyStoppingCallback("lr", patience=6)
     trainer = Trainer(model, config.replace(log_interval=2), [callback])
     trainer.train(buffer)
-    assert trainer.step == 8  # the constant is best at the first look, 2
+    assert trainer.step == 8  # the constant is best at the first comparison, step 2
     assert callback.best == pytest.approx(0.01)
 
 
@@ -254,7 +256,7 @@ def test_patience_survives_a_resume(buffer, config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["los", "train/loss/predicton", "eval/loss"])
-def test_an_unknown_monitor_is_named_at_the_first_look(model, buffer, config, name):
+def test_an_unknown_monitor_is_refused_at_the_first_comparison(model, buffer, config, name):
     advice = "need an EvalCallback" if name.startswith("eval") else "Did you mean"
     trainer = Trainer(model, config, [EarlyStoppingCallback(name)])
     with pytest.raises(ConfigError, match=f"monitor='{name}' is not a metric of this run.*{advice}"):
@@ -262,7 +264,7 @@ def test_an_unknown_monitor_is_named_at_the_first_look(model, buffer, config, na
     assert trainer.step == 4
 
 
-def test_an_unknown_measurement_is_named_once_there_are_any(model, buffer, config, held_out):
+def test_an_unknown_measurement_is_refused_once_its_group_is_published(model, buffer, config, held_out):
     callbacks = [EarlyStoppingCallback("eval/lss"), EvalCallback(held_out, every=8)]
     trainer = Trainer(model, config, callbacks)
     with pytest.raises(ConfigError, match="Did you mean 'eval/loss'"):
@@ -271,7 +273,7 @@ def test_an_unknown_measurement_is_named_once_there_are_any(model, buffer, confi
 
 
 def test_a_monitor_waits_for_its_first_measurement_while_others_are_published(model, buffer, config, held_out):
-    """Online, returns of collected episodes come long before the first evaluation."""
+    """Online, returns of collected episodes are published long before the first evaluation."""
     callback = EarlyStoppingCallback("eval/loss", patience=100)
     others = [(4, lambda info: {"collect/return": 1.0}), EvalCallback(held_out, every=16)]
     Trainer(model, config, [callback, *others]).train(buffer)
@@ -279,13 +281,13 @@ def test_a_monitor_waits_for_its_first_measurement_while_others_are_published(mo
 
 
 @pytest.mark.parametrize("name", ["prediction", "train/loss/prediction", "grad_norm"])
-def test_monitors_take_metric_names_and_tags(model, buffer, config, name):
+def test_monitors_accept_metric_names_and_tags(model, buffer, config, name):
     callback = EarlyStoppingCallback(name)
     Trainer(model, config, [callback]).train(buffer)
     assert callback.best is not None
 
 
-def test_bad_settings_are_refused():
+def test_invalid_settings_are_refused():
     for make in (
         lambda: EarlyStoppingCallback(patience=0),
         lambda: EarlyStoppingCallback(min_delta=-1.0),
@@ -299,7 +301,7 @@ def test_bad_settings_are_refused():
             make()
 
 
-def test_progress_shows_where_a_resumed_run_began(buffer, config, model, capsys):
+def test_progress_starts_at_the_step_of_a_continued_run(buffer, config, model, capsys):
     trainer = Trainer(model, config, [ProgressCallback("fitting")])
     trainer.train(buffer, total_steps=10)
     trainer.train(buffer)
@@ -316,8 +318,8 @@ def test_a_plain_function_may_stop_training(model, buffer, config):
     assert trainer.stop_reason.endswith(": enough")
 
 
-def test_progress_counts_speed_from_the_first_update_on(buffer, config, model, capsys):
-    """What comes before, collecting and compiling, is named, and does not stretch the time to go."""
+def test_progress_measures_speed_from_the_first_update_on(buffer, config, model, capsys):
+    """The time before it, for collecting and compiling, is labelled and does not affect the remaining time."""
     waiting = every(1, lambda info: time.sleep(1.0 if info.step == 1 else 0.0))
     Trainer(model, config, [waiting, ProgressCallback("fitting")]).train(buffer)
     shown = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Nothing is lost: exact resume, damaged files, what is kept, and what is refused."""
+"""Checkpoints: exact resume, damaged files, pruning, and runs that are refused."""
 
 import json
 import os
@@ -52,27 +52,27 @@ def records(folder):
     return [{k: v for k, v in line.items() if k not in ("time", "fps/update")} for line in lines]
 
 
-def test_a_resumed_run_equals_one_that_was_never_stopped(buffer, held_out, config, tmp_path):
-    """20 steps against 10 and 10 more by another trainer: weights, metrics, means across the cut, callback state."""
-    whole_means, cut_means = [], []
+def test_a_resumed_run_equals_an_uninterrupted_one(buffer, held_out, config, tmp_path):
+    """20 steps, against 10 and 10 more by another trainer: weights, metrics, means across the stop, callback state."""
+    whole_means, resumed_means = [], []
     whole, whole_callbacks = trainer_in(tmp_path / "whole", config, held_out, whole_means)
     whole.train(buffer)
 
-    first, _ = trainer_in(tmp_path / "cut", config, held_out, cut_means)
+    first, _ = trainer_in(tmp_path / "resumed", config, held_out, resumed_means)
     first.train(buffer, total_steps=10)
-    second, callbacks = trainer_in(tmp_path / "cut", config, held_out, cut_means)
+    second, callbacks = trainer_in(tmp_path / "resumed", config, held_out, resumed_means)
     second.train(buffer, resume="auto")
 
     assert_same(whole.state, second.state)
-    assert cut_means == whole_means
-    assert [step for step, _ in cut_means] == [6, 12, 18]
+    assert resumed_means == whole_means
+    assert [step for step, _ in resumed_means] == [6, 12, 18]
     for one, other in zip(callbacks, whole_callbacks, strict=True):
         if not isinstance(one, tuple):
             assert one.state_dict() == other.state_dict()
-    # The cut run has written one record more: that of its first end.
-    ends = [line for line in records(tmp_path / "cut") if line["step"] == 10 and "train/loss" in line]
+    # The resumed run has one more record, written when its first part ended.
+    ends = [line for line in records(tmp_path / "resumed") if line["step"] == 10 and "train/loss" in line]
     assert len(ends) == 1
-    assert [line for line in records(tmp_path / "cut") if line not in ends] == records(tmp_path / "whole")
+    assert [line for line in records(tmp_path / "resumed") if line not in ends] == records(tmp_path / "whole")
 
 
 def test_a_new_process_resumes_bit_for_bit(buffer, config, tmp_path):
@@ -93,13 +93,13 @@ np.savez(folder + ".npz", **flatten_state(state))
     def run(*arguments):
         subprocess.run([sys.executable, "-W", "error", "-c", code, *map(str, arguments)], check=True, env=os.environ)
 
-    run(tmp_path / "whole", 20, "fresh")
-    run(tmp_path / "cut", 10, "fresh")
-    run(tmp_path / "cut", 20, "resume")
-    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "cut.npz") as cut:
-        assert sorted(whole.files) == sorted(cut.files)
+    run(tmp_path / "whole", 20, "begin")
+    run(tmp_path / "resumed", 10, "begin")
+    run(tmp_path / "resumed", 20, "resume")
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "resumed.npz") as resumed:
+        assert sorted(whole.files) == sorted(resumed.files)
         for name in whole.files:
-            np.testing.assert_array_equal(whole[name], cut[name])
+            np.testing.assert_array_equal(whole[name], resumed[name])
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, buffer, config
 
 
 def test_any_damaged_file_is_noticed(saved, buffer, config):
-    """Each file of the newest checkpoint in turn: an earlier good state, never a wrong one."""
+    """Damage to any file of the newest checkpoint makes a resume fall back to the previous one."""
     run = Trainer(ToyWorldModel(ToyConfig()), config, []).run
     for path in sorted(p for p in (saved / "15").rglob("*") if p.is_file()):
         data = path.read_bytes()
@@ -148,7 +148,7 @@ def test_any_damaged_file_is_noticed(saved, buffer, config):
     assert Checkpointer(saved).restore(run.state, run.identity()).step == 15
 
 
-def test_when_none_is_left_it_says_so(saved, buffer, config):
+def test_a_resume_fails_if_no_checkpoint_can_be_read(saved, buffer, config):
     for step in (5, 10, 15):
         (saved / str(step) / "run.json").unlink()
     with (
@@ -158,32 +158,32 @@ def test_when_none_is_left_it_says_so(saved, buffer, config):
         resume(saved, buffer, config, resume="auto")
 
 
-def test_resume_names_a_folder_a_step_or_nothing(saved, buffer, config, tmp_path):
+def test_resume_accepts_a_folder_a_checkpoint_auto_and_true(saved, buffer, config, tmp_path):
     assert resume(saved, buffer, config, resume=saved / "10", total_steps=10).step == 10
     elsewhere = Trainer(ToyWorldModel(ToyConfig()), config, [])
     elsewhere.train(buffer, total_steps=16, resume=str(saved))
     assert elsewhere.step == 16
-    fresh = resume(tmp_path / "new", buffer, config, resume="auto", total_steps=2)
-    assert fresh.step == 2
+    new = resume(tmp_path / "new", buffer, config, resume="auto", total_steps=2)
+    assert new.step == 2
     with pytest.raises(CheckpointError, match="There is no checkpoint in"):
         resume(tmp_path / "newer", buffer, config, resume=True)
     with pytest.raises(ConfigError, match="needs a CheckpointCallback"):
         Trainer(ToyWorldModel(ToyConfig()), config, []).train(buffer, resume=True)
 
 
-def test_the_layout_is_one_that_orbax_reads(saved):
+def test_orbax_can_read_the_layout(saved):
     manager = ocp.CheckpointManager(saved)
     assert list(manager.all_steps()) == [5, 10, 15]
     manager.close()
 
 
-def test_another_run_is_not_overwritten(saved, buffer, config):
+def test_checkpoints_of_another_run_are_not_overwritten(saved, buffer, config):
     with pytest.raises(CheckpointError, match=r"another run, up to step 15.*resume='auto'"):
         resume(saved, buffer, config, resume=False)
     assert Checkpointer(saved).steps() == [5, 10, 15]
 
 
-def test_the_same_trainer_goes_on_in_its_folder(buffer, config, tmp_path):
+def test_a_trainer_continues_in_its_own_folder(buffer, config, tmp_path):
     callback = CheckpointCallback(str(tmp_path), save_every=5)
     trainer = Trainer(ToyWorldModel(ToyConfig()), config, [callback])
     trainer.train(buffer, total_steps=5)
@@ -201,19 +201,18 @@ def test_another_config_is_refused(saved, buffer, config, model_changes, trainin
         Trainer(model, config.replace(**training_changes), []).train(buffer, resume=saved)
 
 
-def test_settings_that_move_no_number_may_change(saved, buffer, config):
+def test_settings_that_do_not_affect_results_may_change(saved, buffer, config):
     trainer = Trainer(ToyWorldModel(ToyConfig()), config.replace(log_interval=7, updates_per_call=3), [])
     trainer.train(buffer, total_steps=16, resume=saved)
     assert trainer.step == 16
 
 
-def test_other_data_are_remarked_on(saved, config, caplog):
+def test_a_resume_with_other_data_logs_a_warning(saved, config, caplog):
     Trainer(ToyWorldModel(ToyConfig()), config, []).train(fill(ReplayBuffer(999), episodes=3), resume=saved)
     assert "its batches will not be the same" in caplog.text
 
 
-def test_keep_last_and_the_best(buffer, config, tmp_path):
-    """The best by the mean over the interval stays beside the newest; nothing else does."""
+def test_the_newest_and_the_best_checkpoints_are_kept(buffer, config, tmp_path):
     values = iter([3.0, 1.0, 2.0, 5.0, 4.0])
 
     def measure(info):
@@ -235,7 +234,7 @@ def test_keep_last_and_the_best(buffer, config, tmp_path):
 
 
 def test_values_of_another_monitor_are_not_compared(buffer, config, tmp_path):
-    """A run goes on and is judged by something else from there: what was best before is so no more."""
+    """A resumed run with another monitor does not keep the checkpoint that was best by the first one."""
     low = lambda info: {"eval/low": float(info.step)}  # noqa: E731
     high = lambda info: {"eval/high": 1000.0 - info.step}  # noqa: E731
     first = CheckpointCallback(str(tmp_path), save_every=4, keep_last=1, monitor="eval/low")
@@ -247,24 +246,24 @@ def test_values_of_another_monitor_are_not_compared(buffer, config, tmp_path):
     assert load_weights(ToyWorldModel(ToyConfig()), tmp_path, "best") == 20
 
 
-def test_the_best_is_judged_by_means_not_by_single_batches(buffer, config, tmp_path):
+def test_the_best_checkpoint_is_chosen_by_means_over_the_interval(buffer, config, tmp_path):
     means = {}
     callback = CheckpointCallback(str(tmp_path), save_every=5, keep_last=1, monitor="first_row")
-    watch = (5, lambda info: means.update({info.step: info.means["first_row"]}))
-    Trainer(ToyWorldModel(ToyConfig()), config, [watch, callback]).train(buffer)
+    record_means = (5, lambda info: means.update({info.step: info.means["first_row"]}))
+    Trainer(ToyWorldModel(ToyConfig()), config, [record_means, callback]).train(buffer)
     best = min(means, key=means.get)
     assert callback.checkpointer.steps() == sorted({best, 20})
     record = json.loads((tmp_path / str(best) / "run.json").read_text())
     assert record["value"] == means[best]
 
 
-def test_keep_last_one_without_best(buffer, config, tmp_path):
+def test_a_single_checkpoint_is_kept_without_save_best(buffer, config, tmp_path):
     callback = CheckpointCallback(str(tmp_path), save_every=5, keep_last=1, save_best=False)
     Trainer(ToyWorldModel(ToyConfig()), config, [callback]).train(buffer)
     assert [path.name for path in tmp_path.iterdir()] == ["20"]
 
 
-def test_a_folder_that_cannot_be_written_stops_before_any_work(buffer, config, tmp_path):
+def test_an_unwritable_folder_is_refused_before_training(buffer, config, tmp_path):
     (tmp_path / "file").write_text("")
     trainer = Trainer(ToyWorldModel(ToyConfig()), config, [CheckpointCallback(str(tmp_path / "file" / "run"))])
     with pytest.raises(CheckpointError, match="cannot be written"):
@@ -272,8 +271,8 @@ def test_a_folder_that_cannot_be_written_stops_before_any_work(buffer, config, t
     assert trainer.step == 0
 
 
-def test_a_write_that_fails_is_reported_and_what_was_saved_stays(buffer, config, tmp_path, monkeypatch):
-    """As on a full disk, from step 10 to step 15."""
+def test_a_failed_write_is_a_warning_and_leaves_earlier_checkpoints(buffer, config, tmp_path, monkeypatch):
+    """The disk is full from step 10 to step 15."""
     import worldloom.training.checkpoint_files as files
 
     save = files._save_arrays
@@ -285,13 +284,13 @@ def test_a_write_that_fails_is_reported_and_what_was_saved_stays(buffer, config,
 
     monkeypatch.setattr(files, "_save_arrays", full)
     callback = CheckpointCallback(str(tmp_path), save_every=5, keep_last=1)
-    with pytest.warns(UserWarning, match="step 1[05] could not be written.*No space left.*as they were"):
+    with pytest.warns(UserWarning, match="step 1[05] could not be written.*No space left.*checkpoints are unchanged"):
         Trainer(ToyWorldModel(ToyConfig()), config, [callback]).train(buffer)
     assert callback.checkpointer.steps()[-1] == 20
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_last_write_that_fails_is_an_error(buffer, config, tmp_path, monkeypatch):
+def test_a_failed_final_write_is_an_error(buffer, config, tmp_path, monkeypatch):
     import worldloom.training.checkpoint_files as files
 
     def full(path, arrays):
@@ -305,43 +304,43 @@ def test_a_last_write_that_fails_is_an_error(buffer, config, tmp_path, monkeypat
     jax.tree.map(np.testing.assert_array_equal, model.params, trainer.state.params)
 
 
-def test_leftovers_of_a_killed_write_are_cleared(buffer, config, tmp_path):
+def test_partial_checkpoints_of_a_killed_process_are_deleted(buffer, config, tmp_path):
     (tmp_path / "7.partial" / "state").mkdir(parents=True)
     callback = CheckpointCallback(str(tmp_path), save_every=10)
     Trainer(ToyWorldModel(ToyConfig()), config, [callback]).train(buffer, resume="auto")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20"]
 
 
-def test_a_bad_loss_names_the_last_good_checkpoint_and_leaves_it(config, tmp_path):
+def test_a_nonfinite_loss_names_the_last_good_checkpoint_and_keeps_it(config, tmp_path):
     source = fill(ReplayBuffer(10_000), episodes=20, poison=6)
     seeded = [config.replace(seed=seed) for seed in range(99)]
 
-    def bad(c):
-        draws = (source.sample(4, 5, seed=c.seed, update=n)["rewards"].max() > 1e29 for n in range(9))
-        return next((n + 1 for n, poisoned in enumerate(draws) if poisoned), 99)
+    def first_bad_step(c):
+        bad = (source.sample(4, 5, seed=c.seed, update=n)["rewards"].max() > 1e29 for n in range(9))
+        return next((n + 1 for n, is_bad in enumerate(bad) if is_bad), 99)
 
-    chosen = next(c for c in seeded if 3 < bad(c) < 9)
+    chosen = next(c for c in seeded if 3 < first_bad_step(c) < 9)
     callback = CheckpointCallback(str(tmp_path), save_every=1, keep_last=1, save_best=False)
-    with pytest.raises(NonFiniteError, match=rf"The last good checkpoint is .*{bad(chosen) - 1}\."):
+    with pytest.raises(NonFiniteError, match=rf"The last good checkpoint is .*{first_bad_step(chosen) - 1}\."):
         Trainer(ToyWorldModel(ToyConfig()), chosen, [callback]).train(source)
-    assert callback.checkpointer.steps() == [bad(chosen) - 1]
+    assert callback.checkpointer.steps() == [first_bad_step(chosen) - 1]
     load_weights(ToyWorldModel(ToyConfig()), tmp_path)
 
 
-def test_reading_weights_checks_the_checksums(saved):
+def test_loading_weights_verifies_checksums(saved):
     damage(saved / "15" / "run.json", "flipped byte")
     with pytest.raises(FileFormatError, match=r"run\.json is damaged"):
         load_weights(ToyWorldModel(ToyConfig()), saved)
 
 
-def test_the_monitor_must_be_a_metric_of_the_run(buffer, config, tmp_path):
+def test_an_unknown_monitor_is_refused(buffer, config, tmp_path):
     callback = CheckpointCallback(str(tmp_path), save_every=4, monitor="predictoin")
     with pytest.raises(ConfigError, match="Did you mean 'prediction'"):
         Trainer(ToyWorldModel(ToyConfig()), config, [callback]).train(buffer)
 
 
-def test_save_interval_decides_when_the_callback_does_not(buffer, config, tmp_path):
-    """`TrainingConfig.save_interval`, and 0: only at the end."""
+def test_save_interval_applies_if_save_every_is_omitted(buffer, config, tmp_path):
+    """``TrainingConfig.save_interval`` = 0 saves only at the end."""
     often = CheckpointCallback(str(tmp_path / "often"), keep_last=9)
     Trainer(ToyWorldModel(ToyConfig()), config.replace(save_interval=8), [often]).train(buffer)
     assert often.checkpointer.steps() == [8, 16, 20]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: save, leave with the right code; the second time at once."""
+"""Ctrl-C and SIGTERM: the first saves and exits with the right code, a second exits at once."""
 
 import os
 import signal
@@ -34,11 +34,11 @@ Trainer(ToyWorldModel(ToyConfig()), config, [(1, interrupt), CheckpointCallback(
 
 
 @pytest.fixture(autouse=True)
-def _listen_to_ctrl_c():
-    """A test run in the background of a shell ignores it, and so would the trainer."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _default_sigint_handler():
+    """A background process of a shell ignores SIGINT, and the trainer would too."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, previous)
 
 
 def run(folder, number, times):
@@ -46,26 +46,26 @@ def run(folder, number, times):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
 
 
-def test_sigterm_saves_and_leaves_with_143(tmp_path):
+def test_sigterm_saves_and_exits_with_143(tmp_path):
     ended = run(tmp_path, signal.SIGTERM, 1)
     assert ended.returncode == 143
     assert "Stopping once this update is done" in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["7"]
 
 
-def test_a_second_sigterm_leaves_at_once(tmp_path):
+def test_a_second_sigterm_exits_at_once(tmp_path):
     assert run(tmp_path, signal.SIGTERM, 2).returncode == -signal.SIGTERM
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_saves_hands_over_the_weights_and_restores_the_handlers(buffer, config, model, tmp_path):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+def test_ctrl_c_saves_and_restores_the_handlers(buffer, config, model, tmp_path):
+    previous = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     callback = CheckpointCallback(str(tmp_path))
     interrupt = (5, lambda info: os.kill(os.getpid(), signal.SIGINT))
     trainer = Trainer(model, config, [interrupt, callback])
     with pytest.raises(KeyboardInterrupt):
         trainer.train(buffer)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == previous
     assert trainer.step == 5
     assert callback.checkpointer.steps() == [5]
     again = ToyWorldModel(ToyConfig())
@@ -84,20 +84,20 @@ def test_a_second_ctrl_c_does_not_wait_for_the_save(buffer, config, model, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_handlers_of_the_program_are_left_alone(buffer, config, model):
+def test_handlers_of_the_program_are_not_replaced(buffer, config, model):
     received = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
         Trainer(model, config, [(5, lambda info: os.kill(os.getpid(), signal.SIGTERM))]).train(buffer)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
     assert received == [signal.SIGTERM] * 4
 
 
-def test_training_in_a_thread_installs_nothing(buffer, config, model):
-    seen = []
-    callbacks = [(4, lambda info: seen.append(signal.getsignal(signal.SIGINT)))]
+def test_training_in_a_thread_installs_no_handlers(buffer, config, model):
+    handlers = []
+    callbacks = [(4, lambda info: handlers.append(signal.getsignal(signal.SIGINT)))]
     thread = threading.Thread(target=lambda: Trainer(model, config, callbacks).train(buffer))
     thread.start()
     thread.join()
-    assert set(seen) == {signal.getsignal(signal.SIGINT)}
+    assert set(handlers) == {signal.getsignal(signal.SIGINT)}

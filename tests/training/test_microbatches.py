@@ -1,4 +1,4 @@
-"""A batch worked through in parts, or with activations computed twice, gives what it gives at once, in less memory."""
+"""Microbatches and rematerialization give the update of the whole batch, in less memory."""
 
 import jax
 import jax.flatten_util
@@ -23,23 +23,23 @@ FAMILIES = {
 
 
 class Family:
-    """One family's model with heads that say something and a scale far from 1, and a batch with seams."""
+    """One family's model with nonzero heads and a scale far from 1, and a batch with episode ends inside windows."""
 
     def __init__(self, name):
         preset, fields, (part, statistic) = FAMILIES[name]
         self.model = create_world_model(preset, obs_shape=(OBS,), action_dim=ACTIONS, precision="float32", **fields)
-        draw = np.random.default_rng(0)
-        params = jax.tree.map(lambda x: x + 0.01 * draw.normal(size=x.shape).astype(np.float32), self.model.params)
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(lambda x: x + 0.01 * rng.normal(size=x.shape).astype(np.float32), self.model.params)
         self.model.load_params({**params, part: statistic})
-        # Seams that fall more often into one half of the batch than into the other.
-        first = draw.uniform(size=(BATCH, ROWS)) < np.linspace(0.0, 0.4, BATCH)[:, None]
-        actions = draw.uniform(-1, 1, (BATCH, ROWS, ACTIONS)).astype(np.float32)
+        # Starts of episodes are more frequent in one half of the batch than in the other.
+        first = rng.uniform(size=(BATCH, ROWS)) < np.linspace(0.0, 0.4, BATCH)[:, None]
+        actions = rng.uniform(-1, 1, (BATCH, ROWS, ACTIONS)).astype(np.float32)
         if "discrete" in name:
             actions = np.eye(ACTIONS, dtype=np.float32)[actions.argmax(-1)]
         self.batch = {
-            "obs": draw.normal(size=(BATCH, ROWS, OBS)).astype(np.float32),
+            "obs": rng.normal(size=(BATCH, ROWS, OBS)).astype(np.float32),
             "actions": actions,
-            "rewards": 5 * draw.normal(size=(BATCH, ROWS)).astype(np.float32),
+            "rewards": 5 * rng.normal(size=(BATCH, ROWS)).astype(np.float32),
             "is_first": first,
             "is_last": np.roll(first, -1, 1),
             "is_terminal": np.roll(first, -1, 1) & (fields.get("episodic", False) or preset.startswith("dreamer")),
@@ -49,7 +49,7 @@ class Family:
             self.batch["context"] = {k: np.zeros((BATCH, *shape), np.float32) for k, shape in latents.items()}
 
     def updated(self, key=None, **fields):
-        """State and metrics after one update, and the bytes of temporary memory it took."""
+        """State and metrics after one update, and its temporary memory in bytes."""
         algorithm = self.model.algorithm
         training = TrainingConfig(batch_size=BATCH, sequence_length=ROWS - 1, grad_clip=0.0, **fields)
         state = algorithm.init_state(self.model, training, jax.random.key(0))
@@ -60,13 +60,13 @@ class Family:
 
 
 def by_tensor(model, state):
-    """(path, array) of the optimizer's state; DreamerV3 keeps each moment of all tensors in one vector."""
+    """(path, array) of the optimizer's state by tensor; DreamerV3 keeps each moment of all tensors in one vector."""
     trained = {name: part for name, part in state.params.items() if name not in model.untrained}
-    vector, cut = jax.flatten_util.ravel_pytree(trained)
-    moments = jax.tree.map(lambda x: cut(x) if x.shape == vector.shape else x, state.opt_state)
-    found = jax.tree_util.tree_flatten_with_path(moments)[0]
-    assert len(found) > 2 * len(jax.tree.leaves(trained))  # Two moments of each, and counts.
-    return found
+    vector, unravel = jax.flatten_util.ravel_pytree(trained)
+    moments = jax.tree.map(lambda x: unravel(x) if x.shape == vector.shape else x, state.opt_state)
+    flat = jax.tree_util.tree_flatten_with_path(moments)[0]
+    assert len(flat) > 2 * len(jax.tree.leaves(trained))  # Two moments of each tensor, and counts.
+    return flat
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -81,7 +81,7 @@ def whole(family):
 
 @pytest.mark.parametrize("fields", [{"microbatches": 2}, {"microbatches": 8}, {"remat": True}], ids=str)
 def test_the_update_is_the_same(family, whole, fields):
-    """Compared in the optimizer's second moments: steps of Adam and LaProp forget the size of gradients."""
+    """Compares the optimizer's second moments: the steps of Adam and LaProp do not depend on the gradients' scale."""
     state, metrics, _ = family.updated(**fields)
     for name, value in whole[1].items():
         jax.tree.map(
@@ -92,7 +92,7 @@ def test_the_update_is_the_same(family, whole, fields):
     expected = dict(by_tensor(family.model, whole[0]))
     for path, value in by_tensor(family.model, state):
         largest = np.abs(expected[path]).max()
-        # First moments of LaProp are already divided by the root of the second, whatever that is.
+        # LaProp's first moments are already divided by the root of the second ones, which may be tiny.
         if largest > 1e-12 and ".mu" not in jax.tree_util.keystr(path):
             assert np.abs(value - expected[path]).max() <= 2e-3 * largest, jax.tree_util.keystr(path)
     statistics = [name for name in state.params if name in ("return_range", "scale")]
@@ -103,26 +103,26 @@ def test_the_update_is_the_same(family, whole, fields):
     assert statistics
 
 
-def test_parts_take_less_memory(family, whole):
+def test_microbatches_need_less_memory(family, whole):
     assert family.updated(microbatches=4)[2] < 0.5 * whole[2]
 
 
-def test_recomputation_takes_less_memory():
-    """Where activations are what there is most of."""
+def test_rematerialization_needs_less_memory():
+    """With a batch so large that activations dominate."""
     family = Family("dreamerv3")
     family.batch = jax.tree.map(lambda x: np.concatenate([x] * 4), family.batch)
     assert family.updated(remat=True)[2] < 0.9 * family.updated()[2]
 
 
-def test_each_part_draws_for_itself():
-    """Of two equal halves: with one key for both, all latents would be equal."""
+def test_each_microbatch_has_its_own_key():
+    """For a batch of two equal halves, a shared key would give equal latents."""
     family = Family("dreamerv3")
     family.batch = jax.tree.map(lambda x: np.concatenate([x[: BATCH // 2]] * 2), family.batch)
     replay = family.updated(key=jax.random.key(0), microbatches=2)[1]["replay"]
-    one, two = jnp.split(replay["stoch"], 2)
-    assert jnp.mean(one != two) > 0.1
+    first, second = jnp.split(replay["stoch"], 2)
+    assert jnp.mean(first != second) > 0.1
 
 
-def test_parts_must_divide_the_batch():
+def test_microbatches_must_divide_the_batch():
     with pytest.raises(ConfigError, match="microbatches=3 must divide batch_size=16"):
         TrainingConfig(microbatches=3)

@@ -1,4 +1,4 @@
-"""Recipes fit their environment, and what is given wins."""
+"""Recipes fit their environment, and given fields take precedence."""
 
 import gymnasium as gym
 import numpy as np
@@ -6,8 +6,9 @@ import pytest
 
 from worldloom import create_world_model, list_models
 from worldloom.envs import make_env
+from worldloom.models.tdmpc2.recipes import never_terminates
 from worldloom.training import TrainingConfig
-from worldloom.training.recipes import never_terminates, recipe
+from worldloom.training.recipes import recipe
 
 
 class Camera(gym.Env):
@@ -17,7 +18,7 @@ class Camera(gym.Env):
 
 @pytest.mark.parametrize("spec", ["Pendulum-v1", "CartPole-v1"])
 @pytest.mark.parametrize("name", [name for name in list_models() if name.endswith((":tiny", ":5m", ":size12m"))])
-def test_a_recipe_makes_a_model_and_a_config(name, spec):
+def test_a_recipe_gives_valid_model_and_training_configs(name, spec):
     with make_env(spec) as env:
         model, training, reasons = recipe(name, env)
         config = TrainingConfig(**training)
@@ -28,16 +29,16 @@ def test_a_recipe_makes_a_model_and_a_config(name, spec):
 
 
 @pytest.mark.parametrize(
-    ("spec", "endless"),
+    ("spec", "only_time_limits"),
     [("Pendulum-v1", True), ("CartPole-v1", False), ("MountainCarContinuous-v0", False), (Camera, False)],
 )
-def test_terminations_are_learned_wherever_they_may_happen(spec, endless):
+def test_tdmpc2_is_episodic_wherever_episodes_may_terminate(spec, only_time_limits):
     with make_env(spec) as env:
-        assert never_terminates(env) is endless
-        assert recipe("tdmpc2:tiny", env).model["episodic"] is not endless
+        assert never_terminates(env) is only_time_limits
+        assert recipe("tdmpc2:tiny", env).model["episodic"] is not only_time_limits
 
 
-def test_what_is_given_wins_and_the_rest_follows_from_it():
+def test_given_fields_take_precedence_and_others_are_derived_from_them():
     with make_env("Pendulum-v1") as env:
         model, training, reasons = recipe("tdmpc2:tiny", env, {"prefill": 7, "episodic": True, "batch_size": 3})
         assert (training["prefill"], training["prefill_updates"], training["batch_size"]) == (7, 7, 3)
@@ -47,7 +48,7 @@ def test_what_is_given_wins_and_the_rest_follows_from_it():
         assert recipe("tdmpc2:tiny", env, {"episode_length": 500}).training["prefill"] == 2_500
 
 
-def test_discrete_actions_of_tdmpc2_have_settings_of_their_own():
+def test_tdmpc2_has_its_own_settings_for_discrete_actions():
     with make_env("CartPole-v1") as env:
         model, training, reasons = recipe("tdmpc2:tiny", env, {"tau": 0.5})
         assert (model["tau"], model["value_coef"], training["train_ratio"]) == (0.5, 1.0, 128.0)
@@ -58,12 +59,12 @@ def test_discrete_actions_of_tdmpc2_have_settings_of_their_own():
         assert "value_coef" not in recipe("tdmpc2:tiny", env).model
 
 
-def test_images_get_the_latent_that_their_encoder_needs():
+def test_tdmpc2_has_the_latent_size_of_its_image_encoder():
     with make_env(Camera) as env:
         assert recipe("tdmpc2:tiny", env).model["latent_dim"] == 512
 
 
-def test_every_environment_of_many_collects_a_window_before_the_first_update():
+def test_each_of_many_environments_collects_a_window_before_the_first_update():
     with make_env("CartPole-v1", 64) as env:
         assert recipe("dreamerv3:tiny", env).training["prefill"] == 64 * 34
         assert recipe("dreamerv3:tiny", env, {"prefill": 5}).training["prefill"] == 5

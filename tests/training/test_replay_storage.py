@@ -1,4 +1,4 @@
-"""Host and device storage of replay give the same bits: weights, latents, checkpoints and resumed runs."""
+"""Replay on the host and on the device give bit-identical weights, latents, checkpoints and resumed runs."""
 
 import jax
 import numpy as np
@@ -38,53 +38,53 @@ def offline(config, storage, capacity, **options):
 
 
 @pytest.mark.parametrize("capacity", [1, 3])
-def test_offline(config, capacity):
-    (one, held), (other, copied) = (offline(config, storage, capacity) for storage in ("host", "device"))
-    assert_same(weights(one), weights(other))
-    assert_same(latents(held), latents(copied))
-    assert np.any(latents(copied)["memory"] != 0)
+def test_offline_training_does_not_depend_on_the_storage(config, capacity):
+    (host, host_buffer), (device, device_buffer) = (offline(config, each, capacity) for each in ("host", "device"))
+    assert_same(weights(host), weights(device))
+    assert_same(latents(host_buffer), latents(device_buffer))
+    assert np.any(latents(device_buffer)["memory"] != 0)
 
 
-def test_checkpoints_go_from_one_to_the_other(config, tmp_path):
-    whole, held = offline(config, "host", 2)
+def test_checkpoints_can_be_resumed_with_the_other_storage(config, tmp_path):
+    whole, whole_buffer = offline(config, "host", 2)
     half = config.total_steps // 2
     offline(config, "device", 2, callbacks=[CheckpointCallback(str(tmp_path))], total_steps=half)
     for storage in ("host", "device"):
-        again, buffer = offline(
+        resumed, buffer = offline(
             config, storage, 2, callbacks=[CheckpointCallback(str(tmp_path))], resume=tmp_path / str(half)
         )
-        assert_same(weights(whole), weights(again))
-        assert_same(latents(held), latents(buffer))
+        assert_same(weights(whole), weights(resumed))
+        assert_same(latents(whole_buffer), latents(buffer))
 
 
 @pytest.mark.parametrize("capacity", [1, 4])
-def test_online_in_a_buffer_that_evicts_rows(config, capacity):
+def test_online_training_in_a_buffer_that_evicts_rows_does_not_depend_on_the_storage(config, capacity):
     trainers = []
     for storage in ("host", "device"):
         env = make_env(Glide, 2, seed=3)
-        changed = config.replace(replay_storage=storage, updates_per_call=capacity, prefill=20, replay_capacity=60)
+        online = config.replace(replay_storage=storage, updates_per_call=capacity, prefill=20, replay_capacity=60)
         model = ToyWorldModel(
             ToyConfig(obs_shape=env.obs_shape, action_dim=env.action_dim, action_type=env.action_type, latents=True)
         )
-        trainers.append(Trainer(model, changed, []))
+        trainers.append(Trainer(model, online, []))
         trainers[-1].train(env, total_steps=100)
-    one, other = trainers
-    assert_same(weights(one), weights(other))
-    assert len(one.replay) == 60
-    assert_same(latents(one.replay), latents(other.replay))
+    host, device = trainers
+    assert_same(weights(host), weights(device))
+    assert len(host.replay) == 60
+    assert_same(latents(host.replay), latents(device.replay))
 
 
 @pytest.mark.parametrize(
     ("name", "obs_shape"), [("dreamerv3:tiny", (5,)), ("tdmpc2:tiny", (5,)), ("dreamerv3:tiny", (48, 48, 3))]
 )
-def test_either_family(name, obs_shape):
-    draw, found = np.random.default_rng(0), []
+def test_training_of_either_family_does_not_depend_on_the_storage(name, obs_shape):
+    rng, results = np.random.default_rng(0), []
     image = len(obs_shape) == 3
     data = [
         (
-            draw.integers(0, 256, (13, *obs_shape)).astype(np.uint8) if image else draw.normal(size=(13, *obs_shape)),
-            draw.uniform(-1, 1, (12, 2)),
-            draw.normal(size=12),
+            rng.integers(0, 256, (13, *obs_shape)).astype(np.uint8) if image else rng.normal(size=(13, *obs_shape)),
+            rng.uniform(-1, 1, (12, 2)),
+            rng.normal(size=12),
         )
         for _ in range(4)
     ]
@@ -97,12 +97,12 @@ def test_either_family(name, obs_shape):
         )
         trainer = Trainer(create_world_model(name, obs_shape=obs_shape, action_dim=2, device="cpu"), config, [])
         trainer.train(buffer)
-        found.append(weights(trainer))
-    assert_same(*found)
+        results.append(weights(trainer))
+    assert_same(*results)
 
 
 def test_the_copy_on_the_device_grows_while_training(config):
-    """It is allocated for the rows held at the start of training."""
+    """It is allocated for the rows that the buffer holds when training starts."""
 
     def trained(storage):
         buffer = fill(ReplayBuffer(10_000))
@@ -118,14 +118,14 @@ def test_the_copy_on_the_device_grows_while_training(config):
     assert np.all([np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights(trainer))])
 
 
-def test_auto_is_the_host_on_a_cpu_and_for_other_buffers(config, buffer):
-    class Counting(ReplayBuffer):
+def test_auto_means_the_host_on_a_cpu_and_other_buffers_refuse_the_device(config, buffer):
+    class OverridingBuffer(ReplayBuffer):
         def sample(self, *args, **kwargs):
-            self.asked = True
+            self.sampled = True
             return super().sample(*args, **kwargs)
 
-    counting = fill(Counting(1000))
-    Trainer(ToyWorldModel(ToyConfig()), config, []).train(counting)
-    assert counting.asked
-    with pytest.raises(ConfigError, match="a Counting stays on the host"):
-        Trainer(ToyWorldModel(ToyConfig()), config.replace(replay_storage="device"), []).train(counting)
+    overriding = fill(OverridingBuffer(1000))
+    Trainer(ToyWorldModel(ToyConfig()), config, []).train(overriding)
+    assert overriding.sampled
+    with pytest.raises(ConfigError, match="a OverridingBuffer stays on the host"):
+        Trainer(ToyWorldModel(ToyConfig()), config.replace(replay_storage="device"), []).train(overriding)

@@ -1,4 +1,4 @@
-"""A run folder holds all of a run, and the run goes on from it."""
+"""A run folder holds all files of a run, and the run can be resumed from it."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ STEPS |= {"env_steps": 30, "log_interval": 4, "eval_interval": 8, "save_interval
 
 
 class Slide(gym.Env):
-    """``x ← x + a`` for six steps; draws itself as a bar."""
+    """``x ← x + a`` for six steps; renders x as a bar."""
 
     observation_space = gym.spaces.Box(-9, 9, (1,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
@@ -45,9 +45,9 @@ class Slide(gym.Env):
         return self.x, float(-abs(self.x[0])), False, self.steps >= 6, {}
 
     def render(self):
-        picture = np.zeros((16, 16, 3), np.uint8)
-        picture[:, : int(np.clip(8 + self.x[0], 0, 16))] = 200
-        return picture
+        image = np.zeros((16, 16, 3), np.uint8)
+        image[:, : int(np.clip(8 + self.x[0], 0, 16))] = 200
+        return image
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +66,7 @@ def trainer(env, run, **changes):
 
 @pytest.fixture(scope="module")
 def finished(registered, tmp_path_factory):
-    """A run that ended at 22 of 30 steps and went on."""
+    """A run that was stopped after 22 of 30 environment steps and resumed."""
     run = RunFolder(tmp_path_factory.mktemp("runs") / "slide")
     for end in (22, 30):
         with make_env("Slide-v0", seed=3) as env:
@@ -78,7 +78,7 @@ def records(run):
     return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_everything_is_there(finished):
+def test_a_finished_run_has_all_files(finished):
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith("events.")}
     assert names == {
         "config.json", "versions.json", "metrics.jsonl", "checkpoints", "model", "learning_curve.png", "eval.gif",
@@ -86,14 +86,14 @@ def test_everything_is_there(finished):
     }  # fmt: skip
     assert any(path.name.startswith("events.") for path in finished.path.iterdir())
     with Image.open(finished.path / "eval.gif") as gif:
-        assert 1 < gif.n_frames <= 7  # Six steps show seven observations; equal pictures become one.
+        assert 1 < gif.n_frames <= 7  # Six steps have seven observations; equal images are merged.
     for name in ("learning_curve.png", "horizon.png", "trust.png"):
-        with Image.open(finished.path / name) as picture:
-            picture.verify()
+        with Image.open(finished.path / name) as plot:
+            plot.verify()
     assert not list(finished.path.rglob("*.tmp"))
 
 
-def test_settings_make_the_run_again(finished):
+def test_a_run_can_be_recreated_from_its_settings(finished):
     settings = finished.settings()
     with finished.make_env() as env, make_env("Slide-v0", seed=3) as original:
         np.testing.assert_array_equal(env.reset().obs, original.reset().obs)
@@ -103,10 +103,10 @@ def test_settings_make_the_run_again(finished):
     assert finished.title() == "tdmpc2 on Slide-v0"
 
 
-def test_records_know_their_environment_steps(finished):
+def test_log_records_have_environment_steps(finished):
     lines = records(finished)
     assert all({"step", "env_steps", "time"} <= line.keys() for line in lines)
-    # An update per step after 12 random ones; the second part of the run went on where the first had ended.
+    # One update per step after 12 random steps; the second part of the run continues where the first one ended.
     evaluated = {line["step"]: line["env_steps"] for line in lines if "eval/return" in line}
     assert list(evaluated) == [8, 10, 16, 18]
     assert all(env_steps - step in (11, 12) for step, env_steps in evaluated.items())
@@ -115,7 +115,7 @@ def test_records_know_their_environment_steps(finished):
     assert {line["collect/length"] for line in collected} == {6.0}
 
 
-def test_every_start_is_written_down(finished):
+def test_every_start_of_a_run_is_recorded(finished):
     first, second = json.loads((finished.path / "versions.json").read_text())
     assert (first["step"], second["step"]) == (0, 10)
     assert {"jax", "worldloom", "gymnasium"} <= first["packages"].keys()
@@ -123,14 +123,14 @@ def test_every_start_is_written_down(finished):
     assert "cpu" in first["device"]
 
 
-def test_another_run_does_not_mix_in(finished):
+def test_another_run_in_the_folder_is_refused_and_changes_no_file(finished):
     before = {path: path.read_bytes() for path in finished.path.rglob("*") if path.is_file()}
     with make_env("Slide-v0", seed=3) as env, pytest.raises(CheckpointError, match="holds another run"):
         trainer(env, finished).train(env)
     assert {path: path.read_bytes() for path in finished.path.rglob("*") if path.is_file()} == before
 
 
-def test_offline_runs_show_losses(tmp_path, monkeypatch):
+def test_an_offline_run_plots_losses(tmp_path, monkeypatch):
     buffer, held_out = fill(ReplayBuffer(10_000)), fill(ReplayBuffer(10_000), seed=1)
     run = RunFolder(tmp_path / "toy")
     config = TrainingConfig(
@@ -149,7 +149,7 @@ def test_offline_runs_show_losses(tmp_path, monkeypatch):
         run.make_env()
 
 
-def test_functions_and_objects_are_described(tmp_path, caplog):
+def test_environments_made_from_functions_and_objects_are_described(tmp_path, caplog):
     run = RunFolder(tmp_path / "run")
     with make_env(Slide, seed=1) as env:
         callbacks = run.callbacks(env, progress=False)
@@ -168,44 +168,44 @@ def test_functions_and_objects_are_described(tmp_path, caplog):
     (tmp_path / "run").mkdir()
     settings = {"format": 1, "run_id": "x", "model": {}, "training": {}, "env": callbacks[0].env}
     (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="made of Slide"):
+    with pytest.raises(ConfigError, match="made from Slide"):
         run.make_env()
     with run.make_env(spec="Slide-v0") as env:
         assert env.obs_shape == (1,)
 
 
 @pytest.mark.parametrize("content", [None, "[]", "{", '{"format": 7}', '{"format": 1, "model": {}}'])
-def test_what_is_no_run_folder_is_said(tmp_path, content):
+def test_a_folder_without_a_valid_config_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(FileFormatError):
         RunFolder(tmp_path).settings()
 
 
-def test_recorded_rows_are_those_that_were_played():
+def test_a_recording_holds_the_rows_that_were_played():
     replay = ReplayBuffer(1_000)
     with make_env(Slide, 2, seed=5) as env, make_env(Slide, 2, seed=5) as other:
         recording = Recording(env, replay)
         rng = np.random.default_rng(0)
-        seen, played = [recording.reset()], [other.reset()]
+        recorded, expected = [recording.reset()], [other.reset()]
         for _ in range(13):
             actions = 1.5 * env.sample_actions(rng)
-            seen.append(recording.step(actions))
-            played.append(other.step(actions))
+            recorded.append(recording.step(actions))
+            expected.append(other.step(actions))
         assert recording.num_envs == 2
-    for a, b in zip(seen, played, strict=True):
+    for a, b in zip(recorded, expected, strict=True):
         np.testing.assert_array_equal(a.obs, b.obs)
     episodes = list(replay.episodes())
     assert sorted(len(episode["rewards"]) for episode in episodes) == [7, 7, 7, 7]
-    np.testing.assert_array_equal(episodes[0]["obs"], np.stack([rows.obs[0] for rows in seen[:7]]))
-    np.testing.assert_array_equal(episodes[0]["rewards"], np.stack([rows.reward[0] for rows in seen[:7]]))
+    np.testing.assert_array_equal(episodes[0]["obs"], np.stack([rows.obs[0] for rows in recorded[:7]]))
+    np.testing.assert_array_equal(episodes[0]["rewards"], np.stack([rows.reward[0] for rows in recorded[:7]]))
     assert episodes[0]["is_last"].tolist() == [False] * 6 + [True]
     assert (episodes[0]["actions"][-1] == 0).all()
-    assert np.abs(episodes[0]["actions"]).max() == 1  # Environments clip.
+    assert np.abs(episodes[0]["actions"]).max() == 1  # Environments clip actions.
 
 
-def test_films_do_not_fill_the_memory():
-    film = FrameRecorder()
+def test_the_number_of_recorded_frames_is_bounded():
+    frames = FrameRecorder()
     for _ in range(2_000):
-        film.append(np.zeros(1))
-    assert len(film) == 1_500
+        frames.append(np.zeros(1))
+    assert len(frames) == 1_500

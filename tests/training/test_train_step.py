@@ -1,4 +1,4 @@
-"""The compiled update: the same numbers however many updates a call has, and nothing lost to a bad one."""
+"""The compiled update: results do not depend on the number of updates per call, nor on a non-finite update."""
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +25,26 @@ def assert_same(one, other):
 
 def compiled(config, unrolled=False):
     """The compiled update of the toy family under ``config``."""
-    what = (toy_family.make_update, ToyConfig(), config.of_update(), ToyWorldModel)
-    return compiled_update(*what, toy_family.LOSS_TERMS, False, False, unrolled)
+    arguments = (toy_family.make_update, ToyConfig(), config.of_update(), ToyWorldModel)
+    return compiled_update(*arguments, toy_family.LOSS_TERMS, False, False, unrolled)
 
 
 def record(rows):
-    """A callback that keeps the metrics of every step."""
+    """A callback function that appends the metrics of its step to ``rows``."""
     return lambda info: rows.append(dict(info.metrics))
 
 
-def test_calls_of_any_length_give_the_same_bits(buffer, config):
+def test_results_do_not_depend_on_updates_per_call(buffer, config):
     states, means = [], []
     for updates in (1, 3, 8):
-        seen = []
+        recorded = []
         trainer = Trainer(
             ToyWorldModel(ToyConfig()),
             config.replace(updates_per_call=updates),
-            [(5, lambda info, seen=seen: seen.append(dict(info.means)))],
+            [(5, lambda info, recorded=recorded: recorded.append(dict(info.means)))],
         )
         states.append(trainer.train(buffer))
-        means.append(seen)
+        means.append(recorded)
     assert_same(states[0], states[1])
     assert_same(states[0], states[2])
     assert means[0] == means[1] == means[2]
@@ -58,10 +58,10 @@ def test_models_of_images_do_one_update_per_call_on_a_cpu(config, caplog, shape,
     assert bool(caplog.messages) == (updates == 1)
 
 
-def test_looking_at_every_step_changes_nothing(buffer, config):
-    quiet = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=8), []).train(buffer)
-    watched = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=8), [(1, lambda info: None)])
-    assert_same(quiet, watched.train(buffer))
+def test_a_callback_at_every_step_does_not_change_results(buffer, config):
+    without = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=8), []).train(buffer)
+    trainer = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=8), [(1, lambda info: None)])
+    assert_same(without, trainer.train(buffer))
 
 
 def test_update_n_reads_batch_n_and_key_n(buffer, config, model):
@@ -77,7 +77,7 @@ def test_update_n_reads_batch_n_and_key_n(buffer, config, model):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_means_are_those_of_the_single_updates(buffer, config, model):
+def test_means_average_over_single_updates(buffer, config, model):
     rows, means = [], []
     Trainer(model, config, [(1, record(rows)), (10, lambda info: means.append(dict(info.means)))]).train(buffer)
     assert len(rows) == 20
@@ -100,8 +100,8 @@ def test_the_model_and_earlier_states_outlive_donation(buffer, config, model):
     assert not np.array_equal(model.params["dynamics"]["kernel"], trained["dynamics"]["kernel"])
 
 
-def test_one_program_serves_a_run_its_continuation_and_other_runs(buffer, config, tmp_path):
-    """Calls of any length, a further call of train, a resume, another seed and another length: one compilation."""
+def test_one_compilation_serves_a_run_its_continuation_and_other_runs(buffer, config, tmp_path):
+    """Calls of different lengths, a further call of train, a resume, another seed and another number of updates."""
     compiled_update.cache_clear()
     callbacks = lambda: [(3, lambda info: None), CheckpointCallback(str(tmp_path), save_every=7)]  # noqa: E731
     trainer = Trainer(ToyWorldModel(ToyConfig()), config.replace(updates_per_call=4), callbacks())
@@ -113,20 +113,20 @@ def test_one_program_serves_a_run_its_continuation_and_other_runs(buffer, config
     assert compiled(config)._call._cache_size() == 1
 
 
-def test_without_a_loop_the_same_is_done(buffer, config, model):
-    ends = []
+def test_unrolled_and_looped_updates_agree(buffer, config, model):
+    results = []
     for unrolled in (False, True):
         step = compiled(config, unrolled=unrolled)
         learner, rows = Learner(copy(Trainer(model, config, []).state), NonFiniteGuard.create()), []
-        for number, scale in enumerate((1, 1, np.float32(np.inf), 1)):  # after a bad update nothing is done
+        for number, scale in enumerate((1, 1, np.float32(np.inf), 1)):  # no update is applied after a non-finite one
             batch = buffer.sample(4, 5, seed=0, update=number)
             del batch["row_ids"]
             stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], batch | {"rewards": batch["rewards"] * scale})
             learner, output = step(learner, stacked, 1)
             rows.append((output.metrics[0], output.applied[0]))
-        ends.append((leaves(learner.state), rows))
-    assert [bool(applied) for _, applied in ends[1][1]] == [True, True, False, False]
-    for looped, straight in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), strict=True):
+        results.append((leaves(learner.state), rows))
+    assert [bool(applied) for _, applied in results[1][1]] == [True, True, False, False]
+    for looped, straight in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_allclose(straight, looped, rtol=1e-5, atol=1e-6)
 
 
@@ -141,12 +141,12 @@ def test_the_state_is_donated(buffer, config, model):
 
 
 def poisoned_config(config):
-    """A seed whose first bad batch is neither the first nor late."""
+    """A config whose seed gives a first bad batch that is neither among the first two nor late."""
     return next(c for seed in range(99) if 2 < first_bad_step(c := config.replace(seed=seed)) < 8)
 
 
 def poisoned():
-    """A buffer in which windows of the first episode overflow the reward loss; others do not."""
+    """A buffer in which only windows of the first episode overflow the reward loss."""
     return fill(ReplayBuffer(10_000), episodes=20, poison=6)
 
 
@@ -160,7 +160,7 @@ def first_bad_step(config):
 
 
 @pytest.mark.parametrize("updates", [1, 8])
-def test_a_bad_loss_stops_with_its_name_and_leaves_the_last_good_weights(config, updates):
+def test_a_nonfinite_loss_stops_training_with_its_name_and_the_last_good_weights(config, updates):
     config = poisoned_config(config)
     bad = first_bad_step(config)
     clean = Trainer(ToyWorldModel(ToyConfig()), config, []).train(poisoned(), total_steps=bad - 1)
@@ -173,7 +173,7 @@ def test_a_bad_loss_stops_with_its_name_and_leaves_the_last_good_weights(config,
     jax.tree.map(np.testing.assert_array_equal, model.params, clean.params)
 
 
-def test_reading_a_metric_finds_the_bad_update_at_once(config, model):
+def test_reading_a_metric_reports_a_nonfinite_update_at_once(config, model):
     config = poisoned_config(config)
     bad = first_bad_step(config)
     steps = []
@@ -187,7 +187,7 @@ def test_reading_a_metric_finds_the_bad_update_at_once(config, model):
     assert steps == list(range(1, bad + 1))
 
 
-def test_bad_updates_can_be_skipped_and_counted(config, model):
+def test_nonfinite_updates_can_be_skipped_and_counted(config, model):
     source = poisoned()
     bad = [(source.sample(4, 5, seed=config.seed, update=n)["rewards"] > 1e29).any() for n in range(20)]
     rows, means = [], []
@@ -199,6 +199,6 @@ def test_bad_updates_can_be_skipped_and_counted(config, model):
     good = [row["loss"] for row, skipped in zip(rows, bad, strict=True) if not skipped]
     assert means[0]["loss"] == pytest.approx(np.mean(good))
     assert all(np.isfinite(leaf).all() for leaf in leaves(state))
-    # Adam counts its steps: the skipped ones are not among them.
+    # Adam does not count the skipped updates.
     assert int(state.opt_state[1].count) == 20 - sum(bad)
     assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)

@@ -1,4 +1,4 @@
-"""Every field of `TrainingConfig` does what its row says, with both real families."""
+"""Every field of ``TrainingConfig`` has its documented effect, with both built-in families."""
 
 import jax
 import numpy as np
@@ -65,18 +65,18 @@ def make(request):
 
 @pytest.fixture
 def variants(make, request):
-    """Each variant of what an update reads is a compilation. DreamerV3's, the larger ones, are for `-m slow`."""
+    """For tests that compile a variant of the update; DreamerV3's, which are larger, only run with ``-m slow``."""
     if make is dreamer and "slow" not in request.config.getoption("-m").replace("not slow", ""):
         pytest.skip("compiles a variant of DreamerV3's update; run with -m slow")
 
 
 @pytest.fixture(scope="module")
 def base(make, episodes):
-    """Weights before and after the base run, its trainer, and what a callback saw of each step."""
-    seen = []
-    watch = (1, lambda info: seen.append((dict(info.metrics), info.params())))
-    before, after, trainer = train(make, episodes, BASE, [watch])
-    return before, after, trainer, seen
+    """Weights before and after the base run, its trainer, and metrics and weights of each step."""
+    steps = []
+    record = (1, lambda info: steps.append((dict(info.metrics), info.params())))
+    before, after, trainer = train(make, episodes, BASE, [record])
+    return before, after, trainer, steps
 
 
 def trained_parts(model, params):
@@ -84,20 +84,20 @@ def trained_parts(model, params):
 
 
 def test_learning_rate_rises_over_the_warmup(base):
-    """Over 4 updates from 0: an update at rate 0 moves nothing."""
-    before, _, trainer, seen = base
-    np.testing.assert_allclose([metrics["lr"] for metrics, _ in seen], [0.0, 0.005, 0.01], rtol=1e-6)
-    first, second = (trained_parts(trainer.model, params) for _, params in seen[:2])
+    """It rises over 4 updates from 0; the first update, at rate 0, changes no weight."""
+    before, _, trainer, steps = base
+    np.testing.assert_allclose([metrics["lr"] for metrics, _ in steps], [0.0, 0.005, 0.01], rtol=1e-6)
+    first, second = (trained_parts(trainer.model, params) for _, params in steps[:2])
     assert moved(trained_parts(trainer.model, before), first) == 0.0
     assert moved(first, second) > 0.0
 
 
 @pytest.mark.usefixtures("variants")
 def test_weight_decay_shrinks_kernels_only(make, base, episodes):
-    """Two updates, of which only the second moves: with decay by − rate · weight_decay · kernel more, else the same."""
-    before, _, trainer, seen = base
+    """After two updates, the first of which has rate 0, decay adds − rate · weight_decay · kernel to kernels only."""
+    before, _, trainer, steps = base
     _, decayed, _ = train(make, episodes, BASE.replace(total_steps=2, weight_decay=0.1))
-    start, plain, shrunk = by_path(before), by_path(seen[1][1]), by_path(decayed)
+    start, plain, shrunk = by_path(before), by_path(steps[1][1]), by_path(decayed)
     encoder_scale = getattr(trainer.model.config, "encoder_lr_scale", 1.0)
     kernels = 0
     for path, value in start.items():
@@ -106,7 +106,7 @@ def test_weight_decay_shrinks_kernels_only(make, base, episodes):
             continue
         kernels += last == "kernel"
         rate = 0.005 * (encoder_scale if part == "encoder" else 1.0) * (last == "kernel")
-        # TD-MPC2's policy learns against the new Q networks: its own gradient differs a little too.
+        # TD-MPC2's policy is trained against the updated Q networks, so its gradient differs a little too.
         tolerance = 2e-3 if part == "policy" else 2e-6
         np.testing.assert_allclose(shrunk[path] - plain[path], -rate * 0.1 * value, atol=tolerance)
     assert kernels > 5
@@ -114,47 +114,47 @@ def test_weight_decay_shrinks_kernels_only(make, base, episodes):
 
 @pytest.mark.usefixtures("variants")
 def test_grad_clip_bounds_the_gradient(make, base, episodes):
-    """Adam and LaProp forget a gradient's scale but not how it changes: a bound below all of them shows."""
-    _, off, _, seen = base
-    bound = min(metrics["grad_norm"] for metrics, _ in seen) / 10
+    """Adam and LaProp ignore a constant scale of gradients, but a bound below all norms scales each one differently."""
+    _, off, _, steps = base
+    bound = min(metrics["grad_norm"] for metrics, _ in steps) / 10
     _, tight, _ = train(make, episodes, BASE.replace(grad_clip=bound))
     assert moved(off, tight) > 1e-3
 
 
 @pytest.mark.slow
-def test_grad_clip_zero_is_no_bound(make, base, episodes):
+def test_grad_clip_zero_turns_clipping_off(make, base, episodes):
     _, off, _, _ = base
     _, loose, _ = train(make, episodes, BASE.replace(grad_clip=1e6))
-    # The same sums compiled twice, and Adam divides by roots of small numbers.
+    # Rounding differs between the two programs, and Adam divides by roots of small numbers.
     assert moved(off, loose) < 1e-4
 
 
-def test_seed_decides_batches_and_draws(make, base, episodes):
-    _, one, trainer, _ = base
-    _, same, _ = train(make, episodes, BASE)
-    _, other, _ = train(make, episodes, BASE.replace(seed=43))
-    assert moved(one, same) == 0.0
-    assert moved(one, other) > 0.0
-    far = Trainer(make(), BASE.replace(seed=42 + 2**40), [])
-    assert not np.array_equal(jax.random.key_data(far.state.key), jax.random.key_data(trainer.state.key))
+def test_seed_determines_batches_and_sampling(make, base, episodes):
+    _, after, trainer, _ = base
+    _, same_seed, _ = train(make, episodes, BASE)
+    _, other_seed, _ = train(make, episodes, BASE.replace(seed=43))
+    assert moved(after, same_seed) == 0.0
+    assert moved(after, other_seed) > 0.0
+    beyond_32_bits = Trainer(make(), BASE.replace(seed=42 + 2**40), [])
+    assert not np.array_equal(jax.random.key_data(beyond_32_bits.state.key), jax.random.key_data(trainer.state.key))
 
 
-class Counting(ReplayBuffer):
-    """Remembers what it was asked for."""
+class RecordingBuffer(ReplayBuffer):
+    """Records the last requested batch size and sequence length."""
 
     def sample(self, batch_size, sequence_length, **options):
-        self.asked = batch_size, sequence_length
+        self.requested = batch_size, sequence_length
         return super().sample(batch_size, sequence_length, **options)
 
 
-def test_total_steps_batch_size_and_sequence_length(make):
-    buffer = fill(Counting(1000))
+def test_total_steps_batch_size_and_sequence_length_are_respected(make):
+    buffer = fill(RecordingBuffer(1000))
     _, _, trainer = train(make, buffer, BASE)
     assert int(trainer.state.step) == trainer.step == BASE.total_steps
-    assert buffer.asked == (BASE.batch_size, BASE.sequence_length)
+    assert buffer.requested == (BASE.batch_size, BASE.sequence_length)
 
 
-def test_device(base):
+def test_weights_are_on_the_device_and_an_unknown_device_is_refused(base):
     *_, trainer, _ = base
     assert {leaf.device for leaf in jax.tree.leaves(trainer.state.params)} == {jax.devices("cpu")[0]}
     with pytest.raises(DeviceError, match="cpu:7"):
@@ -162,13 +162,13 @@ def test_device(base):
 
 
 @pytest.mark.usefixtures("variants")
-def test_calls_of_several_updates_give_the_same_bits(make, base, episodes):
+def test_updates_per_call_does_not_change_the_weights(make, base, episodes):
     _, single, _, _ = base
-    _, many, _ = train(make, episodes, BASE.replace(updates_per_call=3))
-    assert moved(single, many) == 0.0
+    _, several, _ = train(make, episodes, BASE.replace(updates_per_call=3))
+    assert moved(single, several) == 0.0
 
 
-def test_a_family_resumes_bit_for_bit_and_is_saved_as_trained(make, base, episodes, tmp_path):
+def test_a_resumed_run_and_a_saved_model_equal_the_base_run_bit_for_bit(make, base, episodes, tmp_path):
     _, whole, trainer, _ = base
     train(make, episodes, BASE.replace(total_steps=2), [CheckpointCallback(str(tmp_path))])
     model = make()
@@ -180,7 +180,7 @@ def test_a_family_resumes_bit_for_bit_and_is_saved_as_trained(make, base, episod
     assert moved(whole, jax.device_get(reloaded.params)) == 0.0
 
 
-def test_a_family_is_evaluated_by_its_loss_terms(base, episodes):
+def test_evaluation_returns_the_loss_terms_of_the_family(base, episodes):
     *_, trainer, _ = base
     terms = trainer.evaluate(episodes, batches=1)
     assert set(terms) <= set(trainer.model.algorithm.loss_terms)

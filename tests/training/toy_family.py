@@ -1,6 +1,6 @@
-"""A world model so small that its best weights are known: next observation = observation · matrix + offset.
+"""A linear world model whose optimal weights are known: next observation = observation · matrix + offset.
 
-It meets the contract of a family, so the tests of training need none of the real ones.
+It implements :class:`~worldloom.algorithm.Algorithm`, so the tests of training need no real family.
 """
 
 import dataclasses
@@ -46,19 +46,19 @@ class ToyWorldModel(WorldModel):
 
     @compiled
     def compute_loss(self, batch, key=None):
-        """Rewards that are NaN or infinite make the loss so."""
-        obs = place = features(batch["obs"])
+        """Mean squared errors; not finite if a reward is not."""
+        obs = position = features(batch["obs"])
         if key is not None:
             obs = obs + self.config.noise * jax.random.normal(key, obs.shape)
-        prediction = jnp.mean((self.dynamics(obs[:, :-1]) - place[:, 1:]) ** 2)
-        # No reward arrives with the first row of an episode.
-        error = jnp.where(batch["is_first"], 0.0, self.reward(place)[..., 0] - batch["rewards"])
+        prediction = jnp.mean((self.dynamics(obs[:, :-1]) - position[:, 1:]) ** 2)
+        # The first row of an episode has no reward.
+        error = jnp.where(batch["is_first"], 0.0, self.reward(position)[..., 0] - batch["rewards"])
         reward = jnp.mean(error**2)
         return {"loss": prediction + reward, "prediction": prediction, "reward": reward}
 
 
 def features(obs):
-    """The two numbers that are modelled, [..., 2]."""
+    """The part of an observation that is modelled, [..., 2]."""
     return obs["body/position"] if isinstance(obs, Mapping) else obs
 
 
@@ -105,20 +105,20 @@ def replay_spec(config, training):
 
 
 def policy(model, carry, obs, key, *, is_first=None):
-    """Random turns around what the reward's weights say; the carry sums up the first feature since the episode began.
+    """Noisy actions around the reward's weights; the carry [N, 1] is the sum of the first feature over the episode.
 
-    The action depends on all that must survive a resume: weights, carry, key and observation.
+    The actions depend on everything that a resumed run must restore: weights, carry, key and observation.
     """
     config = model.config
     dims = config.action_dim if isinstance(config.action_dim, Mapping) else {"": config.action_dim}
     kinds = config.action_type if isinstance(config.action_type, Mapping) else dict.fromkeys(dims, config.action_type)
-    place = features(obs)
-    carry = jnp.where(is_first[:, None], 0.0, carry) + place[:, :1]
-    wish = place @ model.reward.kernel[...] + 0.1 * carry
+    position = features(obs)
+    carry = jnp.where(is_first[:, None], 0.0, carry) + position[:, :1]
+    mean = position @ model.reward.kernel[...] + 0.1 * carry
     actions = {}
     for number, (name, dim) in enumerate(dims.items()):
-        noise = 0.0 if key is None else jax.random.normal(jax.random.fold_in(key, number), (len(place), dim))
-        scores = wish * jnp.linspace(-1.0, 1.0, dim) + noise
+        noise = 0.0 if key is None else jax.random.normal(jax.random.fold_in(key, number), (len(position), dim))
+        scores = mean * jnp.linspace(-1.0, 1.0, dim) + noise
         actions[name] = jnp.argmax(scores, -1) if kinds[name] == "discrete" else jnp.tanh(scores)
     return carry, actions if isinstance(config.action_dim, Mapping) else actions[""]
 
@@ -150,7 +150,7 @@ register_family("toy", ToyConfig, ToyWorldModel, ALGORITHM)
 
 
 class PrefillingToy(ToyWorldModel):
-    """Begins with random actions, as TD-MPC2 does."""
+    """The toy model with a prefill of random actions, as in TD-MPC2."""
 
     algorithm = dataclasses.replace(ALGORITHM, random_prefill=True)
 

@@ -67,7 +67,7 @@ def train(words: Sequence[str]) -> int:
     name = peek_option(words, "--model")
     family = split_name(name)[0] if name else _family_of(existing) if existing else None
     given = _flags(family).parse(words)
-    # Must come before the environment and the model allocate memory.
+    # This setting only works before JAX computes anything.
     if family is None or not family.algorithm.short_updates(_config_before_env(name, existing, family, given)):
         keep_freed_memory()
     plan = _resumed_run(existing, given) if existing and not name else _new_run(given)

@@ -101,7 +101,7 @@ class WorldModel(nnx.Module):
         return merge(cls, config, params)
 
     def check_trainable(self, device: jax.Device) -> None:
-        """Raise ``ConfigError`` unless training on ``device`` trains this very model, see :func:`check_trainable`."""
+        """Raise ``ConfigError`` unless training on ``device`` trains exactly this model (:func:`check_trainable`)."""
         check_trainable(self, device)
 
     def num_parameters(self) -> int:
@@ -301,7 +301,7 @@ def check_trainable(model: Any, device: jax.Device) -> None:
     except TypeError as error:
         raise ConfigError(
             f"{cls.__name__} cannot be built from its config alone, as training does: {error}. Give other arguments "
-            "of __init__ defaults, or add them as fields to a config class of its own."
+            "of __init__ defaults, or add them as fields to its config class."
         ) from error
     if nnx.split(model)[0] != rebuilt:
         raise ConfigError(

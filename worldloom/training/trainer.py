@@ -158,7 +158,7 @@ class Trainer:
             self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
 
     def _total(self, total_steps: int | None) -> int:
-        """Total number of updates: the argument, or what ``env_steps`` or ``total_steps`` of the config amount to."""
+        """Total number of updates, by the argument or by the config's ``env_steps`` or ``total_steps``."""
         if total_steps is None and self.run.collector is not None and self.config.env_steps:
             return self.run.updates_for(self.config.env_steps)
         total = self.config.total_steps if total_steps is None else total_steps
