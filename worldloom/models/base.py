@@ -17,6 +17,7 @@ from worldloom.devices import compute_dtype, resolve_device
 from worldloom.errors import ConfigError, DataError
 from worldloom.families import get_family
 from worldloom.models import pretrained
+from worldloom.models.live_weights import any_traced, live_weights
 from worldloom.models.params import check_shapes, count_parameters, flatten, unflatten
 from worldloom.nn.linear import OneDraw
 from worldloom.xla_workarounds import quick_to_compile
@@ -292,18 +293,24 @@ def check_environments(count: int, carry: int | None, is_first: Any) -> None:
 
 
 def compiled(method: F) -> F:
-    """Run a :class:`WorldModel` method under ``jax.jit``, closing over the graph and passing weights as a pure dict.
+    """Run a :class:`WorldModel` method under ``jax.jit``, closing over the graph and passing weights as a flat list.
 
     One compilation per (class, config, dtype) and argument shapes; all instances share it. Inside a trace the method
-    runs inline. Arguments must be pytrees of arrays (or None).
+    runs inline. Arguments must be pytrees of arrays (or None). Each call reads the model's newest weights, see
+    :mod:`worldloom.models.live_weights`.
     """
 
     @functools.wraps(method)
     def call(self: WorldModel, *args: Any, **kwargs: Any) -> Any:
-        params = self.params
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args, kwargs))):
+        if any_traced(jax.tree.leaves((args, kwargs))):
             return method(self, *args, **kwargs)
-        return _jitted(method, type(self), self.config, self.dtype)(params, args, kwargs)
+        weights, arrays = live_weights(self)
+        if any_traced(arrays):
+            return method(self, *args, **kwargs)
+        jitted = weights.calls.get(method)
+        if jitted is None:
+            jitted = weights.calls[method] = _jitted(method, type(self), self.config, self.dtype, weights.treedef)
+        return jitted(arrays, args, kwargs)
 
     return call  # type: ignore[return-value]
 
@@ -346,10 +353,12 @@ def _initializer(cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> tuple[
 
 
 @functools.lru_cache(maxsize=512)
-def _jitted(method: Callable[..., Any], cls: type[WorldModel], config: Any, dtype: jnp.dtype) -> Callable[..., Any]:
+def _jitted(
+    method: Callable[..., Any], cls: type[WorldModel], config: Any, dtype: jnp.dtype, treedef: Any
+) -> Callable[..., Any]:
     graph = graphdef(cls, config, dtype)
 
-    def run(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return method(nnx.merge(graph, params), *args, **kwargs)
+    def run(arrays: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return method(nnx.merge(graph, jax.tree.unflatten(treedef, arrays)), *args, **kwargs)
 
     return jax.jit(run)
