@@ -25,6 +25,7 @@ from worldloom.errors import (
 )
 
 if TYPE_CHECKING:
+    from worldloom.acting import Policy, load_policy
     from worldloom.families import register_family
     from worldloom.models.base import WorldModel
     from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 
 _LAZY = {
+    "Policy": "worldloom.acting",
+    "load_policy": "worldloom.acting",
     "DreamerV3Config": "worldloom.models.dreamer",
     "DreamerV3WorldModel": "worldloom.models.dreamer",
     "TDMPC2Config": "worldloom.models.tdmpc2",
@@ -55,6 +58,7 @@ __all__ = [
     "FileFormatError",
     "MissingDependencyError",
     "NonFiniteError",
+    "Policy",
     "TDMPC2Config",
     "TDMPC2WorldModel",
     "UnknownFieldError",
@@ -67,6 +71,7 @@ __all__ = [
     "from_pretrained",
     "get_config",
     "list_models",
+    "load_policy",
     "register_family",
 ]
 

@@ -26,6 +26,7 @@ LAYERS = [
     ("envs",),
     ("report",),
     ("training",),
+    ("acting",),
     ("interop",),
     ("cli", "__main__"),
 ]

@@ -86,6 +86,10 @@ class EnvSpaces(NamedTuple):
         except (KeyError, TypeError, ValueError, AssertionError, OverflowError, AttributeError) as error:
             raise FileFormatError(f"{place} describes no observation and action space: {error!r}.") from error
 
+    def example_observation(self, num_envs: int) -> Any:
+        """An observation of ``num_envs`` environments, zeros (or the first classes), as a Gymnasium vector gives it."""
+        return _example(self.observation, num_envs)
+
     def check_fits(self, config: Any) -> None:
         """Raise ``ConfigError`` unless a model of ``config`` takes these observations and gives these actions."""
         actions = ActionSpec(self.action)
@@ -132,6 +136,13 @@ def _action_space(dim: Any, kind: Any) -> spaces.Space[Any]:
 def _dict_space(inner: dict[str, spaces.Space[Any]]) -> spaces.Dict:
     # From pairs: Gymnasium sorts the keys of a mapping, and the order of names counts in a config.
     return spaces.Dict(list(inner.items()))
+
+
+def _example(space: spaces.Space[Any], count: int) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {name: _example(inner, count) for name, inner in space.spaces.items()}
+    zeros = np.zeros((count, *(space.shape or ())), space.dtype)
+    return zeros + space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else zeros
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------------

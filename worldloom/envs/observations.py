@@ -152,6 +152,8 @@ def _problem(leaf: _ObsLeaf, value: np.ndarray) -> str:
             f"is an image of dtype {value.dtype} with values from {value.min():g} to {value.max():g}; its space says "
             "integers from 0 to 255."
         )
+    if leaf.dtype != np.uint8 and len(leaf.shape) == 3 and ((value < 0) | (value > 1)).any():
+        return f"is an image with values from {value.min():g} to {value.max():g}; floats from 0 to 1 are needed."
     if isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
         size = leaf.space.n if isinstance(leaf.space, spaces.Discrete) else leaf.space.nvec
         index = value - leaf.space.start

@@ -51,9 +51,7 @@ def make_policy(
     """``model.policy(env)``: an agent that acts in an environment, see :class:`worldloom.acting.Policy`."""
     # By name, because acting stands above models: it needs environments too.
     policy = importlib.import_module("worldloom.acting").Policy
-    return policy(
-        self, env, num_envs=num_envs, mode=mode, planner=planner, max_ms=max_ms, device=device, seed=seed
-    )
+    return policy(self, env, num_envs=num_envs, mode=mode, planner=planner, max_ms=max_ms, device=device, seed=seed)
 
 
 class _PolicyMethod:

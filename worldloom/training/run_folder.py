@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from worldloom.config import read_json_object
-from worldloom.envs import VectorEnv, make_env
+from worldloom.envs import EnvSpaces, VectorEnv, make_env
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.files import write_atomically
 from worldloom.training.callbacks import (
@@ -72,7 +72,7 @@ class RunFolder:
         return (self.path / "config.json").is_file()
 
     def settings(self) -> dict[str, Any]:
-        """``config.json``: ``run_id``, and the dicts ``model``, ``training`` and ``env`` (None without one).
+        """``config.json``: ``run_id``, and dicts ``model``, ``training``, ``env`` and ``spaces`` (None without one).
 
         Raises ``FileFormatError`` if there is none, or none that this version reads.
         """
@@ -83,6 +83,20 @@ class RunFolder:
         if settings.get("format") != _FORMAT or any(not isinstance(settings.get(n), t) for n, t in wanted.items()):
             raise FileFormatError(f"{self.path / 'config.json'} is not that of a run folder of format {_FORMAT}.")
         return settings
+
+    def env_spaces(self) -> dict[str, Any] | None:
+        """Spaces of the run's environment, as ``EnvSpaces.from_json`` takes them; None without an environment.
+
+        Those of a run of an earlier version, whose file does not have them, are read off its environment, made again.
+        """
+        settings = self.settings()
+        if settings.get("env") is None:
+            return None
+        found = settings.get("spaces")
+        if isinstance(found, Mapping):
+            return dict(found)
+        with self.make_env(num_envs=1, parallel="sync") as env:
+            return EnvSpaces.underneath(env).to_json()
 
     def title(self) -> str:
         """What the run is, in a few words."""
@@ -135,7 +149,7 @@ class RunFolder:
             measuring = [EvalCallback(source)]
         monitor = "eval/return" if evaluation else "eval/loss" if measuring else "loss"
         return [
-            _Record(self, source.settings if online else None),
+            _Record(self, source if online else None),
             *measuring,
             LoggingCallback(str(self.path), log_to_console=False, log_to_tensorboard=True),
             *showing,
@@ -165,8 +179,9 @@ class _Record(Callback):
     every = 0
     order = -2
 
-    def __init__(self, run: RunFolder, env: Mapping[str, Any] | None):
-        self.run, self.env = run, None if env is None else _plain(env)
+    def __init__(self, run: RunFolder, env: VectorEnv | None):
+        self.run, self.env = run, None if env is None else _plain(env.settings)
+        self.spaces = None if env is None else EnvSpaces.underneath(env).to_json()
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         path = self.run.path
@@ -183,6 +198,7 @@ class _Record(Callback):
             "model": info.model_config.to_dict(),
             "training": info.config.to_dict(),
             "env": self.env,
+            "spaces": self.spaces,
         }
         _write_json(path / "config.json", settings)
         starts = _starts(path / "versions.json") if info.step else []
@@ -190,7 +206,9 @@ class _Record(Callback):
         return None
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
-        info.model().save_pretrained(self.run.path / "model")
+        model = info.model()
+        model.remember_env_spaces(self.spaces)
+        model.save_pretrained(self.run.path / "model")
         return None
 
 
