@@ -93,18 +93,18 @@ def test_actions_are_the_models_clipped_and_scaled(family):
 
 
 def test_observations_of_any_dtype_and_form_are_one_observation():
-    model, obs = small("tdmpc2", World_of_integers), np.array([1, -2, 0])
-    expected = model.policy(World_of_integers(), mode="greedy")(obs.astype(np.float32))
+    model, obs = small("tdmpc2", Lattice), np.array([1, -2, 0])
+    expected = model.policy(Lattice(), mode="greedy")(obs.astype(np.float32))
     for given in (
         obs, obs.astype(np.float64), obs.astype(np.int8), obs.astype(np.float16), obs.tolist(), tuple(obs.tolist()),
         jnp.asarray(obs), jnp.asarray(obs, jnp.bfloat16), obs[::-1][::-1], np.ma.array(obs),
     ):  # fmt: skip
-        np.testing.assert_array_equal(model.policy(World_of_integers(), mode="greedy")(given), expected)
-    batched = model.policy(World_of_integers(), mode="greedy")(obs[None])
+        np.testing.assert_array_equal(model.policy(Lattice(), mode="greedy")(given), expected)
+    batched = model.policy(Lattice(), mode="greedy")(obs[None])
     np.testing.assert_array_equal(batched, expected[None])
 
 
-class World_of_integers(World):  # noqa: N801
+class Lattice(World):
     observation_space = spaces.Box(-5, 5, (3,), np.int64)
     action_space = spaces.Box(-3, 3, (2,))
 
