@@ -1,7 +1,9 @@
 """Saved models and run folders act in the units of the environment they were trained in."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -163,3 +165,16 @@ def test_the_policy_follows_a_model_while_it_is_trained():
         after = policy(obs)
         assert not np.array_equal(after, before)
         np.testing.assert_array_equal(after, model.policy(Arm(), mode="greedy")(obs))
+
+
+def test_the_pages_example_runs_as_printed(tmp_path, monkeypatch):
+    page = Path(worldloom.__file__).parent / "docs" / "acting.md"
+    example = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S).group(1)
+    world = gym.make("Pendulum-v1")
+    monkeypatch.chdir(tmp_path)
+    own = EnvSpaces.of_env(world)
+    model = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1, **TDMPC2, device="cpu")
+    model.remember_env_spaces(own.to_json())
+    model.save_pretrained("runs/pendulum")
+    exec(compile(example, "acting.md", "exec"), {})
+    world.close()
