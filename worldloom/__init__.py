@@ -25,6 +25,7 @@ from worldloom.errors import (
 )
 
 if TYPE_CHECKING:
+    from worldloom.acting import Policy, load_policy
     from worldloom.algorithm import Algorithm
     from worldloom.families import register_family
     from worldloom.models.base import WorldModel
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Algorithm": "worldloom.algorithm",
+    "Policy": "worldloom.acting",
+    "load_policy": "worldloom.acting",
     "DreamerV3Config": "worldloom.models.dreamer",
     "DreamerV3WorldModel": "worldloom.models.dreamer",
     "TDMPC2Config": "worldloom.models.tdmpc2",
@@ -58,6 +61,7 @@ __all__ = [
     "FileFormatError",
     "MissingDependencyError",
     "NonFiniteError",
+    "Policy",
     "TDMPC2Config",
     "TDMPC2WorldModel",
     "UnknownFieldError",
@@ -70,6 +74,7 @@ __all__ = [
     "from_pretrained",
     "get_config",
     "list_models",
+    "load_policy",
     "register_family",
 ]
 

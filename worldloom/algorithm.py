@@ -127,6 +127,11 @@ def no_short_updates(config: Any) -> bool:
     return False
 
 
+def no_plans(config: Any) -> list[dict[str, Any]]:
+    """For algorithms that do not plan: there is nothing to make smaller."""
+    return [{}]
+
+
 def env_shapes(env: Any) -> dict[str, Any]:
     """The fields of a model's config that its environment determines."""
     return {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
@@ -181,6 +186,10 @@ class Algorithm:
       random_prefill: whether online training begins with uniformly random actions instead of the untrained policy's.
       short_updates: ``config -> bool``, whether an update on a CPU takes no longer than a step of the environments; the
         command line then lets the two overlap, instead of keeping freed memory (``devices.keep_freed_memory``).
+      planner_fields: fields of the config that change how the model plans when it acts, and neither weights nor their
+        shapes; empty for algorithms that do not plan.
+      smaller_plans: ``config -> [{field: value}, ...]``, changes of ``planner_fields`` from the config's own plan (an
+        empty dict) to the least work; an agent with a time limit acts by the first that is fast enough.
     """
 
     init_state: Callable[[Any, Any, jax.Array], TrainState]
@@ -195,6 +204,8 @@ class Algorithm:
     recipe: Callable[[str, Any, Mapping[str, Any]], Recipe] = plain_recipe
     random_prefill: bool = True
     short_updates: Callable[[Any], bool] = no_short_updates
+    planner_fields: tuple[str, ...] = ()
+    smaller_plans: Callable[[Any], list[dict[str, Any]]] = no_plans
 
     @property
     def evaluation_policy(self) -> Policy:

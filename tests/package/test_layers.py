@@ -28,6 +28,7 @@ LAYERS = [
     ("envs",),
     ("report",),
     ("training",),
+    ("acting",),
     ("interop",),
     ("cli", "__main__"),
 ]

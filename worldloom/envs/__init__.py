@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from worldloom.envs.make import SUITES, is_env, make_env
+from worldloom.envs.native import EnvSpaces
 from worldloom.envs.time_step import EpisodeEnd, Event, TimeStep, WorkerRestart, episode_seed
 from worldloom.envs.vector import VectorEnv
 
@@ -22,6 +23,7 @@ _LAZY = {
 
 __all__ = [
     "SUITES",
+    "EnvSpaces",
     "EpisodeEnd",
     "Event",
     "ImaginedEnv",

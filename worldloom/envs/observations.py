@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,15 +73,25 @@ class ObservationSpec:
           obs: arrays ``[*lead, *space.shape]``, in nested dicts for dict spaces.
           lead: leading axes, such as ``(N,)`` for observations of N environments.
 
-        Raises ``DataError`` when an array does not have the shape of its space.
+        Raises ``DataError`` when a name is missing or an array does not have the shape of its space.
         """
-        flat = {}
+        return {leaf.name: _convert(leaf, _array_at(obs, leaf.path), lead) for leaf in self._leaves}
+
+    def is_batch(self, obs: Any) -> bool:
+        """Whether ``obs`` has a batch axis in front of the axes of its space. Raises ``DataError`` as above."""
+        first = self._leaves[0]
+        return _array_at(obs, first.path).ndim > len(first.space.shape or ())
+
+    def check_values(self, obs: Any) -> None:
+        """Raise ``DataError`` for what :meth:`flatten` would translate to something else without a word.
+
+        NaN and infinity; numbers in images of uint8 that are not integers from 0 to 255; classes out of range.
+        """
         for leaf in self._leaves:
-            value = obs
-            for key in leaf.path:
-                value = value[key]
-            flat[leaf.name] = _convert(leaf, np.asarray(value), lead)
-        return flat
+            value = _array_at(obs, leaf.path)
+            problem = _problem(leaf, value)
+            if problem:
+                raise DataError(f"The observation '{leaf.name}' {problem}")
 
     def unwrap(self, flat: dict[str, np.ndarray]) -> Arrays:
         """What the public interface shows: the dict itself for dict spaces, else its only array."""
@@ -108,6 +118,48 @@ def _leaves(space: spaces.Space[Any], path: tuple[str, ...]) -> Iterator[_ObsLea
             "use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of these "
             "(an ObservationWrapper can turn a Tuple into a Dict)."
         )
+
+
+def _array_at(obs: Any, path: tuple[str, ...]) -> np.ndarray:
+    """The array at ``path`` in nested dicts."""
+    for key in path:
+        try:
+            obs = obs[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            found = sorted(map(str, obs)) if isinstance(obs, Mapping) else f"a {type(obs).__name__}"
+            raise DataError(
+                f"The observation has no '{'/'.join(path)}': where '{key}' should be, there is {found}."
+            ) from None
+    if isinstance(obs, Mapping):
+        raise DataError(f"The observation '{'/'.join(path) or OBS}' is a dict; its space is a single array.")
+    try:
+        array = np.asarray(obs)
+    except ValueError as error:  # Sequences of different lengths.
+        raise DataError(f"The observation '{'/'.join(path) or OBS}' is no array of numbers: {error}.") from None
+    if array.dtype.kind in "OUSM":
+        raise DataError(f"The observation '{'/'.join(path) or OBS}' has dtype {array.dtype}; numbers are needed.")
+    return array
+
+
+def _problem(leaf: _ObsLeaf, value: np.ndarray) -> str:
+    """What is wrong with the numbers of one array, as the end of a sentence; empty if nothing is."""
+    if value.dtype == leaf.dtype == np.uint8:
+        return ""
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        return "is NaN or infinite. Nothing was computed; the state of the policy is as before."
+    if leaf.dtype == np.uint8 and ((value < 0) | (value > 255) | (value != np.floor(value))).any():
+        return (
+            f"is an image of dtype {value.dtype} with values from {value.min():g} to {value.max():g}; its space says "
+            "integers from 0 to 255."
+        )
+    if leaf.dtype != np.uint8 and len(leaf.shape) == 3 and ((value < 0) | (value > 1)).any():
+        return f"is an image with values from {value.min():g} to {value.max():g}; floats from 0 to 1 are needed."
+    if isinstance(leaf.space, spaces.Discrete | spaces.MultiDiscrete):
+        size = leaf.space.n if isinstance(leaf.space, spaces.Discrete) else leaf.space.nvec
+        index = value - leaf.space.start
+        if ((index < 0) | (index >= size) | (index != np.floor(index))).any():
+            return f"holds {value.tolist()!r:.80}, which is not in {leaf.space}."
+    return ""
 
 
 def _box_array(space: spaces.Box, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:

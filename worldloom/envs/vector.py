@@ -34,6 +34,7 @@ class VectorEnv:
       num_envs: N.
       obs_shape: shape of one observation, or a dict of shapes.
       obs_dtype: its ``numpy.dtype`` (uint8 for images, else float32), or a dict of them.
+      observation_space, action_space: the Gymnasium spaces of one environment underneath, in its own units.
       action_dim: number of action dimensions or classes, or a dict of them.
       action_type: ``"continuous"`` or ``"discrete"``, or a dict of them.
       action_repeat: environment steps per decision step.
@@ -56,6 +57,7 @@ class VectorEnv:
     ):
         observations, actions = ObservationSpec(backend.observation_space), ActionSpec(backend.action_space)
         self._backend, self._observations, self._actions, self._remake = backend, observations, actions, remake
+        self.observation_space, self.action_space = backend.observation_space, backend.action_space
         self.num_envs = backend.num_envs
         self.obs_shape, self.obs_dtype = observations.shape, observations.dtype
         self.action_dim, self.action_type = actions.dim, actions.type

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import types
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -29,6 +32,45 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class Statistic(nnx.Variable):
     """A running statistic (return range, value scale): updated without gradients, saved with the weights."""
+
+
+_env_spaces: weakref.WeakKeyDictionary[WorldModel, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""Spaces of the environments that models were trained in, as JSON values; beside the models, whose attributes are all
+compared with what their class builds."""
+
+
+def make_policy(
+    self: WorldModel,
+    env: Any = None,
+    *,
+    num_envs: int | None = None,
+    mode: str = "sample",
+    planner: Mapping[str, Any] | None = None,
+    max_ms: float | None = None,
+    device: str | None = None,
+    seed: int = 0,
+) -> Any:
+    """``model.policy(env)``: an agent that acts in an environment, see :class:`worldloom.acting.Policy`."""
+    # By name, because acting stands above models: it needs environments too.
+    policy = importlib.import_module("worldloom.acting").Policy
+    return policy(self, env, num_envs=num_envs, mode=mode, planner=planner, max_ms=max_ms, device=device, seed=seed)
+
+
+class _PolicyMethod:
+    """The method :func:`make_policy` under the name ``policy``, which a part of the model may have too.
+
+    TD-MPC2's prior is called so in all saved weights. A method alone would be hidden by that part, so this descriptor
+    stores the part where all parts are, in ``vars(model)``, and answers with the method.
+    """
+
+    def __get__(self, model: WorldModel | None, owner: Any = None) -> Callable[..., Any]:
+        return make_policy if model is None else types.MethodType(make_policy, model)
+
+    def __set__(self, model: WorldModel, part: Any) -> None:
+        vars(model)["policy"] = part
+
+    def __delete__(self, model: WorldModel) -> None:
+        del vars(model)["policy"]
 
 
 class WorldModel(nnx.Module):
@@ -90,6 +132,23 @@ class WorldModel(nnx.Module):
         placed = {name: jax.device_put(jnp.asarray(new[name], old[name].dtype), old[name].sharding) for name in old}
         nnx.update(self, unflatten(placed))
 
+    policy = _PolicyMethod()
+
+    @property
+    def env_spaces(self) -> dict[str, Any] | None:
+        """Spaces of the environment that the model was trained in, as JSON values; None if they are not known.
+
+        ``worldloom.envs.EnvSpaces.from_json`` makes Gymnasium spaces of them. They are saved with the model.
+        """
+        return _env_spaces.get(self)
+
+    def remember_env_spaces(self, spaces: Mapping[str, Any] | None) -> None:
+        """Set :attr:`env_spaces`, the values of ``EnvSpaces.to_json``; None forgets them."""
+        if spaces is None:
+            _env_spaces.pop(self, None)
+        else:
+            _env_spaces[self] = dict(spaces)
+
     @classmethod
     def version(cls) -> Any:
         """The class's attributes as they are now, for the keys of compiled programs; see :func:`class_version`."""
@@ -147,6 +206,9 @@ class WorldModel(nnx.Module):
     def save_pretrained(self, path: str | Path | None = None, *, name: str | None = None) -> Path:
         """Write ``config.json`` and ``model.safetensors`` and return their folder.
 
+        A model that was trained in an environment also leaves ``spaces.json``, so that it acts in the environment's
+        units when it is loaded.
+
         Args:
           path: the folder, created if needed.
           name: instead of ``path``, a plain name by which ``create_world_model`` finds the model; it is saved in
@@ -156,7 +218,7 @@ class WorldModel(nnx.Module):
             raise TypeError("save_pretrained takes either a path or name=…")
         folder = Path(path) if path is not None else pretrained.named_folder(str(name))
         arrays = {key: np.asarray(value, order="C") for key, value in flatten(jax.device_get(self.params)).items()}
-        pretrained.write_model(folder, self.config.to_json(), arrays, type(self))
+        pretrained.write_model(folder, self.config.to_json(), arrays, type(self), self.env_spaces)
         return folder
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
@@ -252,6 +314,7 @@ def build_saved(cls: type[Any], saved: pretrained.SavedModel, device: str, overr
     check_shapes(cls.__name__, flatten(abstract_params(cls, config)), saved.arrays)
     model = cls(config, device=device)
     model.load_params(unflatten(saved.arrays))
+    model.remember_env_spaces(saved.spaces)
     return model
 
 

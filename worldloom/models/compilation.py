@@ -15,6 +15,7 @@ from flax import nnx
 
 from worldloom.algorithm import Params
 from worldloom.devices import compute_dtype
+from worldloom.models.live_weights import any_traced, live_weights
 from worldloom.models.params import count_parameters, flatten, unflatten
 from worldloom.nn.linear import OneDraw
 from worldloom.xla_workarounds import fast_compile_options
@@ -23,19 +24,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(method: F) -> F:
-    """Run a :class:`WorldModel` method under ``jax.jit``, closing over the graph and passing weights as a pure dict.
+    """Run a :class:`WorldModel` method under ``jax.jit``, closing over the graph and passing weights as a flat list.
 
     One compilation per (class, config, dtype) and argument shapes; all instances share it. Inside a trace the method
-    runs inline. Arguments must be pytrees of arrays (or None).
+    runs inline. Arguments must be pytrees of arrays (or None). Each call reads the model's newest weights, see
+    :mod:`worldloom.models.live_weights`.
     """
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        params = self.params
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args, kwargs))):
+        if any_traced(jax.tree.leaves((args, kwargs))):
             return method(self, *args, **kwargs)
-        version = class_version(self.__class__)
-        return _jitted(method, self.__class__, self.config, self.dtype, version)(params, args, kwargs)
+        weights, arrays = live_weights(self)
+        if any_traced(arrays):
+            return method(self, *args, **kwargs)
+        cls, version = self.__class__, class_version(self.__class__)
+        jitted = weights.calls.get((method, version))
+        if jitted is None:
+            jitted = _jitted(method, cls, self.config, self.dtype, version, weights.treedef)
+            weights.calls[method, version] = jitted
+        return jitted(arrays, args, kwargs)
 
     return call  # type: ignore[return-value]
 
@@ -115,11 +123,13 @@ def initializer(cls: Any, config: Any, dtype: jnp.dtype, version: Any) -> tuple[
 
 
 @functools.lru_cache(maxsize=512)
-def _jitted(method: Callable[..., Any], cls: Any, config: Any, dtype: jnp.dtype, version: Any) -> Callable[..., Any]:
+def _jitted(
+    method: Callable[..., Any], cls: Any, config: Any, dtype: jnp.dtype, version: Any, treedef: Any
+) -> Callable[..., Any]:
     graph = graphdef(cls, config, dtype)
 
-    def run(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return method(nnx.merge(graph, params), *args, **kwargs)
+    def run(arrays: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return method(nnx.merge(graph, jax.tree.unflatten(treedef, arrays)), *args, **kwargs)
 
     return jax.jit(run)
 

@@ -1,12 +1,14 @@
 """Saved models on disk and on the Hugging Face hub: locating, writing and reading them.
 
 A saved model is a folder with ``config.json`` (the config's fields) and ``model.safetensors`` (the weights by flat
-name; the model's class is in the header's metadata).
+name; the model's class is in the header's metadata), and, if the model was trained in an environment, ``spaces.json``
+(the environment's spaces).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -20,7 +22,9 @@ from worldloom.errors import ConfigError, FileFormatError, MissingDependencyErro
 from worldloom.families import class_name
 from worldloom.files import write_atomically
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, SPACES_FILE = "config.json", "model.safetensors", "spaces.json"
+_SPACES_BYTES = 1 << 26
+"""The largest ``spaces.json`` that is read: an image whose pixels have bounds of their own takes some megabytes."""
 _CLASS = "model_class"
 """Metadata key of the model's class, see :func:`worldloom.families.class_name`."""
 
@@ -33,32 +37,46 @@ class SavedModel(NamedTuple):
       config: the fields of ``config.json``.
       arrays: weights by flat name.
       class_name: ``module:QualifiedName`` of the saved model's class; None in files of earlier versions.
+      spaces: of the environment that the model was trained in, as JSON values; None if they are not known.
     """
 
     folder: Path
     config: dict[str, Any]
     arrays: dict[str, Any]
     class_name: str | None
+    spaces: dict[str, Any] | None = None
 
 
-def write_model(folder: Path, config_json: str, arrays: Mapping[str, Any], cls: type[Any]) -> None:
-    """Write both files of a saved model, each atomically."""
+def write_model(
+    folder: Path,
+    config_json: str,
+    arrays: Mapping[str, Any],
+    cls: type[Any],
+    spaces: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the files of a saved model, each atomically; ``spaces`` None removes those of an earlier model."""
     from safetensors.numpy import save
 
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "worldloom", _CLASS: class_name(cls)}
     write_atomically(folder / WEIGHTS_FILE, save(dict(arrays), metadata=metadata))
     write_atomically(folder / CONFIG_FILE, config_json)
+    if spaces is None:
+        (folder / SPACES_FILE).unlink(missing_ok=True)
+    else:
+        write_atomically(folder / SPACES_FILE, json.dumps(spaces, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_model(folder: Path) -> SavedModel:
-    """Read both files. Raises ``UnknownModelError`` for a folder without them, ``FileFormatError`` for damaged ones."""
+    """Read all files. Raises ``UnknownModelError`` for a folder without them, ``FileFormatError`` for damaged ones."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise UnknownModelError(f"{folder} holds no saved model: {name} is missing.{_run_folder_hint(folder)}")
     config = read_json_object(folder / CONFIG_FILE)
     arrays, metadata = read_safetensors(folder / WEIGHTS_FILE)
-    return SavedModel(folder, config, arrays, metadata.get(_CLASS))
+    found = (folder / SPACES_FILE).is_file()
+    spaces = read_json_object(folder / SPACES_FILE, max_bytes=_SPACES_BYTES) if found else None
+    return SavedModel(folder, config, arrays, metadata.get(_CLASS), spaces)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -121,7 +139,7 @@ def find_model_folder(
         cache_dir=str(cache_dir or default_cache_dir() / "hub"),
         token=token,
         local_files_only=local_files_only,
-        allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+        allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, SPACES_FILE],
     )
     return Path(downloaded)
 

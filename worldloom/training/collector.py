@@ -12,6 +12,7 @@ import numpy as np
 
 from worldloom.algorithm import Params, Policy, TrainState
 from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
+from worldloom.envs.native import check_config_fits
 from worldloom.errors import ConfigError
 from worldloom.spaces import ACTION
 from worldloom.training.config import TrainingConfig
@@ -218,19 +219,7 @@ def check_env_fits(env: VectorEnv, model: Any) -> None:
     """Raise ``ConfigError`` unless observation shapes, action sizes and action types of ``env`` and model agree."""
     config = model.config
     model.algorithm.validate_data(config, has_terminals=False, online=True)
-    pairs = {
-        "obs_shape": (_as_dicts(env.obs_shape), _as_dicts(config.obs_shape)),
-        "action_dim": (_as_dicts(env.action_dim), _as_dicts(config.action_dim)),
-        "action_type": (_as_dicts(env.action_type), _as_dicts(config.action_type)),
-    }
-    for name, (of_env, of_model) in pairs.items():
-        if isinstance(of_env, dict) and isinstance(of_model, str):  # One action type for all actions.
-            of_model = dict.fromkeys(of_env, of_model)
-        if of_env != of_model:
-            raise ConfigError(
-                f"The environment has {name}={of_env!r}, the model {of_model!r}. Create the model with obs_shape="
-                "env.obs_shape, action_dim=env.action_dim, action_type=env.action_type."
-            )
+    check_config_fits(config, env.obs_shape, env.action_dim, env.action_type)
 
 
 def env_identity(env: VectorEnv) -> dict[str, Any]:
@@ -251,11 +240,6 @@ def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
                 f"The run was collected from environments with {name}={saved[name]!r}, these have {value!r}. Resume "
                 "with the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
             )
-
-
-def _as_dicts(value: Any) -> Any:
-    """Nested mappings as plain dicts, whose comparison ignores order."""
-    return {name: _as_dicts(inner) for name, inner in value.items()} if isinstance(value, Mapping) else value
 
 
 def _executed(over: np.ndarray, actions: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from worldloom.config import read_json_object
-from worldloom.envs import VectorEnv, make_env
+from worldloom.envs import EnvSpaces, VectorEnv, make_env
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.families import class_name
 from worldloom.files import write_atomically
@@ -76,7 +76,7 @@ class RunFolder:
         return (self.path / "config.json").is_file()
 
     def settings(self) -> dict[str, Any]:
-        """``config.json``: ``run_id``, and the dicts ``model``, ``training`` and ``env`` (None without environments).
+        """``config.json``: ``run_id``, and dicts ``model``, ``training``, ``env``, ``spaces`` (None without any).
 
         Raises ``FileFormatError`` if the file is missing, damaged or of another format.
         """
@@ -87,6 +87,20 @@ class RunFolder:
         if settings.get("format") != _FORMAT or any(not isinstance(settings.get(n), t) for n, t in required.items()):
             raise FileFormatError(f"{self.path / 'config.json'} is not a run's config of format {_FORMAT}.")
         return settings
+
+    def env_spaces(self) -> dict[str, Any] | None:
+        """Spaces of the run's environment, as ``EnvSpaces.from_json`` takes them; None without an environment.
+
+        Those of a run of an earlier version, whose file does not have them, are read off its environment, made again.
+        """
+        settings = self.settings()
+        if settings.get("env") is None:
+            return None
+        found = settings.get("spaces")
+        if isinstance(found, Mapping):
+            return dict(found)
+        with self.make_env(num_envs=1, parallel="sync") as env:
+            return EnvSpaces.underneath(env).to_json()
 
     def title(self) -> str:
         """Title of plots: the model's type and the environment."""
@@ -139,7 +153,7 @@ class RunFolder:
             evaluations = [EvalCallback(source)]
         monitor = "eval/return" if evaluation else "eval/loss" if evaluations else "loss"
         return [
-            _RunRecorder(self, source.settings if online else None),
+            _RunRecorder(self, source if online else None),
             *evaluations,
             LoggingCallback(str(self.path), log_to_console=False, log_to_tensorboard=True),
             *output,
@@ -170,8 +184,9 @@ class _RunRecorder(Callback):
     every = 0
     order = -2
 
-    def __init__(self, run: RunFolder, env: Mapping[str, Any] | None):
-        self.run, self.env = run, None if env is None else _json_settings(env)
+    def __init__(self, run: RunFolder, env: VectorEnv | None):
+        self.run, self.env = run, None if env is None else _json_settings(env.settings)
+        self.spaces = None if env is None else EnvSpaces.underneath(env).to_json()
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         path = self.run.path
@@ -187,6 +202,7 @@ class _RunRecorder(Callback):
             "model": info.model_config.to_dict(),
             "training": info.config.to_dict(),
             "env": self.env,
+            "spaces": self.spaces,
         }
         _write_json(path / "config.json", settings)
         earlier_starts = _read_starts(path / "versions.json") if info.step else []
@@ -194,7 +210,9 @@ class _RunRecorder(Callback):
         return None
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
-        info.model().save_pretrained(self.run.path / "model")
+        model = info.model()
+        model.remember_env_spaces(self.spaces)
+        model.save_pretrained(self.run.path / "model")
         return None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from worldloom.algorithm import TrainState
 from worldloom.config import check
 from worldloom.devices import resolve_device
-from worldloom.envs import VectorEnv
+from worldloom.envs import EnvSpaces, VectorEnv
 from worldloom.errors import ConfigError, NonFiniteError
 from worldloom.families import class_name
 from worldloom.replay import ReplayBuffer
@@ -133,6 +133,7 @@ class Run:
             if replay is None:
                 shapes = {"obs_shape": config.obs_shape, "action_dim": config.action_dim}
                 replay = ReplayBuffer(self.config.replay_capacity, **shapes, action_type=env.action_type)
+            self.model.remember_env_spaces(EnvSpaces.underneath(env).to_json())
             replay.ensure_latents(self.model.algorithm.replay_spec(config, self.config).latents)
             continues = False
         else:

@@ -4,6 +4,7 @@ from worldloom.algorithm import Algorithm
 from worldloom.families import register_family
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.losses import LOSS_TERMS
+from worldloom.models.tdmpc2.plans import PLANNER_FIELDS, smaller_plans
 from worldloom.models.tdmpc2.recipes import recipe
 from worldloom.models.tdmpc2.update import (
     eval_policy,
@@ -26,6 +27,8 @@ ALGORITHM = Algorithm(
     recipe=recipe,
     # Measured on two cores with Pendulum-v1: up to this width the update and a step of the host take equally long.
     short_updates=lambda config: config.latent_dim <= 64,
+    planner_fields=PLANNER_FIELDS,
+    smaller_plans=smaller_plans,
 )
 register_family("tdmpc2", TDMPC2Config, TDMPC2WorldModel, ALGORITHM)
 

@@ -72,7 +72,6 @@ class TDMPC2WorldModel(WorldModel):
     dynamics: NormedMLP
     reward: NormedMLP
     termination: NormedMLP
-    policy: GaussianPolicy | CategoricalPolicy
     q: Ensemble
     target_q: Ensemble
     task_embedding: TaskEmbedding
@@ -108,6 +107,11 @@ class TDMPC2WorldModel(WorldModel):
         if c.multitask:
             parts["task_embedding"] = TaskEmbedding(c, rngs)
         return parts
+
+    @property
+    def policy_network(self) -> GaussianPolicy | CategoricalPolicy:
+        """The part called ``policy`` in weights: ``model.policy`` itself is the method that makes an agent."""
+        return vars(self)["policy"]
 
     # The interface that both families share.
 
@@ -314,7 +318,7 @@ class TDMPC2WorldModel(WorldModel):
         self, z: jax.Array, task: jax.Array | None, key: jax.Array | None = None, noise: jax.Array | None = None
     ) -> GaussianSample | CategoricalSample:
         """A sample of the policy prior at ``z``; ``noise`` [..., A] replaces its draw."""
-        return self.policy(self._join(z, task), self.action_mask(task), key, noise)
+        return self.policy_network(self._join(z, task), self.action_mask(task), key, noise)
 
     def q_logits(
         self,

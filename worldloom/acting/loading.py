@@ -1,0 +1,75 @@
+"""From a folder to an agent."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from worldloom.acting.policy import Policy
+from worldloom.errors import ConfigError
+from worldloom.models.registry import from_pretrained, saved_class
+
+_log = logging.getLogger("worldloom")
+
+
+def load_policy(
+    path: str | Path,
+    env: Any = None,
+    *,
+    checkpoint: str | int | None = None,
+    num_envs: int | None = None,
+    mode: str = "sample",
+    planner: dict[str, Any] | None = None,
+    max_ms: float | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> Policy:
+    """The agent of a run or of a saved model, which acts in the units of the environment it was trained in.
+
+    Args:
+      path: folder of a run (``runs/x``), a folder that ``save_pretrained`` wrote, or any other name that
+        ``from_pretrained`` takes.
+      env: another environment of the same shapes; None is the one that the model was trained in. If that is not known
+        (a model that was trained on recorded episodes), continuous actions are in [−1, 1], and a warning is logged.
+      checkpoint: of a run: ``"latest"``, ``"best"`` (by evaluation return), or a number of updates. None is the latest,
+        or the weights at the run's end if its checkpoints are not there.
+      num_envs: see :class:`Policy`, as for ``mode``, ``planner``, ``max_ms`` and ``seed``.
+      device: where the weights are put and actions are computed.
+
+    Raises what ``from_pretrained`` and :class:`Policy` raise; ``ConfigError`` if ``checkpoint`` is given for a saved
+    model; ``CheckpointError`` for a run without such a checkpoint; ``FileFormatError`` for damaged files.
+    """
+    model = _load_model(Path(path), str(path), checkpoint, device)
+    if env is None and model.env_spaces is None:
+        _log.warning(
+            "%s does not say which environment it was trained in: continuous actions are in [-1, 1]. Give env= to act "
+            "in its units.",
+            path,
+        )
+    return Policy(model, env, num_envs=num_envs, mode=mode, planner=planner, max_ms=max_ms, seed=seed)
+
+
+def _load_model(folder: Path, name: str, checkpoint: str | int | None, device: str) -> Any:
+    ended, checkpoints = (folder / "model" / "config.json").is_file(), folder / "checkpoints"
+    if not ended and not checkpoints.is_dir():
+        if checkpoint is not None:
+            raise ConfigError(f"checkpoint={checkpoint!r} is for the folder of a run; {name} is a saved model.")
+        return from_pretrained(name, device=device)
+
+    # Imported here: training brings Orbax along, which acting with a saved model does not need.
+    from worldloom.training.checkpoint import Checkpointer, load_weights
+    from worldloom.training.run_folder import RunFolder
+
+    run = RunFolder(folder)
+    # The newest checkpoint, not the model at the end: a run that went on after its end is not at that end any more.
+    if checkpoint is None and not Checkpointer(checkpoints).steps():
+        model = from_pretrained(folder / "model", device=device)
+    else:
+        settings = run.settings()
+        cls = saved_class(settings["model"], settings.get("model_class"), name)
+        model = cls(cls.config_class.from_dict(settings["model"]), device=device)
+        load_weights(model, checkpoints, "latest" if checkpoint is None else checkpoint)
+    if model.env_spaces is None:
+        model.remember_env_spaces(run.env_spaces())
+    return model
