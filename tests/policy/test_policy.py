@@ -279,6 +279,22 @@ def test_the_policy_follows_its_model(family, change):
     np.testing.assert_array_equal(after, other.policy(Arm(), mode="greedy")(obs))
 
 
+def test_weights_that_were_deleted_after_a_change_are_not_missed():
+    model, other, obs = small("tdmpc2"), small("tdmpc2", seed=1), np.ones(3)
+    policy = model.policy(mode="greedy")
+    policy(obs)
+    old = jax.tree.leaves(model.params)
+    model.load_params(other.params)
+    for leaf in old:
+        leaf.delete()
+    policy.reset()
+    np.testing.assert_array_equal(policy(obs), other.policy(mode="greedy")(obs))
+    for leaf in jax.tree.leaves(model.params):
+        leaf.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        policy(obs)
+
+
 def test_update_follows_another_model_or_keeps_given_weights():
     model, obs = small("tdmpc2"), np.ones(3)
     others = [small("tdmpc2", seed=seed) for seed in (1, 2)]

@@ -171,8 +171,16 @@ class Policy:
         first = self._is_first
         if is_first is not None:
             first = first | _check_flags(is_first, self.num_envs)
-        number = np.uint32(self._calls & 0xFFFFFFFF)
-        carry, actions = self._act(self._weights(), self._key, self._carry, arrays, first, number)
+        inputs = self._key, self._carry, arrays, first, np.uint32(self._calls & 0xFFFFFFFF)
+        # Started with the weights of the call before: the device computes while the host looks whether they changed.
+        weights: list[Any] | None = self._placed
+        try:
+            carry, actions = self._act(weights, *inputs)
+        except RuntimeError:  # The old ones may have been deleted; other reasons come again below.
+            weights = None
+        newest = self._weights()
+        if newest is not weights:
+            carry, actions = self._act(newest, *inputs)
         if isinstance(actions, Mapping):
             chosen: Any = {name: np.asarray(action) for name, action in actions.items()}
         else:

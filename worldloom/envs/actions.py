@@ -66,6 +66,9 @@ class ActionSpec:
         if not dims:
             raise ConfigError("The action space is empty; an agent needs at least one action.")
         self._dims, self._types = dims, types
+        self._scales = {
+            leaf.names[0]: _Scale.of(leaf.space) for leaf in self._leaves if isinstance(leaf.space, spaces.Box)
+        }
         self.is_dict = not isinstance(space, spaces.Box | spaces.Discrete)
         self.dim: int | dict[str, int] = dims if self.is_dict else dims[ACTION]
         self.type: str | dict[str, str] = types if self.is_dict else types[ACTION]
@@ -96,7 +99,14 @@ class ActionSpec:
         """Checked actions ``[N, ...]`` in the environment's units, batched as Gymnasium batches the space."""
         native: Any = {}
         for leaf in self._leaves:
-            native = _set_at_path(native, leaf.path, _to_native(leaf.space, [actions[name] for name in leaf.names]))
+            values = [actions[name] for name in leaf.names]
+            scale = self._scales.get(leaf.names[0])
+            value = (
+                _to_native(leaf.space, values)
+                if scale is None
+                else scale(values[0]).reshape(-1, *(leaf.space.shape or ()))
+            )
+            native = _set_at_path(native, leaf.path, value)
         return native
 
     def zeros(self, *lead: int) -> dict[str, np.ndarray]:
@@ -178,9 +188,7 @@ def _check_discrete(name: str, value: np.ndarray, size: int, ignore: np.ndarray)
 
 
 def _to_native(space: spaces.Space[Any], values: list[np.ndarray]) -> np.ndarray:
-    """Checked actions ``[N, ...]`` in the units of a leaf of the space."""
-    if isinstance(space, spaces.Box):
-        return _scale(space, values[0]).reshape(-1, *space.shape)
+    """Checked classes ``[N]`` of the actions of a discrete leaf, as the leaf counts and shapes them."""
     if isinstance(space, spaces.Discrete):
         return (values[0] + space.start).astype(np.int64)
     classes = np.stack(values, -1).reshape(-1, *(space.shape or ()))
@@ -189,19 +197,40 @@ def _to_native(space: spaces.Space[Any], values: list[np.ndarray]) -> np.ndarray
     return classes.astype(space.dtype)
 
 
-def _scale(space: spaces.Box, action: np.ndarray) -> np.ndarray:
-    """``low + (a + 1)/2 · (high − low)`` of a [N, A] clipped to [−1, 1].
+class _Scale(NamedTuple):
+    """From [−1, 1] to the bounds of a Box: ``low + (a + 1)/2 · (high − low)`` of a [N, A] clipped to [−1, 1].
 
     A dimension without two finite bounds is passed through; the one bound that it may have still holds.
+
+    Attributes:
+      low, high: float64 [A], the bounds.
+      offset, span: float64 [A], ``low`` and ``high − low``; 0 where there are no two finite bounds.
+      free: bool [A], dimensions that are passed through; None if there are none.
+      dtype: of the space.
     """
-    low, high = space.low.ravel().astype(np.float64), space.high.ravel().astype(np.float64)
-    bounded = (np.abs(low) < _UNBOUNDED) & (np.abs(high) < _UNBOUNDED)
-    # 0 in place of infinite bounds, which would give NaN.
-    offset = np.where(bounded, low, 0)
-    span = np.where(bounded, high - offset, 0)
-    scaled = offset + (np.clip(action, -1, 1) + 1) / 2 * span
-    # Clipped again: rounding may leave the bounds.
-    return np.clip(np.where(bounded, scaled, action), low, high).astype(space.dtype)
+
+    low: np.ndarray
+    high: np.ndarray
+    offset: np.ndarray
+    span: np.ndarray
+    free: np.ndarray | None
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def of(cls, space: spaces.Box) -> _Scale:
+        low, high = space.low.ravel().astype(np.float64), space.high.ravel().astype(np.float64)
+        bounded = (np.abs(low) < _UNBOUNDED) & (np.abs(high) < _UNBOUNDED)
+        # 0 in place of infinite bounds, which would give NaN.
+        offset = np.where(bounded, low, 0)
+        span = np.where(bounded, high - offset, 0)
+        return cls(low, high, offset, span, None if bounded.all() else ~bounded, np.dtype(space.dtype))
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        scaled = self.offset + (np.minimum(np.maximum(action, -1), 1) + 1) / 2 * self.span
+        if self.free is not None:
+            scaled = np.where(self.free, action, scaled)
+        # Clipped again: rounding may leave the bounds.
+        return np.minimum(np.maximum(scaled, self.low), self.high).astype(self.dtype)
 
 
 def _set_at_path(tree: Any, path: tuple[str, ...], value: np.ndarray) -> Any:

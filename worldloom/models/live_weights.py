@@ -65,7 +65,7 @@ class LiveWeights:
         if sum(map(len, dicts)) != len(self._values):
             return False
         return all(map(operator.is_, chain.from_iterable(map(dict.values, dicts)), self._values)) and all(
-            map(operator.eq, chain.from_iterable(dicts), self._names)
+            map(operator.is_, chain.from_iterable(dicts), self._names)
         )
 
     def read(self, model: nnx.Module) -> list[Any]:
