@@ -158,3 +158,15 @@ def test_pytorch_loads_the_export(variant, golden, tmp_path):
     loaded = torch.load(tmp_path / "model.pt", weights_only=True)["model"]
     np.testing.assert_array_equal(loaded["_pi.0.weight"].numpy(), exported["_pi.0.weight"])
     assert_same(load_official_tdmpc2(loaded), load_official_tdmpc2(tmp_path / "model.pt"))
+
+
+def test_a_state_of_many_tasks_needs_the_config_for_their_actions(golden, caplog):
+    model = load_official_tdmpc2(golden("tdmpc2-multitask-s0"))
+    state, whole = init_state(model, TrainingConfig(), jax.random.key(0)), to_official_tdmpc2(model)
+    with_config = to_official_tdmpc2(state, config=model.config)
+    assert with_config.keys() == whole.keys()
+    assert not caplog.messages
+    assert to_official_tdmpc2(state).keys() == whole.keys() - {"_action_masks"}
+    assert "config=model.config" in caplog.text
+    for name, value in whole.items():
+        np.testing.assert_array_equal(with_config[name], value)

@@ -12,6 +12,7 @@ PyTorch kernels are (out, in) and (out, in, height, width); ours are (in, out) a
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ from worldloom.models.params import flatten, unflatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 
 Arrays = dict[str, NDArray[Any]]
+
+_log = logging.getLogger("worldloom")
 
 _PARTS_OF_A_LAYER = ("weight", "bias", "ln.weight", "ln.bias")
 _PRERELEASE_KEY = "_dynamics.0.0.weight"  # only in the layout from before the release
@@ -106,15 +109,15 @@ def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState, *, config: TDMPC2Co
       config: of the model whose run a state is of; a state holds arrays only. Without it, ``log_std_min`` and
         ``log_std_max`` take their defaults, the reference program's.
 
-    Raises:
-      ConfigError: the state of a multitask model without ``config``: the arrays do not say which actions a task has.
+    The state of a multitask model does not say which actions its tasks have: without ``config``, ``_action_masks`` is
+    left out, and a warning is logged.
     """
     weights = flatten(jax.device_get(model.params))
     config = model.config if isinstance(model, TDMPC2WorldModel) else config
     layout = _Layout.of_weights(weights)
     if layout.multitask and config is None:
-        raise ConfigError(
-            "The state of a multitask model does not say which actions a task has: "
+        _log.warning(
+            "_action_masks is left out: a state does not say which actions its tasks have. Give the config too: "
             "to_official_tdmpc2(state, config=model.config)."
         )
     arrays = {official: _to_pytorch(weights[ours], ours) for official, ours in _weight_names(layout)}

@@ -10,10 +10,7 @@ import numpy as np
 from flax import nnx
 
 from worldloom.nn.linear import RMSNorm, truncated_normal
-from worldloom.xla_workarounds import conv_kernel_gradient
-
-FEW_CHANNELS = 16
-"""Up to this many input channels, a convolution over 2×2 squares is faster despite 44 % more multiplications."""
+from worldloom.xla_workarounds import conv_kernel_gradient, convolves_faster_in_squares
 
 
 class Conv(nnx.Module):
@@ -34,7 +31,7 @@ class Conv(nnx.Module):
 
     def conv_pool(self, x: jax.Array) -> jax.Array:
         """``max_pool(self(x))``: [N, H, W, in] → [N, H/2, W/2, out]; H and W are even."""
-        if x.shape[-1] > FEW_CHANNELS:
+        if not convolves_faster_in_squares(x.shape[-1]):
             return max_pool(self(x))
         # With few channels, one convolution over squares computes the four results of each square as its channels.
         # Input pixel (a, b) of square (u, v) contributes to output pixel (p, q) through the tap at
