@@ -24,8 +24,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
-import numpy as np
-
 from worldloom.errors import ConfigError, FileFormatError, UnknownFieldError
 from worldloom.files import write_atomically
 
@@ -146,8 +144,11 @@ def freeze(value: Any) -> Any:
 
     Numbers of NumPy become Python's, so that ``env.action_space.n`` or ``np.array([4])`` are as good as 2 or (4,).
     """
-    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biuf":
-        return freeze(value.tolist())
+    if hasattr(value, "dtype"):
+        import numpy as np  # here, because `worldloom --help` need not load it
+
+        if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biuf":
+            return freeze(value.tolist())
     if isinstance(value, Mapping):
         return FrozenMapping({str(k): freeze(v) for k, v in value.items()})
     if isinstance(value, list | tuple):

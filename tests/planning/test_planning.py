@@ -143,9 +143,12 @@ def on_table(planner, **options):
     return jax.jit(plan)
 
 
+BOUND = st.floats(-3, 0.875, width=32, allow_subnormal=False)  # XLA's CPU code counts subnormal numbers as 0
+
+
 @BOTH
 @COMMON
-@given(TABLE, SEEDS, st.floats(-3, 0.875, width=32), st.floats(0.125, 4, width=32), st.booleans())
+@given(TABLE, SEEDS, BOUND, st.floats(0.125, 4, width=32), st.booleans())
 def test_plans_stay_within_the_bounds(planner, table, seed, low, width, explore):
     """Whatever is rewarded, proposed by the prior, or added by exploration."""
     high = np.float32(low + width)

@@ -26,7 +26,7 @@ def assert_same(one, other):
 def compiled(config, unrolled=False):
     """The compiled update of the toy family under ``config``."""
     arguments = (toy_family.make_update, ToyConfig(), config.of_update(), ToyWorldModel)
-    return compiled_update(*arguments, toy_family.LOSS_TERMS, False, False, unrolled)
+    return compiled_update(*arguments, toy_family.LOSS_TERMS, False, False, unrolled, ToyWorldModel.version())
 
 
 def record(rows):

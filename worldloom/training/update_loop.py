@@ -182,10 +182,11 @@ def compiled_update(
     skip_nonfinite: bool,
     keep_latents: bool,
     unrolled: bool,
-    version: Any = None,
+    version: Any,
 ) -> CompiledUpdate:
     """The :class:`CompiledUpdate` of these arguments, cached: runs in one process share its compiled programs.
 
+    ``version`` is ``model_class.version()``: a class that has changed since is compiled anew.
     ``training`` is ``TrainingConfig.of_update()``, the part of the config that an update reads.
     """
     update = make_update(config, training, model_class=model_class)
