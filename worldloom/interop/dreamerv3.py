@@ -170,7 +170,9 @@ def _infer_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
         "continue_layers": layers("con/mlp/linear"),
         "bins": shape("rew/head/logits/kernel")[-1],
     }
-    return sizes | ({"cnn_depth": shape("enc/cnn0/kernel")[-1] // 2} if "enc/cnn0/kernel" in arrays else {})
+    # The last level has 4 · cnn_depth channels, however many there are.
+    levels = layers("enc/cnn")
+    return sizes | ({"cnn_depth": shape(f"enc/cnn{levels - 1}/kernel")[-1] // 4} if levels else {})
 
 
 def _infer_categories(stoch_dim: int) -> int:

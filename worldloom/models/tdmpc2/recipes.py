@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from worldloom.algorithm import Recipe, env_shapes, window_prefill
+from worldloom.models.tdmpc2.config import PICTURE_CHANNELS, picture_features
+from worldloom.spaces import OBS, named
 
 _REFERENCE: dict[str, Any] = {"batch_size": 256, "sequence_length": 4, "learning_rate": 3e-4, "grad_clip": 20.0}
 _TINY: dict[str, Any] = {
@@ -50,8 +52,8 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     endless = never_terminates(env)
     model["episodic"] = not endless
     reasons["episodic"] = "only time limits end its episodes" if endless else "its episodes may terminate"
-    if isinstance(env.obs_shape, tuple) and len(env.obs_shape) == 3:
-        model["latent_dim"] = 512
+    if reference_latent := _reference_latent(env.obs_shape):
+        model["latent_dim"] = reference_latent
         reasons["latent_dim"] = "where the image encoder ends"
     if env.episode_length:
         model["episode_length"] = env.episode_length
@@ -63,6 +65,14 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     reasons |= window_prefill(training, env, given)
     training["prefill_updates"] = given.get("prefill", training["prefill"])
     return Recipe(model, training, reasons).override(given)
+
+
+def _reference_latent(obs_shape: Any) -> int | None:
+    """The features of the reference's convolutions, which are the latent of a single image of about 64×64 pixels."""
+    shapes = list(named(obs_shape, OBS).values())
+    if len(shapes) != 1 or len(shapes[0]) != 3 or picture_features(shapes[0]) != (4, 4):
+        return None
+    return PICTURE_CHANNELS * 16
 
 
 def never_terminates(env: Any) -> bool:
