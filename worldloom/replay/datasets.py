@@ -12,6 +12,7 @@ import numpy as np
 
 from worldloom.errors import DataError, FileFormatError, MissingDependencyError
 from worldloom.replay.buffer import ReplayBuffer
+from worldloom.replay.sources import split_episodes
 
 HDF5_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
@@ -92,28 +93,11 @@ def flat_episodes(file: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
     missing = [key for key in HDF5_KEYS if key not in file]
     if missing:
         raise FileFormatError(f"{name} has no {', '.join(missing)}; a D4RL file has {', '.join(HDF5_KEYS)}.")
-    terminals, timeouts = (np.asarray(file[key]).ravel().astype(bool) for key in ("terminals", "timeouts"))
     lengths = {key: len(file[key]) for key in HDF5_KEYS}
     if len(set(lengths.values())) != 1:
         raise FileFormatError(f"The arrays of {name} have different lengths: {lengths}.")
-    ends = np.flatnonzero(terminals | timeouts) + 1
-    for start, stop in zip([0, *ends], [*ends, len(terminals)], strict=True):
-        # Without next_observations the last step is lost: two steps make the shortest episode, one action and two rows.
-        steps = stop - start if "next_observations" in file else stop - start - 1
-        if steps < 1:
-            continue
-        obs = file["observations"][start : start + steps]
-        final = (
-            file["next_observations"][stop - 1 : stop]
-            if "next_observations" in file
-            else file["observations"][stop - 1 : stop]
-        )
-        yield {
-            "obs": np.concatenate([obs, final]),
-            "actions": file["actions"][start : start + steps],
-            "rewards": file["rewards"][start : start + steps],
-            "terminated": bool(terminals[stop - 1]) and "next_observations" in file,
-        }
+    keys = {"obs": "observations", "next_obs": "next_observations"} | {key: key for key in HDF5_KEYS[1:]}
+    return split_episodes({argument: file[key] for argument, key in keys.items() if key in file}, place=name)
 
 
 def _import_extra(module: str) -> ModuleType:
