@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 
-from worldloom.config import nearest
+from worldloom.config import as_integer, nearest
 from worldloom.envs.backends.base import Backend
 from worldloom.envs.backends.gym_vector import GymVectorBackend
 from worldloom.envs.backends.sync import SyncBackend
@@ -85,7 +85,13 @@ def make_env(
     Raises ``ConfigError`` for arguments that are invalid, unsupported or do not fit together,
     ``MissingDependencyError`` when an extra is needed, and whatever building the environment raises.
     """
-    _check_arguments(num_envs, parallel, action_repeat, time_limit, image_size, frame_stack)
+    if parallel not in ("sync", "subprocess"):
+        raise ConfigError(f"parallel must be 'sync' or 'subprocess', not {parallel!r}.")
+    num_envs = as_integer("num_envs", num_envs)
+    action_repeat, time_limit, image_size, frame_stack = (
+        None if value is None else as_integer(name, value)
+        for name, value in zip(_COUNTS, (action_repeat, time_limit, image_size, frame_stack), strict=True)
+    )
     if isinstance(spec, gym.vector.VectorEnv):
         _check_unchanged(spec, parallel, num_envs, action_repeat, time_limit, image_size, frame_stack, options)
         return VectorEnv(GymVectorBackend(spec), seed=seed, settings={"spec": spec, "seed": seed})
@@ -136,6 +142,10 @@ def require_package(package: str) -> None:
         raise MissingDependencyError(
             f"This environment needs the package '{package}', which is not installed; pip install 'worldloom[envs]'."
         )
+
+
+_COUNTS = ("action_repeat", "time_limit", "image_size", "frame_stack")
+"""Arguments of :func:`make_env` that are integers or None."""
 
 
 class _Changes(NamedTuple):
@@ -230,16 +240,6 @@ def _call_adapter(adapter: str, task: str, **arguments: Any) -> gym.Env[Any, Any
 
 def _identity(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     return env
-
-
-def _check_arguments(num_envs: int, parallel: str, *optional: int | None) -> None:
-    if not isinstance(num_envs, int) or num_envs < 1:
-        raise ConfigError(f"num_envs must be an integer ≥ 1, not {num_envs!r}.")
-    if parallel not in ("sync", "subprocess"):
-        raise ConfigError(f"parallel must be 'sync' or 'subprocess', not {parallel!r}.")
-    for name, value in zip(("action_repeat", "time_limit", "image_size", "frame_stack"), optional, strict=True):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name} must be an integer ≥ 1 or None, not {value!r}.")
 
 
 def _check_unchanged(vector: Any, parallel: str, num_envs: int, *changes: Any) -> None:

@@ -19,7 +19,14 @@ from worldloom.devices import compute_dtype, resolve_device
 from worldloom.errors import ConfigError, DataError
 from worldloom.families import class_name, get_family
 from worldloom.models import pretrained
-from worldloom.models.compilation import abstract_model, abstract_params, class_version, graphdef, initializer
+from worldloom.models.compilation import (
+    abstract_model,
+    abstract_params,
+    class_version,
+    graphdef,
+    initializer,
+    too_large_is_refused,
+)
 from worldloom.models.compilation import compiled as compiled
 from worldloom.models.compilation import merge as merge
 from worldloom.models.params import check_shapes, count_parameters, flatten, unflatten
@@ -110,8 +117,9 @@ class WorldModel(nnx.Module):
         self.config = config
         target = resolve_device(device)
         self.dtype = jnp.dtype(dtype or compute_dtype(config.precision, target))
-        graph, init_params = initializer(type(self), config, self.dtype, class_version(type(self)))
-        params = jax.device_put(init_params(jax.random.key(seed)), target)
+        with too_large_is_refused(type(self)):
+            graph, init_params = initializer(type(self), config, self.dtype, class_version(type(self)))
+            params = jax.device_put(init_params(jax.random.key(seed)), target)
         for name, part in nnx.merge(graph, params).items():
             setattr(self, name, part)
 

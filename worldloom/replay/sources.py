@@ -40,7 +40,7 @@ class EpisodeSources:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def add_episode(self, obs: Any, actions: Any, rewards: Any, **ends: Any) -> np.ndarray:
+    def add_episode(self, *args: Any, **kwargs: Any) -> np.ndarray:
         """See :meth:`worldloom.replay.ReplayBuffer.add_episode`."""
         raise NotImplementedError
 
@@ -147,7 +147,7 @@ def split_episodes(flat: Mapping[str, Any], layout: str = DEPARTURE, place: str 
     check_layout(layout)
     where = f" of {place}" if place else ""
     entries = {f"{k}/{n}": x for k, v in flat.items() if isinstance(v, Mapping) for n, x in v.items()}
-    lengths = {k: len(v) for k, v in (flat | entries).items() if not isinstance(v, Mapping)}
+    lengths = {k: len(v) for k, v in {**flat, **entries}.items() if not isinstance(v, Mapping)}
     if len(set(lengths.values())) != 1:
         raise DataError(f"The arrays{where} have different lengths: {lengths}.")
     ends = {name: np.asarray(flat[name]).ravel() for name in ("terminals", "timeouts", "dones") if name in flat}

@@ -21,6 +21,7 @@ import numpy as np
 from worldloom.algorithm import TrainState
 from worldloom.config import read_json_object
 from worldloom.errors import ConfigError, FileFormatError
+from worldloom.families import class_name
 from worldloom.files import write_atomically
 
 FORMAT = 1
@@ -115,10 +116,24 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
 
 
 def read_params(path: Path, model: Any) -> dict[str, Any]:
-    """The weights in a checkpoint, nested as ``model.params``. Raises as :func:`read_checkpoint`."""
-    check_config(path, "model", read_record(path).get("config"), model.config.to_dict())
+    """The weights in a checkpoint, nested as ``model.params``. Raises as :func:`read_checkpoint`.
+
+    The checkpoint may be of another class with the same config and weights, such as one with another loss.
+    """
+    record = read_record(path)
+    saved, given = record.get("model_class"), class_name(type(model))
+    is_other = saved is not None and str(saved).rpartition(":")[2] != given.rpartition(":")[2]
     template = {"params": model.params}
-    return _fit(_load_arrays(path, template), template, path)["params"]
+    try:
+        check_config(path, "model", record.get("config"), model.config.to_dict())
+        arrays = _load_arrays(path, template)
+        return _fit(arrays, template, path)["params"]
+    except (ConfigError, FileFormatError) as error:
+        if not is_other:
+            raise
+        raise ConfigError(
+            f"{path} holds the weights of a {saved}, which do not fit a {given}. Load them into a model of that class."
+        ) from error
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -75,6 +75,10 @@ class TrainingConfig(BaseConfig):
             self.batch_size % self.microbatches == 0,
             f"microbatches={self.microbatches} must divide batch_size={self.batch_size}.",
         )
+        check(
+            self.batch_size * self.sequence_length < 2**31,
+            f"batch_size={self.batch_size} × sequence_length={self.sequence_length} rows are too many for one batch.",
+        )
         check_device_name(self.device)
 
     def of_update(self) -> TrainingConfig:

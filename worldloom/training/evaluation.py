@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from worldloom.config import check
+from worldloom.config import as_integer
 from worldloom.envs import EpisodeEnd, VectorEnv
 from worldloom.training.collector import check_env_fits, compiled_policy
 from worldloom.training.config import TrainingConfig
@@ -37,7 +37,7 @@ def evaluate(
       DataError: the buffer is empty, has other shapes, or no episode is as long as a window.
     """
     config = (config or TrainingConfig()).replace(**overrides)
-    check(isinstance(batches, int) and batches >= 1, f"batches must be an integer ≥ 1, not {batches!r}.")
+    batches = as_integer("batches", batches)
     sampler = SequenceSampler(buffer, model, config)
     # Start all batches before fetching any result, so that the device does not wait for the host in between.
     terms = [model.compute_loss(sampler.sample(seed, number)[0], key=None) for number in range(batches)]
@@ -73,7 +73,7 @@ def play(
       ConfigError: the environment and the model do not fit, or the environment renders no image.
       EnvError: an environment crashed; its episode is not counted.
     """
-    check(isinstance(episodes, int) and episodes >= 1, f"episodes must be an integer ≥ 1, not {episodes!r}.")
+    episodes = as_integer("episodes", episodes)
     check_env_fits(env, model)
     algorithm = model.algorithm
     policy = algorithm.policy if explore else algorithm.evaluation_policy

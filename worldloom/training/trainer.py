@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from worldloom.algorithm import TrainState
-from worldloom.config import check
+from worldloom.config import as_integer
 from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.errors import NonFiniteError
 from worldloom.training.callbacks import CheckpointCallback, EpisodesCallback, LoggingCallback, ProgressCallback
@@ -162,8 +162,7 @@ class Trainer:
         if total_steps is None and self.run.collector is not None and self.config.env_steps:
             return self.run.updates_for(self.config.env_steps)
         total = self.config.total_steps if total_steps is None else total_steps
-        check(isinstance(total, int) and total >= 1, f"total_steps must be an integer ≥ 1, not {total!r}.")
-        return total
+        return as_integer("total_steps", total)
 
     def _resume(self, resume: bool | str | Path) -> None:
         save_dirs = [c.save_dir for c in self._callbacks.callbacks if isinstance(c, CheckpointCallback)]

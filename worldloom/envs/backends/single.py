@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from worldloom.config import is_number
 from worldloom.envs.backends.base import StepResult, index_nested
 from worldloom.envs.observations import ObservationSpec
 
@@ -52,6 +53,6 @@ def _time_limit(env: gym.Env[Any, Any]) -> int | None:
     for name in ("_max_episode_steps", "time_limit"):
         if env.has_wrapper_attr(name):
             limit = env.get_wrapper_attr(name)
-            if isinstance(limit, int | float) and math.isfinite(limit):
+            if is_number(limit) and math.isfinite(limit):
                 return math.ceil(limit)
     return None

@@ -92,11 +92,11 @@ class DreamerV3Config(BaseConfig):
     cnn_depth: Annotated[int, Ge(1)] = 48
     """Channel unit of the image networks (``depth``): levels have 2, 3, 4 and 4 times as many; images with a side below
     48 have the last levels only."""
-    mlp_layers: Annotated[int, Ge(1)] = 5
+    mlp_layers: Annotated[int, Ge(1), Lt(1000)] = 5
     """Hidden layers of encoder and decoder MLP, actor and critic (3 in the reference program and all presets)."""
-    reward_layers: Annotated[int, Ge(1)] = 1
+    reward_layers: Annotated[int, Ge(1), Lt(1000)] = 1
     """Hidden layers of the reward head."""
-    continue_layers: Annotated[int, Ge(1)] = 1
+    continue_layers: Annotated[int, Ge(1), Lt(1000)] = 1
     """Hidden layers of the continue head."""
     blocks: Annotated[int, Ge(1)] = 8
     """Diagonal blocks of the recurrent layer and of the image decoder's first layer."""

@@ -130,10 +130,11 @@ def check_batch_axis(config: TDMPC2Config, obs: Any) -> None:
     """Raise ``DataError`` unless observations are those of B environments, with one axis before their shape."""
     given, is_mapping = _by_name(config, obs), isinstance(config.obs_shape, Mapping)
     for name, shape in config.observations.items():
-        if jnp.ndim(given[name]) != 1 + len(shape):
+        found = jnp.asarray(given[name]).shape
+        if len(found) != 1 + len(shape):
             single = "an axis of length 1 before each entry" if is_mapping else "obs[None]"
             raise DataError(
-                f"{_what(config, name)} have shape {jnp.shape(given[name])}; act takes those of B environments, "
+                f"{_what(config, name)} have shape {found}; act takes those of B environments, "
                 f"[{', '.join(map(str, ('B', *shape)))}]. For a single one: {single}, and action[0]."
             )
 

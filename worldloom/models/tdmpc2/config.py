@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any, Self, cast
 
-from worldloom.config import BaseConfig, Between, Ge, OneOf, check, config_dataclass, is_integer, nearest
+from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
 from worldloom.errors import ConfigError
 from worldloom.models.pictures import check_sides, picture_layout
 from worldloom.spaces import OBS
@@ -62,13 +62,13 @@ class TDMPC2Config(BaseConfig):
     layer to its encoder."""
     num_q: Annotated[int, Ge(2)] = 5
     """Q networks N: two of them are drawn for each use."""
-    mlp_layers: Annotated[int, Ge(1)] = 2
+    mlp_layers: Annotated[int, Ge(1), Lt(1000)] = 2
     """Hidden layers of dynamics, reward, termination, policy and Q networks."""
     hidden_dim: Annotated[int, Ge(1)] = 512
     """Width M of these hidden layers (``mlp_dim``)."""
     encoder_dim: Annotated[int, Ge(1)] = 256
     """Width of the vector encoder's hidden layers (``enc_dim``)."""
-    encoder_layers: Annotated[int, Ge(1)] = 2
+    encoder_layers: Annotated[int, Ge(1), Lt(1000)] = 2
     """Layers of the vector encoder including its last; below 2 counts as 2 (``num_enc_layers``)."""
     simnorm_dim: Annotated[int, Ge(1)] = 8
     """Features V per simplex of the latent."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from worldloom.algorithm import TrainState
-from worldloom.config import nearest
-from worldloom.errors import ConfigError, UnknownFieldError
+from worldloom.config import as_integer, nearest
+from worldloom.errors import UnknownFieldError
 from worldloom.training.checkpoint_files import Snapshot
 from worldloom.training.config import TrainingConfig
 
@@ -171,9 +171,7 @@ class FunctionCallback(Callback):
     measures = True  # Whether the function returns measurements is only known when it is called.
 
     def __init__(self, function: Callable[[StepInfo], CallbackResult], every: int | None = None):
-        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-            raise ConfigError(f"every must be an integer ≥ 1, not {every!r}.")
-        self.function, self.every = function, every
+        self.function, self.every = function, None if every is None else as_integer("every", every)
 
     def on_step(self, info: StepInfo) -> CallbackResult:
         """Call the function."""

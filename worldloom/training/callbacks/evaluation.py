@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.config import check
+from worldloom.config import as_integer
 from worldloom.envs import VectorEnv
 from worldloom.errors import ConfigError
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
@@ -42,9 +42,8 @@ class EvalCallback(Callback):
     measures = True
 
     def __init__(self, source: Any, every: int | None = None, *, batches: int = 8, episodes: int = 10, seed: int = 0):
-        check(every is None or (isinstance(every, int) and every >= 1), f"every must be an integer ≥ 1, not {every!r}.")
-        check(isinstance(batches, int) and batches >= 1, f"batches must be an integer ≥ 1, not {batches!r}.")
-        check(isinstance(episodes, int) and episodes >= 1, f"episodes must be an integer ≥ 1, not {episodes!r}.")
+        every = None if every is None else as_integer("every", every)
+        batches, episodes = as_integer("batches", batches), as_integer("episodes", episodes)
         self.source, self.every, self.batches, self.episodes, self.seed = source, every, batches, episodes, seed
 
     def interval(self, config: TrainingConfig) -> int:
