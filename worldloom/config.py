@@ -328,7 +328,8 @@ def config_dataclass(cls: type[T]) -> type[T]:
         values = {**dict(zip(names, frozen, strict=False)), **named}
         check_fields(type(self), values)
         # 1 for a float is stored as 1.0, so that equal configs are written alike.
-        rules = _field_rules(cls)
+        owner: type = cls
+        rules = _field_rules(owner)
         floats = {n: float(v) for n, v in values.items() if type(v) is int and n in rules and rules[n].stores_float}
         generated(self, **{**values, **floats})
 
