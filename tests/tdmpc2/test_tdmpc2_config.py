@@ -218,6 +218,7 @@ def test_unknown_field_names_the_nearest():
         ({"obs_shape": (64, 257, 3)}, "sides 64 × 257"),
         ({"obs_shape": {"cam": (3, 3, 3)}}, r"obs_shape\['cam'\]=\(3, 3, 3\) has sides 3 × 3"),
         ({"obs_shape": (4, 4, 4, 4)}, "not a shape"),
+        ({"obs_shape": (4, 4)}, "not a shape"),
         ({"obs_shape": {"a": (0,)}}, r"obs_shape\['a'\]"),
         ({"obs_shape": {}}, "obs_shape is empty"),
         ({"obs_shape": 24}, "not a shape"),

@@ -87,15 +87,16 @@ def test_channel_last_images_are_the_same_images():
 
 
 def test_a_dict_of_vectors_is_the_vectors_side_by_side():
-    plain, named = make(), make(obs_shape={"b": (3,), "a": (2,)})
+    by_name = lambda model: TDMPC2WorldModel(model.config.replace(obs_shape={"b": (3,), "a": (2,)}))  # noqa: E731
+    plain = make()
+    named = by_name(plain)
     obs = observations(plain.config, 4)
     jax.tree.map(np.testing.assert_array_equal, plain.params, named.params)
     # In the config's order, whatever that of the dict.
     apart = {"a": obs[:, 3:], "b": obs[:, :3]}
     np.testing.assert_array_equal(named.encode(apart).z, plain.encode(obs).z)
-    tasks_too = make("multitask", obs_shape={"b": (3,), "a": (2,)})
-    task = jnp.array([0, 1, 2, 0])
-    np.testing.assert_array_equal(tasks_too.encode(apart, task=task).z, make("multitask").encode(obs, task=task).z)
+    multitask, task = make("multitask"), jnp.array([0, 1, 2, 0])
+    np.testing.assert_array_equal(by_name(multitask).encode(apart, task=task).z, multitask.encode(obs, task=task).z)
 
 
 def test_every_entry_of_a_dict_counts():
@@ -110,8 +111,8 @@ def test_a_dict_that_does_not_fit_is_refused_by_name():
     model = make("joint")
     obs = observations(model.config, 3)
     for change, message in (
-        ({name: obs[name] for name in ("pos", "cam")}, r"dict with the names pos, cam, vel, not one of pos, cam\."),
-        (obs["pos"], "not a ArrayImpl|not a .*Tracer"),
+        ({name: obs[name] for name in ("pos", "cam")}, r"dict with the names pos, cam, vel, not one of cam, pos\."),
+        (obs["pos"], "not a .*Tracer"),
         (obs | {"pos": obs["pos"][:, :2]}, r"'pos' have shape \(3, 2\); the model takes \[\.\.\., 3\]"),
         (obs | {"pos": obs["pos"][:2]}, "different leading axes"),
         (obs | {"cam": obs["cam"].astype(np.int32)}, "'cam' are images of dtype int32; use uint8"),

@@ -193,8 +193,9 @@ class TDMPC2Config(BaseConfig):
         for name, shape in self.observations.items():
             field = f"obs_shape['{name}']" if isinstance(self.obs_shape, Mapping) else "obs_shape"
             whole = isinstance(shape, tuple) and all(is_integer(side) and side >= 1 for side in shape)
+            fits = whole and len(shape) in ((0, 1, 2, 3) if isinstance(self.obs_shape, Mapping) else (1, 3))
             check(
-                whole and len(shape) <= 3,
+                fits,
                 f"{field}={shape!r} is not a shape; give a vector like (24,) or an image like (3, 64, 64).",
             )
             if len(shape) == 3:

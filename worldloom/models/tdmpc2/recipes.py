@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from worldloom.algorithm import Recipe, env_shapes, window_prefill
+from worldloom.models.pictures import MIN_SIDE, picture_layout
 from worldloom.models.tdmpc2.config import PICTURE_CHANNELS, picture_features
 from worldloom.spaces import OBS, named
 
@@ -29,6 +31,9 @@ _DISCRETE_MODEL = {
     "encoder_lr_scale": 1.0,
 }
 _DISCRETE_TRAINING = {"batch_size": 32, "sequence_length": 8, "learning_rate": 5e-4, "train_ratio": 128.0}
+
+_REFERENCE_LATENT = 512
+"""Features of the reference's convolutions, which are the latent of its image models."""
 
 _PREFILL_EPISODES, _LEAST_PREFILL = 5, 1_000
 """The reference begins with five whole episodes of random actions and as many updates; here at least 1,000 steps."""
@@ -68,11 +73,12 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
 
 
 def _reference_latent(obs_shape: Any) -> int | None:
-    """The features of the reference's convolutions, which are the latent of a single image of about 64×64 pixels."""
+    """The latent of a single image of about 64×64 pixels, for which the encoder is the reference's."""
     shapes = list(named(obs_shape, OBS).values())
-    if len(shapes) != 1 or len(shapes[0]) != 3 or picture_features(shapes[0]) != (4, 4):
+    if len(shapes) != 1 or len(shapes[0]) != 3 or min(picture_layout(shapes[0])[:2]) < MIN_SIDE:
         return None
-    return PICTURE_CHANNELS * 16
+    features = PICTURE_CHANNELS * math.prod(picture_features(shapes[0]))
+    return features if features == _REFERENCE_LATENT else None
 
 
 def never_terminates(env: Any) -> bool:
