@@ -142,7 +142,10 @@ def test_flat_dicts_of_observations_and_declared_sizes():
     ("change", "message"),
     [
         ({"terminals": None, "timeouts": None}, "Nothing says where the episodes end; give terminals"),
-        ({"rewards": np.zeros(3)}, "different lengths"),
+        ({"rewards": np.zeros(3)}, "different lengths: obs 7, actions 7, rewards 3, terminals 7, timeouts 7"),
+        ({"rewards": 3.0}, "different lengths: .* rewards none"),
+        ({"obs": {"a": FLAT["obs"], "b": np.zeros(3)}}, "different lengths: .* obs/b 3"),
+        ({"next_obs": {"a": FLAT["obs"]}}, "next_obs must have the form of obs"),
         ({"timeouts": np.full(7, 0.5)}, "timeouts must hold booleans"),
         ({"next_obs": np.zeros((7, 1)), "layout": "arrival"}, "leave next_obs out"),
         ({"obs": np.full((7, 1), np.nan)}, "NaN"),

@@ -13,6 +13,7 @@ from worldloom.config import nearest
 from worldloom.errors import DataError, FileFormatError
 from worldloom.replay.npz import read_arrays
 from worldloom.replay.validation import ARRIVAL, DEPARTURE, check_layout
+from worldloom.spaces import mapping_keys
 
 _log = logging.getLogger("worldloom")
 
@@ -147,9 +148,10 @@ def split_episodes(flat: Mapping[str, Any], layout: str = DEPARTURE, place: str 
     check_layout(layout)
     where = f" of {place}" if place else ""
     entries = {f"{k}/{n}": x for k, v in flat.items() if isinstance(v, Mapping) for n, x in v.items()}
-    lengths = {k: len(v) for k, v in {**flat, **entries}.items() if not isinstance(v, Mapping)}
-    if len(set(lengths.values())) != 1:
-        raise DataError(f"The arrays{where} have different lengths: {lengths}.")
+    lengths = {k: np.shape(v)[:1] for k, v in {**flat, **entries}.items() if not isinstance(v, Mapping)}
+    if len(set(lengths.values())) != 1 or () in lengths.values():
+        found = ", ".join(f"{name} {length[0] if length else 'none'}" for name, length in lengths.items())
+        raise DataError(f"The arrays{where} have different lengths: {found}.")
     ends = {name: np.asarray(flat[name]).ravel() for name in ("terminals", "timeouts", "dones") if name in flat}
     if not ends:
         raise DataError(f"Nothing says where the episodes{where} end; give terminals, timeouts or dones.")
@@ -158,7 +160,10 @@ def split_episodes(flat: Mapping[str, Any], layout: str = DEPARTURE, place: str 
             raise DataError(f"{name}{where} must hold booleans (or 0 and 1).")
     if layout == ARRIVAL and "next_obs" in flat:
         raise DataError("Rows of layout='arrival' hold every observation; leave next_obs out, or say 'departure'.")
-    length, ended = next(iter(lengths.values())), np.logical_or.reduce(list(ends.values())).astype(bool)
+    forms = [sorted(mapping_keys(flat[name]) or [""]) for name in ("obs", "next_obs") if name in flat]
+    if forms[0] != forms[-1]:
+        raise DataError(f"next_obs{where} must have the form of obs: one array, or a dict of the same arrays.")
+    (length,), ended = next(iter(lengths.values())), np.logical_or.reduce(list(ends.values())).astype(bool)
     # Older Gym: one flag for both kinds of ends; a time limit, if reported at all, has a flag beside it.
     terminal = ends.get("terminals", ended & ~ends["timeouts"].astype(bool) if "timeouts" in ends else ended)
     stops = (np.flatnonzero(ended) + 1).tolist()
