@@ -286,7 +286,7 @@ def check_fields(cls: type, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in rules and not rules[name].allows(value):
             too_long = type(value) is int and abs(value) > MAX_INTEGER and not rules[name].stores_float
-            beyond = " below 2^63" if too_long else ""
+            beyond = ", below 2^63" if too_long else ""
             raise ConfigError(f"{name} must be {rules[name]}{beyond}, not {shown(value)}.")
 
 
