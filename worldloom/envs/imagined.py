@@ -14,9 +14,9 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from worldloom.envs.actions import ActionSpec
 from worldloom.envs.imagined_world import ImaginedWorld
 from worldloom.errors import ConfigError, EnvError
+from worldloom.spaces.actions import ActionSpec
 
 _ID, _KEYS = "worldloom/Imagined-v0", 2**32
 

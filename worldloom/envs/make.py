@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 
-from worldloom.config import nearest
+from worldloom.config import check, nearest
 from worldloom.envs.backends.base import Backend
 from worldloom.envs.backends.gym_vector import GymVectorBackend
 from worldloom.envs.backends.sync import SyncBackend
 from worldloom.envs.vector import VectorEnv
-from worldloom.envs.wrappers import ActionRepeat, FrameStack, ResizeImages
+from worldloom.envs.wrappers import ActionRepeat, BoundActions, DropKeys, FrameStack, ResizeImages
 from worldloom.errors import ConfigError, MissingDependencyError
+from worldloom.spaces.narrow import check_action_bounds, check_drop_keys
 
 EnvLike = str | Callable[..., "gym.Env[Any, Any]"] | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]
 
@@ -57,6 +58,9 @@ def make_env(
     time_limit: int | None = None,
     image_size: int | None = None,
     frame_stack: int | None = None,
+    action_bounds: tuple[float, float] | None = None,
+    drop_keys: Sequence[str] = (),
+    on_bad_step: Literal["stop", "restart"] = "stop",
     render: bool = False,
     worker_timeout: float = 60.0,
     **options: Any,
@@ -78,6 +82,11 @@ def make_env(
         ids and suites it replaces that limit, for functions and objects it is an additional one.
       image_size: side of the images in pixels: Gymnasium environments are resized, suites render at this size.
       frame_stack: number of last images stacked channel-first (TD-MPC2 from pixels uses 3).
+      action_bounds: ``(low, high)``: continuous actions are scaled to what of their bounds lies between; needed where
+        an environment declares no bounds, only one, or more than ±10⁶.
+      drop_keys: names of observations to leave out, ``"robot/arm"`` or ``"robot"`` for all in it; texts, for instance.
+      on_bad_step: what a step that returns NaN or infinity does: ``"stop"`` raises ``DataError``; ``"restart"`` closes
+        its episode as truncated, without that step's values, and begins the next.
       render: whether :meth:`VectorEnv.render` will be called; functions and objects must enable rendering themselves.
       worker_timeout: seconds after which a worker that does not answer is replaced.
       options: passed to the function, to ``gymnasium.make``, or to the suite.
@@ -86,9 +95,18 @@ def make_env(
     ``MissingDependencyError`` when an extra is needed, and whatever building the environment raises.
     """
     _check_arguments(num_envs, parallel, action_repeat, time_limit, image_size, frame_stack)
+    check(on_bad_step in ("stop", "restart"), f"on_bad_step must be 'stop' or 'restart', not {on_bad_step!r}.")
+    bounds, dropped = check_action_bounds(action_bounds), check_drop_keys(drop_keys)
+    translation = {"action_bounds": bounds, "drop_keys": dropped or None}
     if isinstance(spec, gym.vector.VectorEnv):
         _check_unchanged(spec, parallel, num_envs, action_repeat, time_limit, image_size, frame_stack, options)
-        return VectorEnv(GymVectorBackend(spec), seed=seed, settings={"spec": spec, "seed": seed})
+        check(
+            on_bad_step == "stop",
+            "on_bad_step='restart' is for environments that make_env builds itself: those of a Gymnasium vector "
+            "environment cannot be restarted one by one. Give make_env an id or a function.",
+        )
+        backend = GymVectorBackend(spec, action_bounds=bounds, drop_keys=dropped)
+        return VectorEnv(backend, seed=seed, settings={"spec": spec, "seed": seed, **translation})
     if isinstance(spec, gym.Env) and (num_envs != 1 or parallel != "sync" or options):
         raise ConfigError(
             "A gymnasium.Env object is one environment in this process, already configured; give make_env its id or "
@@ -100,11 +118,13 @@ def make_env(
         "time_limit": time_limit,
         "image_size": image_size,
         "frame_stack": frame_stack,
+        **translation,
+        "on_bad_step": on_bad_step,
         "worker_timeout": worker_timeout,
     }
 
     def make(num_envs: int, seed: int, render: bool) -> VectorEnv:
-        changes = _Changes(action_repeat, time_limit, image_size, frame_stack, render)
+        changes = _Changes(action_repeat, time_limit, image_size, frame_stack, bounds, dropped, render)
         build, repeat = _builder(spec, changes, options)
         backend: Backend
         if parallel == "subprocess":
@@ -117,7 +137,14 @@ def make_env(
         remake = None if isinstance(spec, gym.Env) else make
         settings = {"spec": spec, "num_envs": num_envs, "parallel": parallel, "seed": seed, **per_env, **options}
         try:
-            return VectorEnv(backend, seed=seed, action_repeat=repeat, remake=remake, settings=settings)
+            return VectorEnv(
+                backend,
+                seed=seed,
+                action_repeat=repeat,
+                restart_bad=on_bad_step == "restart",
+                remake=remake,
+                settings=settings,
+            )
         except BaseException:
             backend.close()
             raise
@@ -145,6 +172,8 @@ class _Changes(NamedTuple):
     time_limit: int | None
     image_size: int | None
     frame_stack: int | None
+    action_bounds: tuple[float, float] | None
+    drop_keys: tuple[str, ...]
     render: bool
 
 
@@ -160,7 +189,7 @@ def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Cal
         rendering = {"render": True} if suite.render_option and changes.render else {}
         arguments = {"action_repeat": repeat, "time_limit": changes.time_limit, **size, **rendering, **options}
         base = functools.partial(_call_adapter, suite.adapter, task, **arguments)
-        return functools.partial(_build, base, 1, None, None, changes.frame_stack), repeat
+        return functools.partial(_build, base, changes._replace(image_size=None), 1, None), repeat
 
     repeat = 1 if changes.action_repeat is None else changes.action_repeat
     limit = changes.time_limit
@@ -175,25 +204,27 @@ def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Cal
         limit = None
     else:
         raise ConfigError(f"An environment is an id, a function or a Gymnasium object, not {type(spec).__name__}.")
-    return functools.partial(_build, base, repeat, limit, changes.image_size, changes.frame_stack), repeat
+    return functools.partial(_build, base, changes, repeat, limit), repeat
 
 
-def _build(
-    base: Callable[[], Any], repeat: int, time_limit: int | None, image_size: int | None, frame_stack: int | None
-) -> gym.Env[Any, Any]:
-    """The environment that ``base`` returns, in its wrappers."""
+def _build(base: Callable[[], Any], changes: _Changes, action_repeat: int, time_limit: int | None) -> gym.Env[Any, Any]:
+    """The environment that ``base`` returns, in its wrappers; repeat and limit are those not in effect already."""
     env = base()
     if not isinstance(env, gym.Env):
         raise ConfigError(f"The function given to make_env returned a {type(env).__name__}; a gymnasium.Env is needed.")
+    if changes.drop_keys:
+        env = DropKeys(env, changes.drop_keys)
+    if changes.action_bounds is not None:
+        env = BoundActions(env, changes.action_bounds)
     if time_limit is not None:
         # Inside of ActionRepeat: it counts environment steps.
         env = gym.wrappers.TimeLimit(env, time_limit)
-    if repeat > 1:
-        env = ActionRepeat(env, repeat)
-    if image_size is not None:
-        env = ResizeImages(env, image_size)
-    if frame_stack is not None:
-        env = FrameStack(env, frame_stack)
+    if action_repeat > 1:
+        env = ActionRepeat(env, action_repeat)
+    if changes.image_size is not None:
+        env = ResizeImages(env, changes.image_size)
+    if changes.frame_stack is not None:
+        env = FrameStack(env, changes.frame_stack)
     return env
 
 

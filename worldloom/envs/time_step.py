@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Arrays = np.ndarray | dict[str, np.ndarray]
-"""One array, or a dict of arrays where the space is a dict."""
+from worldloom.spaces.leaves import Arrays
 
 
 class EpisodeEnd(NamedTuple):
@@ -18,7 +17,8 @@ class EpisodeEnd(NamedTuple):
       episode_return: sum of the episode's rewards.
       length: decision steps of the episode (its actions; one less than its rows).
       terminated: whether the environment itself ended the episode; false for a time limit.
-      crashed: whether it was cut because its worker had to be restarted; its return is then incomplete.
+      crashed: whether it was cut because its worker had to be restarted, or because it returned NaN; its return is
+        then incomplete.
     """
 
     env: int
@@ -26,6 +26,18 @@ class EpisodeEnd(NamedTuple):
     length: int
     terminated: bool
     crashed: bool
+
+
+class BadStep(NamedTuple):
+    """A step returned NaN or infinity: the episode was cut there, and the next row begins another.
+
+    Attributes:
+      env: index of the environment.
+      name: what was NaN or infinite: ``'reward'``, or the quoted name of an observation.
+    """
+
+    env: int
+    name: str
 
 
 class WorkerRestart(NamedTuple):
@@ -42,7 +54,7 @@ class WorkerRestart(NamedTuple):
     restarts: int
 
 
-Event = EpisodeEnd | WorkerRestart
+Event = EpisodeEnd | WorkerRestart | BadStep
 
 
 class TimeStep(NamedTuple):
@@ -57,7 +69,7 @@ class TimeStep(NamedTuple):
       is_first: bool [N], 1 on the first row of an episode.
       is_last: bool [N], 1 on the last row, whatever ended it; the next action of that environment is ignored.
       is_terminal: bool [N], 1 if the environment itself ended the episode; a time limit or a crash leaves it 0.
-      events: episodes that ended and workers that were replaced: restarts first, then ends by environment.
+      events: workers that were replaced, steps that returned NaN, and episodes that ended, in this order.
     """
 
     obs: Arrays

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from worldloom.algorithm import Params, Policy, TrainState
-from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
+from worldloom.envs import BadStep, EpisodeEnd, TimeStep, VectorEnv
 from worldloom.envs.native import check_config_fits
 from worldloom.errors import ConfigError
 from worldloom.spaces import ACTION
@@ -47,6 +47,7 @@ class Collector:
       decisions: decision steps taken so far, summed over all environments.
       ends: episodes that ended since ``EpisodesCallback`` last cleared the list.
       restarts: number of environment processes replaced so far.
+      bad_steps: number of steps so far that returned NaN and cut their episodes.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Collector:
         # Actions and latents for the newest time step, possibly still being computed.
         self._pending: tuple[Any, Mapping[str, Any]] | None = None
         self._calls = self._moves = 0
-        self.decisions = self.restarts = 0
+        self.decisions = self.restarts = self.bad_steps = 0
         self.ends: list[EpisodeEnd] = []
 
     @property
@@ -107,6 +108,7 @@ class Collector:
             "decisions": self.decisions,
             "calls": self._calls,
             "restarts": self.restarts,
+            "bad_steps": self.bad_steps,
             "ends": [list(end) for end in self.ends],
             "env": env_identity(self.env),
         }
@@ -129,6 +131,7 @@ class Collector:
         self.updates_before = int(counts["trained"])
         self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
         self.restarts, self.ends = int(counts["restarts"]), [EpisodeEnd(*end) for end in counts["ends"]]
+        self.bad_steps = int(counts.get("bad_steps", 0))  # Checkpoints of earlier versions count none.
         if not arrays:
             return
         saved = strip_prefix(arrays, "env/")
@@ -148,7 +151,8 @@ class Collector:
         """Add the current time step with its ``actions`` and ``latents`` to replay, and step the environments."""
         now = self._time_step
         assert now is not None
-        stored = jax.tree.map(lambda action: _executed(now.is_last, action), actions)
+        actions = self.env.executed(actions)
+        stored = jax.tree.map(lambda action: _no_action(now.is_last, action), actions)
         self.replay.add_rows(now.obs, stored, now.reward, now.is_first, now.is_last, now.is_terminal, latents=latents)
         self.decisions += int((~now.is_last).sum())
         self._receive(self.env.step(actions))
@@ -161,6 +165,14 @@ class Collector:
         for event in time_step.events:
             if isinstance(event, EpisodeEnd):
                 self.ends.append(event)
+            elif isinstance(event, BadStep):
+                self.bad_steps += 1
+                _log.warning(
+                    "Environment %d returned %s NaN or infinite: its episode is closed as truncated (%d so far).",
+                    event.env,
+                    event.name,
+                    self.bad_steps,
+                )
             else:
                 self.restarts += 1
                 _log.warning("%s It was replaced, its episode closed as truncated.", event.reason)
@@ -224,8 +236,11 @@ def check_env_fits(env: VectorEnv, model: Any) -> None:
 
 def env_identity(env: VectorEnv) -> dict[str, Any]:
     """The settings of ``env`` that determine its episodes, as JSON values; not those that say where and how it runs."""
-    plain = {name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)}
-    may_change = ("seed", "num_envs", "parallel", "worker_timeout", "action_repeat", "time_limit")
+    plain: dict[str, Any] = {
+        name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)
+    }
+    plain |= {name: list(env.settings[name] or ()) for name in ("action_bounds", "drop_keys") if name in env.settings}
+    may_change = ("seed", "num_envs", "parallel", "worker_timeout", "on_bad_step", "action_repeat", "time_limit")
     # The repeat and time limit in effect: the arguments may be None for the suite's own.
     effective = {"action_repeat": env.action_repeat, "episode_length": env.episode_length}
     return {name: value for name, value in plain.items() if name not in may_change} | effective
@@ -242,9 +257,8 @@ def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
             )
 
 
-def _executed(over: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Actions [N, ...] as replay stores them: clipped to [−1, 1]; where ``over`` [N] is True, zeros or class −1."""
+def _no_action(over: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Actions [N, ...] as replay stores them: where the episode is ``over`` [N], no action (zeros, or class −1)."""
     if np.issubdtype(actions.dtype, np.integer):
         return np.where(over, -1, actions)
-    # A policy may sample from an unbounded distribution; environments clip its actions, so replay must too.
-    return np.where(over[:, None], np.float32(0), np.clip(actions, -1, 1))
+    return np.where(over[:, None], np.float32(0), actions)

@@ -107,9 +107,11 @@ class Backend(Protocol):
 
 
 def index_nested(batch: Any, index: int) -> Any:
-    """Element ``index`` of an array, or of every array in nested dicts."""
+    """Element ``index`` of an array, or of every array in nested dicts and tuples."""
     if isinstance(batch, dict):
         return {key: index_nested(value, index) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(index_nested(value, index) for value in batch)
     return batch[index]
 
 

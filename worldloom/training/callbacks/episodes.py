@@ -12,8 +12,9 @@ from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 class EpisodesCallback(Callback):
     """Publishes means over the episodes that ended since the last log record: ``collect/return``, ``collect/length``.
 
-    Also published are their number, ``collect/episodes``, and ``collect/restarts``, the number of environment processes
-    replaced so far. Online training adds this callback itself. Episodes cut short by a crash are excluded.
+    Also published are their number, ``collect/episodes``, ``collect/restarts``, the number of environment processes
+    replaced so far, and, once there is one, ``collect/bad_steps``, the number of steps so far that returned NaN. Online
+    training adds this callback itself. Episodes cut short by a crash or by NaN are excluded.
 
     Args:
       collector: the run's collector.
@@ -38,7 +39,9 @@ class EpisodesCallback(Callback):
     def _counts(self) -> CallbackResult:
         ends = [end for end in self.collector.ends if not end.crashed]
         counts = {"collect/episodes": float(len(ends)), "collect/restarts": float(self.collector.restarts)}
+        if self.collector.bad_steps:
+            counts["collect/bad_steps"] = float(self.collector.bad_steps)
         if not ends:
-            return counts if self.collector.restarts else None
+            return counts if self.collector.restarts or self.collector.bad_steps else None
         returns, lengths = [end.episode_return for end in ends], [end.length for end in ends]
         return {"collect/return": float(np.mean(returns)), "collect/length": float(np.mean(lengths)), **counts}
