@@ -228,7 +228,11 @@ spaces_of_actions = st.sampled_from(
         spaces.MultiBinary((2, 2)),
         spaces.Tuple([spaces.Box(-2, 1, (2,)), spaces.MultiDiscrete([2, 3]), spaces.Tuple([spaces.Discrete(2)])]),
         spaces.Dict(
-            {"b/c": spaces.Discrete(3), "a": spaces.Tuple([spaces.Box(0, 5, (), np.int32)]), "7": spaces.MultiBinary(2)}
+            {
+                "b/c": spaces.Discrete(3),
+                "a": spaces.Tuple([spaces.Box(0, 5, (1,), np.int32)]),
+                "7": spaces.MultiBinary(2),
+            }
         ),
     ]
 )

@@ -29,6 +29,7 @@ class Flag(NamedTuple):
       note: help text, a sentence or two.
       default: default shown in the help; None shows none.
       aliases: additional names.
+      words: how many words follow, each of type ``kind``: None is one value, a number that many, ``"+"`` one or more.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Flag(NamedTuple):
     note: str
     default: Any = None
     aliases: tuple[str, ...] = ()
+    words: int | str | None = None
 
     @property
     def options(self) -> list[str]:
@@ -125,7 +127,9 @@ class FlagParser:
                 no = f"--no-{flag.name.replace('_', '-')}"
                 group.add_argument(no, dest=flag.name, action="store_const", const="false", help=argparse.SUPPRESS)
             else:
-                group.add_argument(*flag.options, dest=flag.name, metavar=_metavar(flag.kind), help=note)
+                group.add_argument(
+                    *flag.options, dest=flag.name, metavar=_metavar(flag.kind), help=note, nargs=flag.words
+                )
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
         """Values of the given arguments by name; ``--batch_size`` works like ``--batch-size``.
@@ -147,8 +151,12 @@ class FlagParser:
         given = {name: value for name, value in vars(values).items() if value is not None}
         return {name: self._convert(name, value) for name, value in given.items()}
 
-    def _convert(self, name: str, text: str) -> Any:
-        return parse_value(self._flags[name], text) if name in self._flags else text
+    def _convert(self, name: str, text: Any) -> Any:
+        if name not in self._flags:
+            return text
+        if isinstance(text, list):
+            return tuple(parse_value(self._flags[name], word) for word in text)
+        return parse_value(self._flags[name], text)
 
 
 def peek_option(words: Sequence[str], option: str) -> str | None:

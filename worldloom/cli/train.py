@@ -32,6 +32,9 @@ ENV_FLAGS = [
     Flag("time_limit", int, "Environment steps after which an episode is cut."),
     Flag("image_size", int, "Side to which images are resized."),
     Flag("frame_stack", int, "Last images stacked, channels first; the tdmpc2 family from pixels usually takes 3."),
+    Flag("action_bounds", float, "Range of continuous actions that have no bounds of their own: LOW HIGH.", words=2),
+    Flag("drop_keys", str, "Names of observations to leave out, such as texts.", words="+"),
+    Flag("on_bad_step", str, "stop, or restart: cut an episode at a step that returns NaN and go on.", "stop"),
     Flag("worker_timeout", float, "Seconds after which a silent environment process is replaced.", 60.0),
 ]
 SHAPES = ("obs_shape", "action_dim", "action_type", "model_type")
@@ -195,6 +198,7 @@ def _headline(plan: Plan) -> str:
 def _as_flag(name: str, value: Any, reason: str) -> str:
     """A line such as ``--batch-size 64        recipe``."""
     flag = "steps" if name == "env_steps" else name.replace("_", "-")
+    value = " ".join(map(str, value)) if name in ("action_bounds", "drop_keys") else value
     text = f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
     return f"{text:28} {reason}"
 

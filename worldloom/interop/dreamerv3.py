@@ -21,6 +21,7 @@ from worldloom.interop.pickles import read_dreamerv3_checkpoint
 from worldloom.models.compilation import abstract_params
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.params import flatten, unflatten
+from worldloom.spaces import name_of_attribute
 
 # The reference has 32 latents at every size; its arrays determine only the product latents × classes.
 _LATENTS = 32
@@ -119,7 +120,7 @@ def official_name(name: str) -> str:
     """The reference program's name of our weight ``name`` (``rssm.core.gates.kernel`` → ``dyn/dyngru/kernel``)."""
     matches = ((re.match(pattern + r"(?=\.|$)", name), layer) for pattern, layer in _LAYERS)
     found, layer = next((match, layer) for match, layer in matches if match)
-    layer, rest = found.expand(layer), name[found.end() :]
+    layer, rest = name_of_attribute(found.expand(layer)), name[found.end() :]
     in_mlp = re.fullmatch(r"\.mlp\.layers\.(\d+)\.(linear|norm)\.(\w+)", rest)
     if in_mlp:
         return in_mlp.expand(rf"{layer}/mlp/\2\1/\3")

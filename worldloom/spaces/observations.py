@@ -96,6 +96,13 @@ class ObservationSpec:
         first = self._leaves[0]
         return _array_at(obs, first).ndim > len(first.native_shape)
 
+    def count(self, obs: Any) -> int:
+        """Length of the first axis of observations with a leading axis. Raises ``DataError`` if there is none."""
+        first = _array_at(obs, self._leaves[0])
+        if first.ndim == 0:
+            raise DataError(f"The observations '{self._leaves[0].name}' are a single number.")
+        return len(first)
+
     def check_finite(self, flat: Mapping[str, np.ndarray]) -> None:
         """Raise ``DataError`` for NaN and infinity in what :meth:`flatten` returned."""
         for name, value in flat.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from math import inf
@@ -10,7 +9,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, cast
 
 from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer
 from worldloom.errors import ConfigError
-from worldloom.spaces import ACTION, OBS
+from worldloom.spaces import ACTION, OBS, attribute_name
 
 LEVELS = 4
 """Levels of the image networks; each halves height and width (``strides`` of the reference's encoder)."""
@@ -202,11 +201,12 @@ class DreamerV3Config(BaseConfig):
     def weight_name(self, name: str) -> str:
         """The name of an observation in the names of weights (``decoder.vectors.vector.kernel``).
 
-        It is the observation's own, except for a single array: its weights are called ``vector`` or ``image``, the
-        keys of the reference program's environments (``dec/vec/vector/pred``), in saved models as well.
+        It is the observation's own, in the form of ``attribute_name``, except for a single array: its weights are
+        called ``vector`` or ``image``, the keys of the reference program's environments (``dec/vec/vector/pred``), in
+        saved models as well.
         """
         if isinstance(self.obs_shape, Mapping):
-            return name
+            return attribute_name(name)
         return "image" if len(self.obs_shape) == 3 else "vector"
 
     @property
@@ -324,9 +324,11 @@ def _check_shape(field: str, shape: Any) -> None:
 
 
 def _check_name(name: str) -> None:
-    # Names become parts of weight names, which use dots, slashes and digits for nesting.
-    fits = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) is not None
-    check(fits, f"The name {name!r} must start with a letter and hold only letters, digits, '_' and '-'.")
+    check(bool(name), "A name of an observation or action is the empty text; any other text is a name.")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"The name {name!r} of an observation or action cannot be written to a file.") from error
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

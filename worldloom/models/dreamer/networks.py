@@ -21,6 +21,7 @@ from worldloom.nn.conv import Conv, ConvDown, ConvUp, depth_to_space
 from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm
 from worldloom.ops.distributions import Categorical, Normal
 from worldloom.ops.symlog import symlog
+from worldloom.spaces import attribute_name, name_of_attribute
 
 
 class Encoder(nnx.Module):
@@ -178,7 +179,9 @@ class Actor(nnx.Module):
         self.mlp = MLP(config.feature_dim, config.width, config.mlp_layers, rngs=rngs)
         self.outputs = nnx.Dict(
             {
-                name: (CategoricalOutput if space.discrete else GaussianOutput)(config, space.dim, rngs=rngs)
+                attribute_name(name): (CategoricalOutput if space.discrete else GaussianOutput)(
+                    config, space.dim, rngs=rngs
+                )
                 for name, space in config.actions.items()
             }
         )
@@ -197,7 +200,7 @@ class Actor(nnx.Module):
     def after_first_matmul(self, product: jax.Array) -> dict[str, Normal | Categorical]:
         """Everything that follows :meth:`first_matmul`: [..., U] → the distribution of each action."""
         x = self.mlp.after_first_matmul(product)
-        return {name: output(x) for name, output in self.outputs.items()}
+        return {name_of_attribute(name): output(x) for name, output in self.outputs.items()}
 
 
 class ReturnRange(nnx.Module):
