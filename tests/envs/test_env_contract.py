@@ -299,6 +299,30 @@ def test_action_bounds_say_what_actions_are_scaled_to(parallel):
     assert vector.step([[-0.5]]).obs[0, 0] == np.float32(1 - 2.5)
 
 
+class Buttons(Steady):
+    action_space = spaces.Tuple([spaces.Discrete(2, start=1), spaces.MultiDiscrete([2, 3])])
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(np.float32([action[0] + 10 * action[1][1]]))
+
+
+@pytest.mark.parametrize("parallel", ["sync", "subprocess"])
+def test_several_actions_are_taken_as_one(parallel):
+    with make_env(Buttons, 2, join_actions=True, parallel=parallel) as env:
+        assert (env.action_dim, env.action_type) == (12, "discrete")
+        env.reset()
+        # Combinations count like digits, the last the fastest: (2, (1, 2)) is the last.
+        assert env.step([11, 2]).obs[:, 0].tolist() == [1 + 2 + 20, 1 + 1 + 20]
+    vector = make_env(SyncVectorEnv([Buttons] * 2), join_actions=True)
+    vector.reset()
+    assert vector.step([11, 2]).obs[:, 0].tolist() == [23, 22]
+    separate = make_env(Buttons)
+    assert separate.action_dim == {"0": 2, "1/0": 2, "1/1": 3}
+    separate.reset()
+    assert separate.step({"0": [1], "1/0": [1], "1/1": [2]}).obs[0, 0] == 23
+
+
 @pytest.mark.parametrize("parallel", ["sync", "subprocess"])
 def test_dropped_keys_are_not_observed(parallel):
     with make_env(WalkPicture, drop_keys=["camera", "body/parity"], parallel=parallel) as env:

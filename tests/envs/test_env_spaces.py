@@ -10,6 +10,7 @@ from worldloom.envs.backends.base import index_nested
 from worldloom.errors import ConfigError, DataError
 from worldloom.spaces import ACTION, named, unnamed
 from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.joined import JoinedActions
 from worldloom.spaces.narrow import bound_actions, check_action_bounds, drop_entries, drop_observations
 from worldloom.spaces.observations import ObservationSpec
 
@@ -279,6 +280,48 @@ def _flat(value):
     if isinstance(value, dict | tuple):
         return [each for inner in (value.values() if isinstance(value, dict) else value) for each in _flat(inner)]
     return [value]
+
+
+@given(
+    space=st.sampled_from(
+        [
+            spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, 1], [5, 0]]),
+            spaces.MultiBinary((2, 2)),
+            spaces.Dict(
+                {"b": spaces.Discrete(3, start=-1), "a": spaces.Tuple([spaces.MultiBinary(2), spaces.Discrete(2)])}
+            ),
+            spaces.Tuple([spaces.Box(-2, 1, (2, 2)), spaces.Dict(x=spaces.Box(0, 9, (1,), np.float64))]),
+            spaces.Tuple([spaces.Box(-2, 1, (2,), np.int32), spaces.Box(0, 9, (1,), np.uint8)]),
+            spaces.Box(-2, 1, (2,)),
+            spaces.Discrete(5, start=2),
+        ]
+    ),
+    seed=st.integers(0, 2**30),
+)
+def test_several_actions_become_one_and_are_split_again(space, seed):
+    joined = JoinedActions(space)
+    spec = ActionSpec(joined.space)
+    assert not spec.is_dict
+    space.seed(seed)
+    recorded = _stack([space.sample() for _ in range(5)])
+    agent = joined.join(recorded, 5)
+    executed = spec.check(agent, np.zeros(5, bool))
+    again = joined.split(spec.to_env(executed))
+    for one, other in zip(_flat(again), _flat(recorded), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+        assert one.dtype == other.dtype
+
+
+def test_actions_that_have_no_one_action_in_their_place_are_refused():
+    for space in (
+        spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=spaces.Discrete(2)),
+        spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=spaces.Box(0, 9, (2,), np.int64)),
+        spaces.Dict({}),
+    ):
+        with pytest.raises(ConfigError, match="there is none in place of"):
+            JoinedActions(space)
+    with pytest.raises(ConfigError, match="have 8,192, more than 4,096"):
+        JoinedActions(spaces.MultiBinary(13))
 
 
 def test_recorded_actions_outside_of_their_space_are_refused():

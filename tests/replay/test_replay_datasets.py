@@ -90,6 +90,13 @@ def test_minari_spaces_of_all_kinds_are_translated_as_those_of_environments():
     np.testing.assert_allclose(rows["actions"]["push"], [[1, 0], [-0.5, 0.5], [0, 0]])
 
 
+def test_minari_actions_become_one_if_asked_to():
+    dataset = minari_dataset(spaces.MultiDiscrete([2, 3], start=[0, 5]), [[0, 7], [1, 5]])
+    buffer = from_minari(dataset, join_actions=True)
+    assert (buffer.action_dim, buffer.action_type) == (6, "discrete")
+    assert next(buffer.episodes())["actions"][:2].argmax(-1).tolist() == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("observation_space", "observations", "words"),
     [

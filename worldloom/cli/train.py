@@ -34,6 +34,7 @@ ENV_FLAGS = [
     Flag("frame_stack", int, "Last images stacked, channels first; the tdmpc2 family from pixels usually takes 3."),
     Flag("action_bounds", float, "Range of continuous actions that have no bounds of their own: LOW HIGH.", words=2),
     Flag("drop_keys", str, "Names of observations to leave out, such as texts.", words="+"),
+    Flag("join_actions", bool, "Make one action of several, for models that take one, such as the tdmpc2 family."),
     Flag("on_bad_step", str, "stop, or restart: cut an episode at a step that returns NaN and go on.", "stop"),
     Flag("worker_timeout", float, "Seconds after which a silent environment process is replaced.", 60.0),
 ]

@@ -15,7 +15,7 @@ from worldloom.envs.backends.base import Backend
 from worldloom.envs.backends.gym_vector import GymVectorBackend
 from worldloom.envs.backends.sync import SyncBackend
 from worldloom.envs.vector import VectorEnv
-from worldloom.envs.wrappers import ActionRepeat, BoundActions, DropKeys, FrameStack, ResizeImages
+from worldloom.envs.wrappers import ActionRepeat, BoundActions, DropKeys, FrameStack, JoinActions, ResizeImages
 from worldloom.errors import ConfigError, MissingDependencyError
 from worldloom.spaces.narrow import check_action_bounds, check_drop_keys
 
@@ -60,6 +60,7 @@ def make_env(
     frame_stack: int | None = None,
     action_bounds: tuple[float, float] | None = None,
     drop_keys: Sequence[str] = (),
+    join_actions: bool = False,
     on_bad_step: Literal["stop", "restart"] = "stop",
     render: bool = False,
     worker_timeout: float = 60.0,
@@ -85,6 +86,8 @@ def make_env(
       action_bounds: ``(low, high)``: continuous actions are scaled to what of their bounds lies between; needed where
         an environment declares no bounds, only one, or more than ±10⁶.
       drop_keys: names of observations to leave out, ``"robot/arm"`` or ``"robot"`` for all in it; texts, for instance.
+      join_actions: whether several actions become one: continuous ones side by side, discrete ones as one choice of
+        their combinations. For models that take one action, such as TD-MPC2.
       on_bad_step: what a step that returns NaN or infinity does: ``"stop"`` raises ``DataError``; ``"restart"`` closes
         its episode as truncated, without that step's values, and begins the next.
       render: whether :meth:`VectorEnv.render` will be called; functions and objects must enable rendering themselves.
@@ -97,7 +100,8 @@ def make_env(
     _check_arguments(num_envs, parallel, action_repeat, time_limit, image_size, frame_stack)
     check(on_bad_step in ("stop", "restart"), f"on_bad_step must be 'stop' or 'restart', not {on_bad_step!r}.")
     bounds, dropped = check_action_bounds(action_bounds), check_drop_keys(drop_keys)
-    translation = {"action_bounds": bounds, "drop_keys": dropped or None}
+    check(isinstance(join_actions, bool), f"join_actions must be True or False, not {join_actions!r}.")
+    translation = {"action_bounds": bounds, "drop_keys": dropped or None, "join_actions": join_actions}
     if isinstance(spec, gym.vector.VectorEnv):
         _check_unchanged(spec, parallel, num_envs, action_repeat, time_limit, image_size, frame_stack, options)
         check(
@@ -105,7 +109,7 @@ def make_env(
             "on_bad_step='restart' is for environments that make_env builds itself: those of a Gymnasium vector "
             "environment cannot be restarted one by one. Give make_env an id or a function.",
         )
-        backend = GymVectorBackend(spec, action_bounds=bounds, drop_keys=dropped)
+        backend = GymVectorBackend(spec, action_bounds=bounds, drop_keys=dropped, join_actions=join_actions)
         return VectorEnv(backend, seed=seed, settings={"spec": spec, "seed": seed, **translation})
     if isinstance(spec, gym.Env) and (num_envs != 1 or parallel != "sync" or options):
         raise ConfigError(
@@ -124,7 +128,7 @@ def make_env(
     }
 
     def make(num_envs: int, seed: int, render: bool) -> VectorEnv:
-        changes = _Changes(action_repeat, time_limit, image_size, frame_stack, bounds, dropped, render)
+        changes = _Changes(action_repeat, time_limit, image_size, frame_stack, bounds, dropped, join_actions, render)
         build, repeat = _builder(spec, changes, options)
         backend: Backend
         if parallel == "subprocess":
@@ -174,6 +178,7 @@ class _Changes(NamedTuple):
     frame_stack: int | None
     action_bounds: tuple[float, float] | None
     drop_keys: tuple[str, ...]
+    join_actions: bool
     render: bool
 
 
@@ -216,6 +221,8 @@ def _build(base: Callable[[], Any], changes: _Changes, action_repeat: int, time_
         env = DropKeys(env, changes.drop_keys)
     if changes.action_bounds is not None:
         env = BoundActions(env, changes.action_bounds)
+    if changes.join_actions:
+        env = JoinActions(env)
     if time_limit is not None:
         # Inside of ActionRepeat: it counts environment steps.
         env = gym.wrappers.TimeLimit(env, time_limit)

@@ -11,9 +11,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from worldloom.envs.backends.base import index_nested
 from worldloom.envs.contract import read_step
 from worldloom.errors import ConfigError, DataError, EnvContractError
 from worldloom.spaces import OBS
+from worldloom.spaces.joined import JoinedActions
 from worldloom.spaces.leaves import value_at
 from worldloom.spaces.narrow import bound_actions, drop_entries, drop_observations
 from worldloom.spaces.observations import ObservationSpec
@@ -63,6 +65,24 @@ class BoundActions(gym.Wrapper[Any, Any, Any, Any]):
         """Start an episode; the environment's own action space is seeded like the narrower one."""
         self.env.action_space.seed(seed)
         return self.env.reset(seed=seed, options=options)
+
+
+class JoinActions(gym.ActionWrapper[Any, Any, Any]):
+    """Takes one action in place of several; errors as in ``JoinedActions``."""
+
+    def __init__(self, env: gym.Env[Any, Any]):
+        super().__init__(env)
+        self._joined = JoinedActions(env.action_space)
+        self.action_space = self._joined.space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start an episode; the environment's own action space is seeded like the joined one."""
+        self.env.action_space.seed(seed)
+        return self.env.reset(seed=seed, options=options)
+
+    def action(self, action: Any) -> Any:
+        """The actions of the environment."""
+        return index_nested(self._joined.split(np.asarray(action)[None]), 0)
 
 
 class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):

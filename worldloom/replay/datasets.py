@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from worldloom.errors import DataError, FileFormatError, MissingDependencyError
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.joined import JoinedActions
 from worldloom.spaces.narrow import bound_actions, check_action_bounds, check_drop_keys, drop_observations
 from worldloom.spaces.observations import ObservationSpec
 
@@ -26,6 +27,7 @@ def from_minari(
     download: bool = True,
     action_bounds: tuple[float, float] | None = None,
     drop_keys: Sequence[str] = (),
+    join_actions: bool = False,
 ) -> ReplayBuffer:
     """A buffer with all episodes of a Minari dataset (https://minari.farama.org).
 
@@ -40,6 +42,7 @@ def from_minari(
       action_bounds: as in ``make_env``: ``(low, high)`` of continuous actions that have no bounds of their own; must
         hold all actions of the dataset.
       drop_keys: as in ``make_env``: names of observations to leave out.
+      join_actions: as in ``make_env``: whether several actions become one.
 
     Raises:
       MissingDependencyError: Minari is not installed.
@@ -50,16 +53,21 @@ def from_minari(
     if isinstance(dataset, str):
         dataset = _import_extra("minari").load_dataset(dataset, download=download)
     observations = ObservationSpec(drop_observations(dataset.observation_space, check_drop_keys(drop_keys)))
-    actions = ActionSpec(bound_actions(dataset.action_space, check_action_bounds(action_bounds)))
+    action_space = bound_actions(dataset.action_space, check_action_bounds(action_bounds))
+    joined = JoinedActions(action_space) if join_actions else None
+    actions = ActionSpec(joined.space if joined else action_space)
+    translate = joined.join if joined else actions.from_env
     described = {"obs_shape": observations.shape, "action_dim": actions.dim, "action_type": actions.type}
     episodes = (
-        _minari_episode(episode, number, observations, actions)
+        _minari_episode(episode, number, observations, translate)
         for number, episode in enumerate(dataset.iterate_episodes())
     )
     return ReplayBuffer.from_episodes(episodes, capacity, **described)
 
 
-def _minari_episode(episode: Any, number: int, observations: ObservationSpec, actions: ActionSpec) -> dict[str, Any]:
+def _minari_episode(
+    episode: Any, number: int, observations: ObservationSpec, translate_actions: Callable[[Any, int], Any]
+) -> dict[str, Any]:
     """The arguments of ``ReplayBuffer.add_episode`` for an ``EpisodeData``."""
     steps = len(episode.rewards)
     try:
@@ -70,7 +78,7 @@ def _minari_episode(episode: Any, number: int, observations: ObservationSpec, ac
             )
         return {
             "obs": observations.unwrap(observations.flatten(episode.observations, (steps + 1,))),
-            "actions": actions.from_env(episode.actions, steps),
+            "actions": translate_actions(episode.actions, steps),
             "rewards": episode.rewards,
             "terminated": episode.terminations,
             "truncated": episode.truncations,

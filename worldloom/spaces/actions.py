@@ -81,6 +81,11 @@ class ActionSpec:
         self.dim: int | dict[str, int] = dims if self.is_dict else dims[ACTION]
         self.type: str | dict[str, str] = types if self.is_dict else types[ACTION]
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the agent's actions, in the order of the space."""
+        return list(self._dims)
+
     def check(self, actions: Any, ignore: np.ndarray) -> dict[str, np.ndarray]:
         """An agent's actions by name, as they will be executed: float32 ``[N, A]``, or int64 classes ``[N]``.
 
@@ -116,7 +121,7 @@ class ActionSpec:
             else leaf.scale(actions[leaf.names[0]]).reshape(-1, *(leaf.space.shape or ()))
             for leaf in self._leaves
         }
-        return _assemble(self._space, (), native)
+        return assemble(self._space, (), native)
 
     def from_env(self, actions: Any, count: int) -> Arrays:
         """Recorded actions ``[count, ...]`` of the space in the agent's units: the inverse of :meth:`to_env`.
@@ -303,10 +308,10 @@ class _Scale(NamedTuple):
         return (self.moves * (2 * (native - self.low) / span - 1)).astype(np.float32)
 
 
-def _assemble(space: spaces.Space[Any], path: Path, values: Mapping[Path, np.ndarray]) -> Any:
-    """Values by path as the nested dicts and tuples of ``space``."""
+def assemble(space: spaces.Space[Any], path: Path, values: Mapping[Path, np.ndarray]) -> Any:
+    """Values by path of the leaves as the nested dicts and tuples of ``space``."""
     if isinstance(space, spaces.Dict):
-        return {key: _assemble(inner, (*path, key), values) for key, inner in members(space)}
+        return {key: assemble(inner, (*path, key), values) for key, inner in members(space)}
     if isinstance(space, spaces.Tuple):
-        return tuple(_assemble(inner, (*path, key), values) for key, inner in members(space))
+        return tuple(assemble(inner, (*path, key), values) for key, inner in members(space))
     return values[path]

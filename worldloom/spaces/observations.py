@@ -72,6 +72,9 @@ class ObservationSpec:
         if not self._leaves:
             raise ConfigError("The observation space is an empty dict; at least one array is needed.")
         check_names([leaf.name for leaf in self._leaves], "observations")
+        first = self._leaves[0]
+        is_plain = not self._is_dict and first.kind == "vector" and first.native_shape == first.shape
+        self._plain_shape = first.shape if is_plain else None
         shapes = {leaf.name: leaf.shape for leaf in self._leaves}
         dtypes = {leaf.name: leaf.dtype for leaf in self._leaves}
         self.shape: tuple[int, ...] | dict[str, tuple[int, ...]] = shapes if self._is_dict else shapes[OBS]
@@ -89,6 +92,8 @@ class ObservationSpec:
         floats beyond 0–1 in one of floats, classes that there are not, fractions where the space has integers. The
         bounds of a vector of floats are not checked, because nothing depends on them.
         """
+        if type(obs) is np.ndarray and obs.shape == self._plain_shape and obs.dtype == _FLOAT32 and not lead:
+            return {OBS: obs.copy()}  # The usual case, at every step: nothing is left to check.
         return {leaf.name: _convert(leaf, _array_at(obs, leaf), lead) for leaf in self._leaves}
 
     def is_batch(self, obs: Any) -> bool:

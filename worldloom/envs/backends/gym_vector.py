@@ -30,6 +30,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from worldloom.envs.backends.base import BatchedStepResult
 from worldloom.envs.contract import excluded, read_reset, read_vector_step
 from worldloom.errors import ConfigError, DataError, EnvContractError, EnvError
+from worldloom.spaces.joined import JoinedActions
 from worldloom.spaces.narrow import bound_actions, drop_observations
 from worldloom.spaces.observations import ObservationSpec
 
@@ -52,7 +53,7 @@ class GymVectorBackend:
 
     Args:
       env: the vector environment.
-      action_bounds, drop_keys: as in ``make_env``, checked; they narrow the spaces.
+      action_bounds, drop_keys, join_actions: as in ``make_env``, checked; they change the spaces.
 
     Raises ``ConfigError`` if ``env.metadata["autoreset_mode"]`` is not an ``AutoresetMode``. The methods raise
     ``EnvContractError`` for what the spaces or Gymnasium's interface exclude.
@@ -64,6 +65,7 @@ class GymVectorBackend:
         *,
         action_bounds: tuple[float, float] | None = None,
         drop_keys: Sequence[str] = (),
+        join_actions: bool = False,
     ):
         mode = (env.metadata or {}).get("autoreset_mode")
         if not isinstance(mode, AutoresetMode):
@@ -75,7 +77,9 @@ class GymVectorBackend:
         self._mode = mode
         self._seeds_per_episode = isinstance(env.unwrapped, SyncVectorEnv | AsyncVectorEnv)
         self.observation_space = drop_observations(env.single_observation_space, drop_keys)
-        self.action_space = bound_actions(env.single_action_space, action_bounds)
+        bounded = bound_actions(env.single_action_space, action_bounds)
+        self._joined = JoinedActions(bounded) if join_actions else None
+        self.action_space = bounded if self._joined is None else self._joined.space
         self._observations = ObservationSpec(self.observation_space)
         if mode is AutoresetMode.SAME_STEP and isinstance(env.unwrapped, SyncVectorEnv):
             # It resets an environment before anybody has read the last observation, which is overwritten if the
@@ -98,7 +102,7 @@ class GymVectorBackend:
             return self._reset_all(seeds)
         if self._mode is AutoresetMode.DISABLED and reset_mask.any():
             self._env.reset(options={"reset_mask": reset_mask.copy()})
-        answer = self._env.step(actions)
+        answer = self._env.step(actions if self._joined is None else self._joined.split(actions))
         native, reward, terminated, truncated, info = read_vector_step(answer, self.num_envs)
         obs = self._flatten(native, "step")
         is_terminal = terminated & ~reset_mask

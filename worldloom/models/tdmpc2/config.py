@@ -298,6 +298,11 @@ class TDMPC2Config(BaseConfig):
             raise ConfigError(
                 f"There is no TD-MPC2 size '{size}'.{nearest(size, _PRESETS)} Known: {', '.join(_PRESETS)}."
             )
+        check(
+            not isinstance(action_dim, Mapping),
+            f"TD-MPC2 takes one action, not {action_dim!r}; join_actions=True in make_env and from_minari, "
+            "--join-actions on the command line, makes one of several.",
+        )
         return cls(**{"obs_shape": obs_shape, "action_dim": action_dim, **_PRESETS[size], **overrides})
 
     @classmethod
