@@ -101,7 +101,8 @@ def make_env(
     check(on_bad_step in ("stop", "restart"), f"on_bad_step must be 'stop' or 'restart', not {on_bad_step!r}.")
     bounds, dropped = check_action_bounds(action_bounds), check_drop_keys(drop_keys)
     check(isinstance(join_actions, bool), f"join_actions must be True or False, not {join_actions!r}.")
-    translation = {"action_bounds": bounds, "drop_keys": dropped or None, "join_actions": join_actions}
+    asked = {"action_bounds": bounds, "drop_keys": dropped, "join_actions": join_actions}
+    translation = {name: value for name, value in asked.items() if value}
     if isinstance(spec, gym.vector.VectorEnv):
         _check_unchanged(spec, parallel, num_envs, action_repeat, time_limit, image_size, frame_stack, options)
         check(
@@ -123,7 +124,7 @@ def make_env(
         "image_size": image_size,
         "frame_stack": frame_stack,
         **translation,
-        "on_bad_step": on_bad_step,
+        **({} if on_bad_step == "stop" else {"on_bad_step": on_bad_step}),
         "worker_timeout": worker_timeout,
     }
 

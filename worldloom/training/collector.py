@@ -239,7 +239,9 @@ def env_identity(env: VectorEnv) -> dict[str, Any]:
     plain: dict[str, Any] = {
         name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)
     }
-    plain |= {name: list(env.settings[name] or ()) for name in ("action_bounds", "drop_keys") if name in env.settings}
+    # Not among the settings if they are at their defaults, which differ from other values too.
+    plain |= {name: list(env.settings.get(name) or ()) for name in ("action_bounds", "drop_keys")}
+    plain["join_actions"] = bool(env.settings.get("join_actions"))
     may_change = ("seed", "num_envs", "parallel", "worker_timeout", "on_bad_step", "action_repeat", "time_limit")
     # The repeat and time limit in effect: the arguments may be None for the suite's own.
     effective = {"action_repeat": env.action_repeat, "episode_length": env.episode_length}
