@@ -126,7 +126,9 @@ def test_observations_with_missing_names_or_wrong_values_are_named():
     ]:
         with pytest.raises(DataError, match=message):
             spec.check_finite(spec.flatten({**obs, name: bad}))
-    # Whether floats mean 0–255 or 0–1 cannot be told from an image that is black.
+    # Whether floats mean 0–255 or 0–1 cannot be told from an image that is black: environments must return integers.
+    floats = {**obs, "camera": obs["camera"].astype(np.float64)}
     with pytest.raises(DataError, match="integers from 0 to 255"):
-        spec.flatten({**obs, "camera": obs["camera"].astype(np.float64)})
+        spec.flatten(floats)
+    np.testing.assert_array_equal(spec.flatten(floats, any_dtype=True)["camera"], obs["camera"])
     np.testing.assert_array_equal(spec.flatten({**obs, "camera": obs["camera"].astype(int)})["camera"], obs["camera"])

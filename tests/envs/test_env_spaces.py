@@ -134,7 +134,7 @@ def test_named_observations_are_left_out():
         (spaces.Box(0, 255, (2, 2, 3), np.uint8), np.zeros((2, 2, 3), np.float32), "float32.*integers from 0 to 255"),
         (spaces.Box(0, 255, (2, 2, 3), np.uint8), np.full((2, 2, 3), 300), "holds 300; .*integers from 0 to 255"),
         (spaces.Box(0, 255, (2, 2, 3), np.int32), np.full((2, 2, 3), -1), "holds -1; "),
-        (spaces.Box(0, 1, (2, 2, 3)), np.full((2, 2, 3), 128.0), "holds 128; its space says numbers from 0 to 1"),
+        (spaces.Box(0, 1, (2, 2, 3)), np.full((2, 2, 3), 128.0), "holds 128; its space says floats from 0 to 1"),
         (spaces.Box(0, 255, (4,), np.uint8), np.full(4, 300), "holds 300"),
         (spaces.Box(0, 9, (4,), np.int64), np.full(4, 1.5), "holds 1.5; .*says integers"),
         (spaces.Discrete(4), 4, r"holds 4, which is not in Discrete\(4\)"),

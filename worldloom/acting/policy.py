@@ -313,7 +313,7 @@ class Policy:
                 f"The observation is of one environment; this policy acts in {self.num_envs}, and takes a leading axis "
                 "of that length. Make one for each with num_envs=1."
             )
-        flat = spec.flatten(obs, () if alone else (self.num_envs,))
+        flat = spec.flatten(obs, () if alone else (self.num_envs,), any_dtype=True)
         try:
             spec.check_finite(flat)
         except DataError as error:

@@ -155,7 +155,8 @@ class VectorEnv:
 
         ``seed`` int64 [], ``episodes`` int64 [N] (episode numbers), ``returns`` float64 [N] so far, ``lengths``
         int64 [N] (actions so far), the last row as ``reward``, ``is_last``, ``is_terminal`` [N] and ``obs/<name>``
-        ``[N, ...]``, and the episodes' actions ``actions/<name>`` ``[N, longest, ...]``, zero-padded.
+        ``[N, ...]``, ``cut`` bool [N] (it ends an episode because of a crash or of NaN), and the episodes' actions
+        ``actions/<name>`` ``[N, longest, ...]``, zero-padded.
 
         Raises ``EnvError`` before the first reset. Still works after the environments were closed.
         """
@@ -169,6 +170,7 @@ class VectorEnv:
             "reward": self._last_result.reward.copy(),
             "is_last": self._last_result.is_last.copy(),
             "is_terminal": self._last_result.is_terminal.copy(),
+            "cut": self._cut.copy(),
             **{f"obs/{name}": value.copy() for name, value in self._last_result.obs.items()},
             **{f"actions/{name}": value for name, value in self._action_log.padded().items()},
         }
@@ -195,10 +197,10 @@ class VectorEnv:
         actions = [self._actions.to_env(self._action_log.of(env)) for env in range(self.num_envs)]
         seeds = [episode_seed(self.seed, env, int(self._episodes[env])) for env in range(self.num_envs)]
         replayed = self._backend.replay_actions(seeds, actions, self._action_log.lengths)
-        # Where the episode is over, its last observation leads nowhere; one that was cut ends in a repeated one.
-        running = ~np.array(state["is_last"], bool)
+        # An episode that was cut by a crash or by NaN is over, with the observation before; its replay is not.
+        self._cut = np.array(state.get("cut", np.zeros(self.num_envs)), bool)
         if replayed is None or any(
-            not np.array_equal(replayed.obs[name][running], value[running]) for name, value in obs.items()
+            not np.array_equal(replayed.obs[name][~self._cut], value[~self._cut]) for name, value in obs.items()
         ):
             why = "cannot be replayed" if replayed is None else "did not return to the saved observations"
             warnings.warn(f"The environments {why}; their next episodes begin instead.", RuntimeWarning, stacklevel=2)
@@ -231,6 +233,7 @@ class VectorEnv:
         self._episodes = np.full(self.num_envs, -1, np.int64)
         self._returns = np.zeros(self.num_envs, np.float64)
         self._episode_over = np.ones(self.num_envs, bool)
+        self._cut = np.zeros(self.num_envs, bool)
         self._action_log = ActionLog(np.zeros(self.num_envs), self._actions.zeros(self.num_envs, 0))
         self._last_result: BatchedStepResult | None = None
 
@@ -261,6 +264,7 @@ class VectorEnv:
 
         # Report episodes that ended.
         crashed = {restart.env for restart in result.restarts} | {step.env for step in bad}
+        self._cut = result.is_last & np.isin(np.arange(self.num_envs), list(crashed))
         ends = [
             EpisodeEnd(
                 env=int(env),

@@ -67,6 +67,8 @@ def as_numbers(value: Any, name: str, what: str) -> np.ndarray:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:  # Sequences of different lengths, other libraries' arrays.
         raise DataError(f"The {what} '{name}' is no array of numbers: {error}.") from None
+    if array.dtype.name == "bfloat16":  # of no kind that NumPy knows
+        return array.astype(np.float32)
     if array.dtype.kind not in "fiub":
         raise DataError(f"The {what} '{name}' is {describe(value)} (dtype {array.dtype}); real numbers are needed.")
     return array

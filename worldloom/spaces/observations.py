@@ -80,12 +80,13 @@ class ObservationSpec:
         self.shape: tuple[int, ...] | dict[str, tuple[int, ...]] = shapes if self._is_dict else shapes[OBS]
         self.dtype: np.dtype[Any] | dict[str, np.dtype[Any]] = dtypes if self._is_dict else dtypes[OBS]
 
-    def flatten(self, obs: Any, lead: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+    def flatten(self, obs: Any, lead: tuple[int, ...] = (), *, any_dtype: bool = False) -> dict[str, np.ndarray]:
         """An observation of the space as ``{name: array}``; the arrays are copies. NaN and infinity pass.
 
         Args:
           obs: arrays ``[*lead, *space.shape]``, in nested dicts and tuples where the space is one.
           lead: leading axes, such as ``(N,)`` for observations of N environments.
+          any_dtype: whether images of uint8 may be given as floats that are whole numbers.
 
         Raises ``DataError`` when an entry is missing, an array does not have the shape of its space, or its numbers
         would be translated to something else without a word: floats or numbers beyond 0–255 in an image of uint8,
@@ -94,7 +95,7 @@ class ObservationSpec:
         """
         if type(obs) is np.ndarray and obs.shape == self._plain_shape and obs.dtype == _FLOAT32 and not lead:
             return {OBS: obs.copy()}  # The usual case, at every step: nothing is left to check.
-        return {leaf.name: _convert(leaf, _array_at(obs, leaf), lead) for leaf in self._leaves}
+        return {leaf.name: _convert(leaf, _array_at(obs, leaf), lead, any_dtype) for leaf in self._leaves}
 
     def is_batch(self, obs: Any) -> bool:
         """Whether ``obs`` has a batch axis in front of the axes of its space. Raises ``DataError`` as above."""
@@ -196,7 +197,7 @@ def _check_keys(space: spaces.Space[Any], obs: Any, path: Path) -> None:
             _check_keys(inner, obs[i], (*path, i))
 
 
-def _convert(leaf: _ObsLeaf, value: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+def _convert(leaf: _ObsLeaf, value: np.ndarray, lead: tuple[int, ...], any_dtype: bool) -> np.ndarray:
     """``value`` ``[*lead, *space.shape]`` as a new array ``[*lead, *leaf.shape]`` of the leaf's dtype."""
     expected = lead + leaf.native_shape
     if value.shape != expected:
@@ -207,7 +208,8 @@ def _convert(leaf: _ObsLeaf, value: np.ndarray, lead: tuple[int, ...]) -> np.nda
     if kind in ("class", "classes"):
         return _one_hots(leaf, value, lead)
     if kind == "image" and value.dtype != np.uint8:
-        if value.dtype.kind != "i" and value.dtype.kind != "u":
+        whole = value.dtype.kind in "iu" or (any_dtype and bool((value == np.floor(value)).all()))
+        if not whole:
             raise DataError(
                 f"The observation '{leaf.name}' is an image of dtype {value.dtype} with values from {value.min():g} to "
                 f"{value.max():g}; its space says integers from 0 to 255. Return uint8, or declare a Box from 0 to 1 "
@@ -215,7 +217,7 @@ def _convert(leaf: _ObsLeaf, value: np.ndarray, lead: tuple[int, ...]) -> np.nda
             )
         _check_range(leaf, value, 0, 255, "integers from 0 to 255")
     elif kind == "unit image":
-        _check_range(leaf, value, 0, 1, "numbers from 0 to 1")
+        _check_range(leaf, value, 0, 1, "floats from 0 to 1")
     elif kind == "bits":
         if value.dtype != np.bool_:
             _check_range(leaf, value, 0, 1, "0 or 1")
