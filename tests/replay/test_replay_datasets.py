@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -111,6 +112,44 @@ def test_minari_episodes_that_are_not_as_declared_are_refused(observation_space,
     dataset = minari_dataset(spaces.Discrete(2), [0, 1], observation_space, observations)
     with pytest.raises(DataError, match=f"Episode 7 of the dataset cannot be read. .*{words}"):
         from_minari(dataset)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dataset_recorded_by_minari_is_read(tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+
+    class Talking(gym.Env):
+        observation_space = spaces.Dict(
+            {
+                "arm": spaces.Dict(pose=spaces.Box(-1, 1, (2, 3)), mode=spaces.Discrete(3, start=1)),
+                "say": spaces.Text(8),
+            }
+        )
+        action_space = spaces.Tuple([spaces.Discrete(3, start=1), spaces.Box(-2, 2, (2,))])
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.steps = 0
+            return self.observation_space.sample(), {}
+
+        def step(self, action):
+            self.steps += 1
+            return self.observation_space.sample(), float(self.steps), False, self.steps == 4, {}
+
+    collector = minari.DataCollector(Talking(), record_infos=False)
+    for _ in range(3):
+        collector.reset()
+        while not collector.step(collector.action_space.sample())[3]:
+            pass
+    collector.create_dataset(
+        "tiny/talking-v0", author="a", author_email="a@b.c", code_permalink="x", algorithm_name="r"
+    )
+    buffer = from_minari("tiny/talking-v0", download=False, drop_keys=["say"])
+    assert (buffer.num_episodes, len(buffer)) == (3, 15)
+    assert buffer.obs_shape == {"arm/mode": (3,), "arm/pose": (6,)}
+    assert buffer.action_dim == {"0": 3, "1": 2}
+    assert next(buffer.episodes())["rewards"].tolist() == [0, 1, 2, 3, 4]
 
 
 def flat(**more):
