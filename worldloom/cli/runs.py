@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser
+from worldloom.cli.train import ENV_FLAGS
 from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError
 from worldloom.models.registry import saved_class
@@ -18,6 +19,8 @@ from worldloom.training.checkpoint import load_weights
 from worldloom.training.evaluation import play
 from worldloom.training.run_folder import RunFolder
 
+_TRANSLATION = ("action_bounds", "drop_keys", "join_actions", "on_bad_step")
+"""Flags of ``worldloom train`` about the environment's spaces; runs of earlier versions do not have them."""
 _FLAGS = [
     Flag("episodes", int, "How many to play.", 10),
     Flag("checkpoint", str, "latest, best (by evaluation return), or a number of updates.", "latest"),
@@ -25,6 +28,7 @@ _FLAGS = [
     Flag("num_envs", int, "Environments stepped together; by default as many as episodes, at most 10."),
     Flag("explore", bool, "Act as during collection, with exploration."),
     Flag("env", str, "Another environment with the same shapes."),
+    *(flag for flag in ENV_FLAGS if flag.name in _TRANSLATION),
     Flag("device", str, "auto, cpu, cuda, gpu or tpu, or a numbered one such as cuda:1.", "auto"),
     FAMILY_FLAG,
 ]
@@ -85,6 +89,7 @@ def _open_run(given: Mapping[str, Any], num_envs: int, *, render: bool = False) 
     cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
     keep_freed_memory()
     changes = {"spec": given["env"]} if "env" in given else {}
+    changes |= {name: given[name] for name in _TRANSLATION if name in given}
     parallel = {"parallel": "sync"} if num_envs == 1 else {}
     with run.make_env(num_envs=num_envs, seed=given.get("seed", 0), render=render, **parallel, **changes) as env:
         model = cls(cls.config_class.from_dict(settings["model"]), device=device)

@@ -59,9 +59,9 @@ def make_env(
     image_size: int | None = None,
     frame_stack: int | None = None,
     action_bounds: tuple[float, float] | None = None,
-    drop_keys: Sequence[str] = (),
-    join_actions: bool = False,
-    on_bad_step: Literal["stop", "restart"] = "stop",
+    drop_keys: Sequence[str] | None = None,
+    join_actions: bool | None = None,
+    on_bad_step: Literal["stop", "restart"] | None = None,
     render: bool = False,
     worker_timeout: float = 60.0,
     **options: Any,
@@ -88,8 +88,8 @@ def make_env(
       drop_keys: names of observations to leave out, ``"robot/arm"`` or ``"robot"`` for all in it; texts, for instance.
       join_actions: whether several actions become one: continuous ones side by side, discrete ones as one choice of
         their combinations. For models that take one action, such as TD-MPC2.
-      on_bad_step: what a step that returns NaN or infinity does: ``"stop"`` raises ``DataError``; ``"restart"`` closes
-        its episode as truncated, without that step's values, and begins the next.
+      on_bad_step: what a step that returns NaN or infinity does: ``"stop"``, the default, raises ``DataError``;
+        ``"restart"`` closes its episode as truncated, without that step's values, and begins the next.
       render: whether :meth:`VectorEnv.render` will be called; functions and objects must enable rendering themselves.
       worker_timeout: seconds after which a worker that does not answer is replaced.
       options: passed to the function, to ``gymnasium.make``, or to the suite.
@@ -98,19 +98,18 @@ def make_env(
     ``MissingDependencyError`` when an extra is needed, and whatever building the environment raises.
     """
     _check_arguments(num_envs, parallel, action_repeat, time_limit, image_size, frame_stack)
-    check(on_bad_step in ("stop", "restart"), f"on_bad_step must be 'stop' or 'restart', not {on_bad_step!r}.")
+    check(on_bad_step in (None, "stop", "restart"), f"on_bad_step must be 'stop' or 'restart', not {on_bad_step!r}.")
     bounds, dropped = check_action_bounds(action_bounds), check_drop_keys(drop_keys)
-    check(isinstance(join_actions, bool), f"join_actions must be True or False, not {join_actions!r}.")
-    asked = {"action_bounds": bounds, "drop_keys": dropped, "join_actions": join_actions}
-    translation = {name: value for name, value in asked.items() if value}
+    check(join_actions in (None, True, False), f"join_actions must be True or False, not {join_actions!r}.")
+    translation = {"action_bounds": bounds, "drop_keys": dropped or None, "join_actions": join_actions or None}
     if isinstance(spec, gym.vector.VectorEnv):
         _check_unchanged(spec, parallel, num_envs, action_repeat, time_limit, image_size, frame_stack, options)
         check(
-            on_bad_step == "stop",
+            on_bad_step != "restart",
             "on_bad_step='restart' is for environments that make_env builds itself: those of a Gymnasium vector "
             "environment cannot be restarted one by one. Give make_env an id or a function.",
         )
-        backend = GymVectorBackend(spec, action_bounds=bounds, drop_keys=dropped, join_actions=join_actions)
+        backend = GymVectorBackend(spec, action_bounds=bounds, drop_keys=dropped, join_actions=bool(join_actions))
         return VectorEnv(backend, seed=seed, settings={"spec": spec, "seed": seed, **translation})
     if isinstance(spec, gym.Env) and (num_envs != 1 or parallel != "sync" or options):
         raise ConfigError(
@@ -124,12 +123,14 @@ def make_env(
         "image_size": image_size,
         "frame_stack": frame_stack,
         **translation,
-        **({} if on_bad_step == "stop" else {"on_bad_step": on_bad_step}),
+        "on_bad_step": None if on_bad_step == "stop" else on_bad_step,
         "worker_timeout": worker_timeout,
     }
 
     def make(num_envs: int, seed: int, render: bool) -> VectorEnv:
-        changes = _Changes(action_repeat, time_limit, image_size, frame_stack, bounds, dropped, join_actions, render)
+        changes = _Changes(
+            action_repeat, time_limit, image_size, frame_stack, bounds, dropped, bool(join_actions), render
+        )
         build, repeat = _builder(spec, changes, options)
         backend: Backend
         if parallel == "subprocess":
