@@ -109,6 +109,11 @@ class ActionSpec:
             native = _set_at_path(native, leaf.path, value)
         return native
 
+    @staticmethod
+    def scale_of(space: spaces.Box) -> _Scale:
+        """How an action in [−1, 1] becomes one of ``space``."""
+        return _Scale.of(space)
+
     def zeros(self, *lead: int) -> dict[str, np.ndarray]:
         """Actions by name that are all 0, with leading axes ``lead``: float32 ``[*lead, A]`` or int64 ``[*lead]``."""
         return {
