@@ -16,7 +16,7 @@ PACKAGE = Path(worldloom.__file__).parent
 
 # A module may import from its own layer's package and from layers before it.
 LAYERS = [
-    ("errors", "files", "config", "devices", "spaces", "xla_workarounds", "_version"),
+    ("errors", "files", "config", "devices", "spaces", "xla_workarounds", "policy_file", "_version"),
     ("algorithm",),
     ("families",),
     ("ops",),
@@ -29,6 +29,7 @@ LAYERS = [
     ("report",),
     ("training",),
     ("acting",),
+    ("export",),
     ("interop",),
     ("cli", "__main__"),
 ]

@@ -82,7 +82,9 @@ def small(family, env=Arm, seed=0, **overrides):
 
 
 def equal(one, other):
-    """Whether actions are equal, in nested dicts too."""
+    """Whether actions are equal, in nested dicts and tuples too."""
+    if isinstance(one, tuple):
+        return isinstance(other, tuple) and len(one) == len(other) and all(map(equal, one, other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
     return np.array_equal(one, other)

@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from worldloom import policy_file
 from worldloom.acting.policy import Policy
-from worldloom.errors import ConfigError
+from worldloom.devices import resolve_device
+from worldloom.errors import ConfigError, FileFormatError
 from worldloom.models.registry import from_pretrained, saved_class
 
 _log = logging.getLogger("worldloom")
@@ -24,12 +26,13 @@ def load_policy(
     max_ms: float | None = None,
     device: str = "auto",
     seed: int = 0,
-) -> Policy:
+) -> Policy | policy_file.PolicyFile:
     """The agent of a run or of a saved model, which acts in the units of the environment it was trained in.
 
     Args:
-      path: folder of a run (``runs/x``), a folder that ``save_pretrained`` wrote, or any other name that
-        ``from_pretrained`` takes.
+      path: folder of a run (``runs/x``), a folder that ``save_pretrained`` wrote, any other name that
+        ``from_pretrained`` takes, or a file that ``worldloom export`` wrote. The policy of a file raises ``ValueError``
+        for observations that do not fit.
       env: another environment of the same shapes; None is the one that the model was trained in. If that is not known
         (a model that was trained on recorded episodes), continuous actions are in [−1, 1], and a warning is logged.
       checkpoint: of a run: ``"latest"``, ``"best"`` (by evaluation return), or a number of updates. None is the latest,
@@ -38,9 +41,21 @@ def load_policy(
       device: where the weights are put and actions are computed.
 
     Raises what ``from_pretrained`` and :class:`Policy` raise; ``ConfigError`` if ``checkpoint`` is given for a saved
-    model; ``CheckpointError`` for a run without such a checkpoint; ``FileFormatError`` for damaged files.
+    model, or for a file what was decided when it was written (``env``, ``planner``, …); ``CheckpointError`` for a run
+    without such a checkpoint; ``FileFormatError`` for damaged files.
     """
-    model = _load_model(Path(path), str(path), checkpoint, device)
+    if Path(path).is_file():
+        decided = {"env": env, "checkpoint": checkpoint, "planner": planner, "max_ms": max_ms}
+        for name, value in decided.items():
+            if value is not None:
+                raise ConfigError(f"{path} is a policy file: {name} was decided when it was exported. Export it again.")
+        try:
+            return policy_file.load_policy(path, num_envs=num_envs, mode=mode, device=resolve_device(device), seed=seed)
+        except policy_file.PolicyFileError as error:
+            raise FileFormatError(str(error)) from error
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    model = load_model(path, checkpoint, device)
     if env is None and model.env_spaces is None:
         _log.warning(
             "%s does not say which environment it was trained in: continuous actions are in [-1, 1]. Give env= to act "
@@ -50,7 +65,9 @@ def load_policy(
     return Policy(model, env, num_envs=num_envs, mode=mode, planner=planner, max_ms=max_ms, seed=seed)
 
 
-def _load_model(folder: Path, name: str, checkpoint: str | int | None, device: str) -> Any:
+def load_model(path: str | Path, checkpoint: str | int | None = None, device: str = "auto") -> Any:
+    """The model of a run or of a saved model, with what it knows of its environment; arguments and errors as above."""
+    folder, name = Path(path), str(path)
     ended, checkpoints = (folder / "model" / "config.json").is_file(), folder / "checkpoints"
     if not ended and not checkpoints.is_dir():
         if checkpoint is not None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("worldloom.cli.train:train", "train an agent in an environment, or resume a run"),
     "eval": ("worldloom.cli.runs:evaluate", "evaluate the policy of a run and print its returns"),
     "play": ("worldloom.cli.runs:play_video", "write a video of the evaluation policy of a run"),
+    "export": ("worldloom.cli.export:export", "write the policy of a run to a file that acts without worldloom"),
     "list": ("worldloom.cli.about:names", "list model names and kinds of environments"),
     "info": ("worldloom.cli.about:info", "show parameters of a model and the memory that training needs"),
     "doctor": ("worldloom.cli.about:doctor", "check devices, GPU support, versions and extras"),
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _configure_process()
     from worldloom.cli.flags import take_family_modules
 
-    if words[0] in ("train", "eval", "play"):
+    if words[0] in ("train", "eval", "play", "export"):
         _enable_compilation_cache()
     try:
         rest, modules = take_family_modules(words[1:])

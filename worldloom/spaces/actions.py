@@ -151,6 +151,11 @@ class ActionSpec:
         """What the public interface shows: the dict itself if :attr:`is_dict`, else its only array."""
         return actions if self.is_dict else actions[ACTION]
 
+    @staticmethod
+    def scale_of(space: spaces.Box) -> _Scale:
+        """How an action in [−1, 1] becomes one of ``space``."""
+        return _Scale.of(space, ACTION)
+
     def zeros(self, *lead: int) -> dict[str, np.ndarray]:
         """Actions by name that are all 0, with leading axes ``lead``: float32 ``[*lead, A]`` or int64 ``[*lead]``."""
         return {

@@ -172,7 +172,7 @@ class RSSM(nnx.Module):
         deter_kernel, token_kernel = jnp.split(kernel, [initial.deter.shape[-1]])
         action_terms = self.core.action_term(actions * keep, kernels)
         token_terms = tokens @ token_kernel.astype(tokens.dtype) + bias.astype(tokens.dtype)
-        uniforms = self.sampling_uniforms(key, tokens.shape[1], len(tokens))
+        uniforms = self.sampling_uniforms(key, tokens.shape[1], tokens.shape[0])
 
         def step(state: Latent, inputs: tuple) -> tuple[Latent, tuple[Latent, jax.Array]]:
             (action_term, token_term, keep_t), uniform = inputs

@@ -126,7 +126,7 @@ class DreamerV3WorldModel(WorldModel):
     def predict(self, state: Latent, action: Any, key: jax.Array | None = None) -> Latent:
         """State [B, ...] imagined after acting [B, ...] in ``state``."""
         embedded = embed_actions(self.config, action, 1, self.dtype)
-        return self.rssm.predict(state, embedded, self.rssm.sampling_uniforms(key, len(embedded)))
+        return self.rssm.predict(state, embedded, self.rssm.sampling_uniforms(key, embedded.shape[0]))
 
     @compiled
     def imagine(self, state: Latent, actions: Any, key: jax.Array | None = None) -> Trajectory:
@@ -201,7 +201,7 @@ class DreamerV3WorldModel(WorldModel):
         """
         obs = prepare_observations(self.config, obs, 1)
         count = next(iter(obs.values())).shape[0]
-        check_environments(count, None if carry is None else len(carry.is_first), is_first)
+        check_environments(count, None if carry is None else carry.is_first.shape[0], is_first)
         carry = carry or self.initial_carry(count)
         if is_first is not None:
             carry = dataclasses.replace(carry, is_first=carry.is_first | jnp.asarray(is_first, bool))
