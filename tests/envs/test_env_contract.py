@@ -266,6 +266,15 @@ def test_vector_environments_are_held_to_the_same_contract(answer, words):
         take_steps(env, 2)
 
 
+def test_last_observations_that_were_overwritten_are_refused():
+    array = np.ones((2, 1), np.float32)
+    with (
+        make_env(Vector(obs=array, info={"final_obs": array})) as env,
+        pytest.raises(EnvContractError, match="put a copy of the last one into it"),
+    ):
+        take_steps(env, 2)
+
+
 def test_an_end_that_equals_the_next_beginning_is_mentioned_once(caplog):
     env = make_env(Vector(info={"final_obs": np.full((2, 1), 2, np.float32)}))
     take_steps(env, 2)

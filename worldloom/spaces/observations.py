@@ -109,6 +109,11 @@ class ObservationSpec:
             raise DataError(f"The observations '{self._leaves[0].name}' are a single number.")
         return len(first)
 
+    def share_memory(self, obs: Any, other: Any) -> bool:
+        """Whether an array of ``obs`` lies in the memory of the same one of ``other``."""
+        pairs = ((value_at(obs, leaf.path, OBS), value_at(other, leaf.path, OBS)) for leaf in self._leaves)
+        return any(isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.shares_memory(a, b) for a, b in pairs)
+
     def check_finite(self, flat: Mapping[str, np.ndarray]) -> None:
         """Raise ``DataError`` for NaN and infinity in what :meth:`flatten` returned."""
         for name, value in flat.items():
@@ -155,7 +160,7 @@ def _box_array(space: spaces.Box, name: str) -> tuple[tuple[int, ...], np.dtype[
     axes, integers = len(space.shape), np.dtype(space.dtype).kind in "iu"
     if 0 in space.shape:
         raise ConfigError(f"Observation {name + ' ' if name else ''}has shape {space.shape}: it holds no number.")
-    low, high = space.low.min(), space.high.max()
+    low, high = float(space.low.min()), float(space.high.max())
     if axes == 3 and low >= 0 and high <= 1:
         return space.shape, _FLOAT32, "unit image"
     if axes == 3 and integers and low >= 0 and high <= 255:

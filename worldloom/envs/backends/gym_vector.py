@@ -110,7 +110,7 @@ class GymVectorBackend:
         if self._mode is AutoresetMode.SAME_STEP and is_last.any():
             # Where an episode ended, `obs` is the first of the next episode; this row needs the last one. Copied before
             # others are reset, which may write into the same array.
-            last = self._last_observations(info, is_last, obs)
+            last = self._last_observations(info, is_last, native, obs)
         # NEXT_STEP has already reset them, but Gymnasium's own vectors must be reset with this episode's seed.
         if reset_mask.any() and (self._mode is not AutoresetMode.NEXT_STEP or self._seeds_per_episode):
             obs = self._reset_where(reset_mask, seeds, obs)
@@ -150,7 +150,7 @@ class GymVectorBackend:
             raise excluded(error, source) from error
 
     def _last_observations(
-        self, info: Any, is_last: np.ndarray, next_obs: dict[str, np.ndarray]
+        self, info: Any, is_last: np.ndarray, native: Any, next_obs: dict[str, np.ndarray]
     ) -> dict[int, dict[str, np.ndarray]]:
         """The last observations of the episodes that ended, by environment, from ``info["final_obs"]``."""
         final = info.get("final_obs") if isinstance(info, Mapping) else None
@@ -166,6 +166,11 @@ class GymVectorBackend:
                 last[env] = self._observations.flatten(final[env])
             except DataError as error:
                 raise excluded(error, "info['final_obs']") from error
+            if self._observations.share_memory(final[env], native):
+                raise EnvContractError(
+                    f"info['final_obs'] of environment {env} lies in the array of the observations that step returned, "
+                    "which holds the first observation of the next episode; put a copy of the last one into it."
+                )
             same = all(np.array_equal(value, next_obs[name][env]) for name, value in last[env].items())
             if same and not self._told_of_equal_ends:
                 self._told_of_equal_ends = True
