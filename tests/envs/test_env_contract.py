@@ -147,7 +147,7 @@ class NanReward(Steady):
 
 @pytest.mark.parametrize("parallel", ["sync", "subprocess"])
 @pytest.mark.parametrize(("kind", "length", "name"), [(Nan, 3, "'obs'"), (NanReward, 4, "'reward'")])
-def test_a_step_that_returns_nan_can_close_its_episode(kind, length, name, parallel):
+def test_a_step_that_returns_nan_can_close_its_episode(kind, length, name, parallel, caplog):
     with make_env(kind, 2, on_bad_step="restart", parallel=parallel) as env:
         time_step, number = env.reset(), 0
         for _ in range(3 * (length + 1) - 1):
@@ -163,11 +163,12 @@ def test_a_step_that_returns_nan_can_close_its_episode(kind, length, name, paral
                 bad = [event for event in time_step.events if isinstance(event, BadStep)]
                 assert bad == [BadStep(0, name), BadStep(1, name)]
                 ends = [event for event in time_step.events if isinstance(event, EpisodeEnd)]
-                assert all(end.crashed and end.length == length for end in ends)
+                assert all(end.length == length and not (end.crashed or end.terminated) for end in ends)
                 assert not any(isinstance(event, WorkerRestart) for event in time_step.events)
                 again = make_env(kind, 2, on_bad_step="restart")
                 np.testing.assert_array_equal(again.restore(env.state()).obs, time_step.obs)
         assert number == 3 * (length + 1) - 1
+        assert caplog.text.count(f"Environment 1 returned {name} NaN or infinite: its episode is closed") == 3
 
 
 def test_nan_stops_by_default_and_names_the_way_on():

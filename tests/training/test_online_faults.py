@@ -238,7 +238,7 @@ def test_steps_that_return_nan_cut_their_episodes_are_counted_and_do_not_end_the
     cut = rows["is_last"] & ~rows["is_terminal"] & (rows["rewards"] == 0)
     counted = [values["collect/bad_steps"] for _, _, values in recorder.records if "collect/bad_steps" in values]
     assert counted[-1] == cut.sum() > 2
-    assert "returned 'obs' NaN or infinite: its episode is closed as truncated (1 so far)" in caplog.text
+    assert "returned 'obs' NaN or infinite: its episode is closed as truncated" in caplog.text
     # Exactly resumable, whether or not an episode was just cut.
     for step in range(1, 12, 2):
         again = make_env(SometimesNan, 2, seed=3, on_bad_step="restart")

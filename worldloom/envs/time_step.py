@@ -17,8 +17,7 @@ class EpisodeEnd(NamedTuple):
       episode_return: sum of the episode's rewards.
       length: decision steps of the episode (its actions; one less than its rows).
       terminated: whether the environment itself ended the episode; false for a time limit.
-      crashed: whether it was cut because its worker had to be restarted, or because it returned NaN; its return is
-        then incomplete.
+      crashed: whether it was cut because its worker had to be restarted; its return is then incomplete.
     """
 
     env: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -15,6 +16,8 @@ from worldloom.errors import ConfigError, DataError, EnvError
 from worldloom.spaces.actions import ActionSpec
 from worldloom.spaces.leaves import Arrays
 from worldloom.spaces.observations import ObservationSpec
+
+_log = logging.getLogger("worldloom")
 
 
 class VectorEnv:
@@ -263,8 +266,8 @@ class VectorEnv:
         self._returns = np.where(reset_mask, 0, self._returns) + result.reward
 
         # Report episodes that ended.
-        crashed = {restart.env for restart in result.restarts} | {step.env for step in bad}
-        self._cut = result.is_last & np.isin(np.arange(self.num_envs), list(crashed))
+        crashed = {restart.env for restart in result.restarts}
+        self._cut = result.is_last & np.isin(np.arange(self.num_envs), [*crashed, *(step.env for step in bad)])
         ends = [
             EpisodeEnd(
                 env=int(env),
@@ -295,6 +298,10 @@ class VectorEnv:
                     else "; check the simulator. With on_bad_step='restart' in make_env (--on-bad-step restart), such "
                     "episodes are cut there, and the next begin."
                 )
+            )
+        for step in bad:
+            _log.warning(
+                "Environment %d returned %s NaN or infinite: its episode is closed as truncated.", step.env, step.name
             )
         obs = {name: value.copy() for name, value in result.obs.items()}
         for name, value in obs.items():

@@ -167,12 +167,6 @@ class Collector:
                 self.ends.append(event)
             elif isinstance(event, BadStep):
                 self.bad_steps += 1
-                _log.warning(
-                    "Environment %d returned %s NaN or infinite: its episode is closed as truncated (%d so far).",
-                    event.env,
-                    event.name,
-                    self.bad_steps,
-                )
             else:
                 self.restarts += 1
                 _log.warning("%s It was replaced, its episode closed as truncated.", event.reason)

@@ -14,7 +14,7 @@ class EpisodesCallback(Callback):
 
     Also published are their number, ``collect/episodes``, ``collect/restarts``, the number of environment processes
     replaced so far, and, once there is one, ``collect/bad_steps``, the number of steps so far that returned NaN. Online
-    training adds this callback itself. Episodes cut short by a crash or by NaN are excluded.
+    training adds this callback itself. Episodes cut short by a crash are excluded.
 
     Args:
       collector: the run's collector.
