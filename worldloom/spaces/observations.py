@@ -16,6 +16,8 @@ from worldloom.spaces.leaves import Arrays, Path, as_numbers, check_names, descr
 _Kind = Literal["vector", "integers", "image", "unit image", "class", "classes", "bits"]
 
 _UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+_ROUNDING = 1e-6
+"""How far rounding may take a float image beyond 0 and 1; replay allows as much."""
 
 
 class _ObsLeaf(NamedTuple):
@@ -222,7 +224,7 @@ def _convert(leaf: _ObsLeaf, value: np.ndarray, lead: tuple[int, ...], any_dtype
             )
         _check_range(leaf, value, 0, 255, "integers from 0 to 255")
     elif kind == "unit image":
-        _check_range(leaf, value, 0, 1, "floats from 0 to 1")
+        _check_range(leaf, value, -_ROUNDING, 1 + _ROUNDING, "floats from 0 to 1")
     elif kind == "bits":
         if value.dtype != np.bool_:
             _check_range(leaf, value, 0, 1, "0 or 1")
