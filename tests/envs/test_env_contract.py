@@ -106,6 +106,16 @@ def test_the_older_interface_is_recognised_under_wrappers(wrap):
         take_steps(env)
 
 
+def test_a_step_that_returns_nothing_is_recognised_under_wrappers():
+    class Nothing(Odd):
+        def step(self, action):
+            return None
+
+    for wrap, words in [({}, "step returned None"), ({"time_limit": 9}, "A wrapper could not read")]:
+        with make_env(Nothing, **wrap) as env, pytest.raises(EnvContractError, match=words):
+            take_steps(env)
+
+
 def test_a_reset_without_seed_is_recognised():
     with make_env(WithoutSeed) as env, pytest.raises(EnvContractError, match="reset takes no seed"):
         env.reset()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from gymnasium import spaces
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldloom.envs.backends.base import index_nested
@@ -177,6 +177,7 @@ def test_an_observation_of_the_wrong_shape_is_refused():
 bounds = st.floats(-(2**18), 2**18, width=32)
 
 
+@settings(deadline=None)
 @given(low=bounds, span=st.floats(2**-10, 2**18, width=32), action=st.floats(-3, 3, width=32))
 def test_continuous_actions_are_clipped_and_scaled_to_the_bounds(low, span, action):
     high = np.float32(low) + np.float32(span)
@@ -239,6 +240,7 @@ spaces_of_actions = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(space=spaces_of_actions, seed=st.integers(0, 2**30), scale=st.floats(0.1, 5))
 def test_what_is_checked_is_what_is_executed_and_read_back_from_recordings(space, seed, scale):
     spec, rng, ignore_none = ActionSpec(space), np.random.default_rng(seed), np.zeros(4, bool)
@@ -256,6 +258,7 @@ def test_what_is_checked_is_what_is_executed_and_read_back_from_recordings(space
         assert np.abs(value).max() <= 1 or value.dtype.kind == "i"
 
 
+@settings(deadline=None)
 @given(space=spaces_of_actions, seed=st.integers(0, 2**30))
 def test_recorded_actions_are_taken_again_as_they_were(space, seed):
     spec = ActionSpec(space)
@@ -282,6 +285,7 @@ def _flat(value):
     return [value]
 
 
+@settings(deadline=None)
 @given(
     space=st.sampled_from(
         [

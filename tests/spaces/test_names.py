@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldloom.interop import load_official_dreamerv3, to_official_dreamerv3
@@ -31,6 +31,7 @@ ODD = [
 names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1) | st.sampled_from(ODD)
 
 
+@settings(deadline=None)
 @given(name=names)
 def test_every_name_has_a_form_for_attributes_and_files(name):
     attribute = attribute_name(name)
@@ -39,6 +40,7 @@ def test_every_name_has_a_form_for_attributes_and_files(name):
     assert not hasattr(nnx.Dict(), attribute) or attribute == name
 
 
+@settings(deadline=None)
 @given(name=st.from_regex(r"[A-Za-z][A-Za-z0-9_-]*", fullmatch=True))
 def test_plain_names_stay_as_they_are(name):
     assert attribute_name(name) == name or name == "items"

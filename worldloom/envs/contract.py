@@ -79,7 +79,7 @@ def explain(error: Exception) -> None:
     """Raise ``EnvContractError`` if ``error``, of a call of an environment, comes from the interface of older Gym."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     in_wrapper = "/gymnasium/" in frame.filename or "/worldloom/envs/" in frame.filename
-    if in_wrapper and isinstance(error, ValueError) and "to unpack" in str(error):
+    if in_wrapper and ("to unpack" in str(error) or "cannot unpack" in str(error)):
         raise EnvContractError(
             "A wrapper could not read what the environment returned. step must return (observation, reward, "
             f"terminated, truncated, info), and reset (observation, info). {_OLD_API}"
