@@ -62,6 +62,7 @@ CASES = {
     ),
     "a text as flag": ({"step": (0, 0.0, "False", False, {})}, r"terminated is 'False' \(str\); True or False"),
     "a number as flag": ({"step": (0, 0.0, False, 1, {})}, r"truncated is 1 \(int\)"),
+    "no info": ({"step": (0, 0.0, False, False, None)}, "info that step returned is None .*a dict"),
     "None as flag": ({"step": (0, 0.0, False, None, {})}, "truncated is None"),
     "a class too large": ({"obs": [0, 4]}, r"step returned .*'obs' holds 4, which is not in Discrete\(4\)"),
     "a negative class": ({"obs": -1}, "reset returned .*'obs' holds -1"),

@@ -27,25 +27,27 @@ def read_reset(answer: Any) -> Any:
     return answer[0]
 
 
-def read_step(answer: Any) -> tuple[Any, float, bool, bool]:
-    """Observation, reward, ``terminated`` and ``truncated`` that ``step`` returned.
+def read_step(answer: Any) -> tuple[Any, float, bool, bool, Mapping[str, Any]]:
+    """Observation, reward, ``terminated``, ``truncated`` and info that ``step`` returned.
 
-    Raises ``EnvContractError`` for anything but a tuple of five, a reward that is not one number, and flags that are
-    not booleans.
+    Raises ``EnvContractError`` for anything but a tuple of five, a reward that is not one number, flags that are not
+    booleans, and an info that is no dict.
     """
     if type(answer) is not tuple or len(answer) != 5:
         raise EnvContractError(
             f"step returned {describe(answer)}; a tuple (observation, reward, terminated, truncated, info) is needed. "
             f"{_OLD_API}"
         )
-    obs, reward, terminated, truncated, _ = answer
+    obs, reward, terminated, truncated, info = answer
     if type(reward) is not float:
         reward = _number(reward)
     if type(terminated) is not bool:
         terminated = _boolean("terminated", terminated)
     if type(truncated) is not bool:
         truncated = _boolean("truncated", truncated)
-    return obs, reward, terminated, truncated
+    if type(info) is not dict and not isinstance(info, Mapping):
+        raise EnvContractError(f"The info that step returned is {describe(info)}; a dict is needed.")
+    return obs, reward, terminated, truncated, info
 
 
 def read_vector_step(answer: Any, num_envs: int) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Any]:

@@ -32,13 +32,12 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
         """Returns the observation, flags and info of the last repeat, and the sum of the rewards."""
         total = 0.0
         for _ in range(self.repeat):
-            answer = self.env.step(action)
             # Before rewards are summed and flags are asked: a text such as "False" would count as true.
-            obs, reward, terminated, truncated = read_step(answer)
+            obs, reward, terminated, truncated, info = read_step(self.env.step(action))
             total += reward
             if terminated or truncated:
                 break
-        return obs, total, terminated, truncated, answer[4]
+        return obs, total, terminated, truncated, dict(info)
 
 
 class DropKeys(gym.ObservationWrapper[Any, Any, Any]):

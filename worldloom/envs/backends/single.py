@@ -52,7 +52,7 @@ class SingleEnv:
         except (TypeError, ValueError) as error:
             explain(error)
             raise
-        obs, reward, terminated, truncated = read_step(answer)
+        obs, reward, terminated, truncated, _ = read_step(answer)
         return StepResult(self._flatten(obs, "step"), reward, terminated or truncated, terminated)
 
     def replay_actions(self, seed: int, actions: Any, length: int) -> StepResult:
