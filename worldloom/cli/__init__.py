@@ -6,6 +6,7 @@ both once training has saved a checkpoint. Commands are imported when they are c
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -100,7 +101,9 @@ class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm.auto import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        # A terminal that was closed must not end training; nothing is left to say so on.
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _fail(sentence: str, code: int = 2) -> int:

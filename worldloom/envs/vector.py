@@ -161,12 +161,13 @@ class VectorEnv:
             **{f"actions/{name}": value for name, value in self._action_log.padded().items()},
         }
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> TimeStep:
+    def restore(self, state: Mapping[str, np.ndarray], *, max_steps: int | None = None) -> TimeStep:
         """Return to a saved :meth:`state` by replaying its episodes from their seeds and actions; returns its rows.
 
         Exact for environments that are functions of seed and actions. If the observations differ, or if the
-        environments cannot be replayed (Gymnasium vector environments), a ``RuntimeWarning`` says so and the next
-        episode starts in every environment: all rows are ``is_first``.
+        environments cannot be replayed (Gymnasium vector environments, episodes of more than ``max_steps`` decision
+        steps), a ``RuntimeWarning`` says so and the next episode starts in every environment: all rows are
+        ``is_first``.
 
         Raises ``DataError`` for a state of another number of environments, ``EnvError`` when closed.
         """
@@ -182,9 +183,13 @@ class VectorEnv:
         # Replay, and compare with the saved observations.
         actions = [self._actions.to_env(self._action_log.of(env)) for env in range(self.num_envs)]
         seeds = [episode_seed(self.seed, env, int(self._episodes[env])) for env in range(self.num_envs)]
-        replayed = self._backend.replay_actions(seeds, actions, self._action_log.lengths)
+        longest = int(self._action_log.lengths.max())
+        too_long = max_steps is not None and longest > max_steps
+        replayed = None if too_long else self._backend.replay_actions(seeds, actions, self._action_log.lengths)
         if replayed is None or any(not np.array_equal(replayed.obs[name], value) for name, value in obs.items()):
-            why = "cannot be replayed" if replayed is None else "did not return to the saved observations"
+            why = "did not return to the saved observations" if replayed is not None else "cannot be replayed"
+            if too_long:
+                why = f"were in episodes of up to {longest:,} steps; at most {max_steps:,} are replayed"
             warnings.warn(f"The environments {why}; their next episodes begin instead.", RuntimeWarning, stacklevel=2)
             return self.reset()
 

@@ -1,14 +1,17 @@
 """The files of one checkpoint: arrays through Orbax, everything else as JSON, with checksums.
 
 A checkpoint is a folder ``<folder>/<step>/`` with ``state/`` (Orbax), ``run.json`` and ``manifest.json`` (checksums).
-It is written as ``<step>.partial`` and renamed when complete, so a folder named by a bare number is always complete.
+It is written as ``<step>.partial``, read back, flushed to disk and renamed, so a folder named by a bare number is always
+complete, also after a power failure.
 ``orbax.checkpoint.CheckpointManager`` can read the layout too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import shutil
 import types
 from collections.abc import Iterator, Mapping
@@ -20,11 +23,13 @@ import numpy as np
 
 from worldloom.algorithm import TrainState
 from worldloom.config import read_json_object
-from worldloom.errors import ConfigError, FileFormatError
-from worldloom.files import write_atomically
+from worldloom.errors import CheckpointError, ConfigError, FileFormatError
+from worldloom.files import fsync_folder, fsync_tree, plain_path, write_atomically
 
 FORMAT = 1
 """Version of the checkpoint layout."""
+PARTIAL = ".partial"
+"""End of the names of folders that are being written or deleted."""
 _MAX_JSON = 64 << 20
 """Maximum size in bytes of a JSON file."""
 _MAY_CHANGE = frozenset(
@@ -37,6 +42,7 @@ _MAY_CHANGE = frozenset(
         "device",
         "updates_per_call",
         "replay_storage",
+        "max_episode_steps",
     }
 )
 """Fields of ``TrainingConfig`` that may change when a run is resumed: none of them affects the results."""
@@ -67,30 +73,60 @@ class Snapshot(NamedTuple):
         return int(self.record["step"])
 
 
-def write_checkpoint(target: Path, snapshot: Snapshot, **values: Any) -> None:
-    """Write ``snapshot`` atomically as the folder ``target``, with further JSON ``values`` in its record."""
-    partial = target.with_name(f"{target.name}.partial")
+def write_checkpoint(target: Path, snapshot: Snapshot, **values: Any) -> int:
+    """Write ``snapshot`` atomically as the folder ``target``, with further JSON ``values`` in its record.
+
+    Returns the size of its files in bytes. Nothing is at ``target`` until everything has been read back.
+
+    Raises ``CheckpointError`` if it cannot be read back, or if Orbax warned of anything; ``OSError`` for a failing disk.
+    """
+    partial = target.with_name(f"{target.name}{PARTIAL}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
         partial.mkdir()
-        extra = {_EXTRA + name: value for name, value in snapshot.arrays.items()}
-        _save_arrays(partial / "state", flatten_state(snapshot.state) | extra)
+        arrays = flatten_state(snapshot.state) | {_EXTRA + name: value for name, value in snapshot.arrays.items()}
+        _save_arrays(partial / "state", arrays)
         # Orbax does not save arrays of size zero; the record holds their shapes and dtypes.
         empty = {k: [value.shape, value.dtype.str] for k, value in snapshot.arrays.items() if not value.size}
         _write_json(partial / "run.json", {**snapshot.record, **values, "empty": empty})
         _write_json(partial / "manifest.json", {"files": dict(_checksums(partial))})
+        _check_written(partial, arrays)
+        fsync_tree(partial)
         if target.exists():
-            shutil.rmtree(target)
+            delete_checkpoint(target, f"{target.name}.replaced{PARTIAL}")
         partial.rename(target)
+        fsync_folder(target.parent)
+        return sum(size for size, _ in _read_json(target / "manifest.json")["files"].values())
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
         raise
 
 
-def delete_checkpoint(target: Path) -> None:
+def _check_written(folder: Path, arrays: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError`` unless all ``arrays`` and files are in ``folder``, as reading it would find them."""
+    try:
+        read_record(folder)
+        nonempty = {name: array for name, array in arrays.items() if array.size}
+        smallest = min(nonempty, key=lambda name: nonempty[name].nbytes)
+        # Reading one array goes through the index of all of them, whose absence no checksum shows.
+        found = _load_arrays(folder, {smallest: nonempty[smallest]}, everything=nonempty)[smallest]
+    except FileFormatError as error:
+        raise CheckpointError(f"What was written cannot be read back: {error}") from error
+    if found.tobytes() != np.asarray(nonempty[smallest]).tobytes():
+        raise CheckpointError(f"What was written cannot be read back: {smallest} differs.")
+
+
+def delete_checkpoint(target: Path, renamed: str | None = None) -> None:
     """Delete a checkpoint. It is renamed first: if the process is killed, no incomplete checkpoint keeps the name."""
-    renamed = target.rename(target.with_name(f"{target.name}.partial"))
-    shutil.rmtree(renamed, ignore_errors=True)
+    remove_tree(target.rename(target.with_name(renamed or f"{target.name}{PARTIAL}")))
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder if it is there; of a symbolic link, the link. Files that cannot be deleted are left."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any]) -> Snapshot:
@@ -191,42 +227,65 @@ def _empty_arrays(record: Mapping[str, Any], path: Path) -> dict[str, np.ndarray
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write ``arrays`` as the folder ``path``. Raises ``CheckpointError`` if Orbax warns of anything."""
     import orbax.checkpoint as ocp
 
     # Orbax refuses arrays of size zero; reading recreates them from the template and the record.
     nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nonempty))
+    with plain_path(path.parent) as folder, _orbax_warnings() as warned:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
+    if warned:
+        raise CheckpointError(f"Orbax warned: {warned[0]}")
 
 
-def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str, np.ndarray]:
+@contextlib.contextmanager
+def _orbax_warnings() -> Iterator[list[str]]:
+    """Collects what Orbax logs as a warning or an error; it does so even where what it wrote cannot be read."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    logger, handler = logging.getLogger("absl"), Collector(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+def _load_arrays(
+    path: Path, template: Any, *, extra: bool = False, everything: Mapping[str, Any] | None = None
+) -> dict[str, np.ndarray]:
     """The arrays of ``template`` by name, and with ``extra`` those with the prefix ``_EXTRA``.
 
-    Shapes and sizes are checked against the file's metadata before memory is allocated.
+    Shapes and sizes are checked against the file's metadata before memory is allocated; with ``everything``, those of
+    arrays that are not read too.
     """
     import orbax.checkpoint as ocp
 
-    folder = (path / "state").absolute()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with plain_path(path) as folder, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             saved = {
                 name: jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-                for name, entry in checkpointer.metadata(folder).item_metadata.tree.items()
+                for name, entry in checkpointer.metadata(folder / "state").item_metadata.tree.items()
             }
-            _fit(saved, template, path)
+            _fit(saved, template if everything is None else everything, path)
             extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
             if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
                 raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
             requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
             options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
             return checkpointer.restore(
-                folder, args=ocp.args.PyTreeRestore(requested, restore_args=options, partial_restore=True)
+                folder / "state", args=ocp.args.PyTreeRestore(requested, restore_args=options, partial_restore=True)
             )
     except (FileFormatError, MemoryError):
         raise
     except Exception as error:
         # For an unreadable folder Orbax raises a dozen different exceptions, with no common base class.
-        raise FileFormatError(f"The checkpoint arrays {folder} cannot be read: {error}") from error
+        raise FileFormatError(f"The checkpoint arrays {path / 'state'} cannot be read: {error}") from error
 
 
 def _checksums(folder: Path) -> Iterator[tuple[str, list[Any]]]:

@@ -24,6 +24,9 @@ _log = logging.getLogger("worldloom")
 _ACTING = 0xFFFFFFFF
 """Folded into the root key to derive the keys for acting; no update has this number."""
 
+_REPLAY_SAID = 5_000
+"""Steps of an episode whose replay is logged, because it may take a while."""
+
 
 class Collector:
     """Steps environments and adds the rows to replay. One call of :meth:`step` is one step of all environments.
@@ -68,6 +71,7 @@ class Collector:
         self._validate_data = algorithm.validate_data
         self._carry = algorithm.initial_carry(model.config, env.num_envs)
         self._random_prefill, self._random_steps = algorithm.random_prefill, config.prefill
+        self._max_episode_steps = config.max_episode_steps
         self._time_step: TimeStep | None = None
         # Actions and latents for the newest time step, possibly still being computed.
         self._pending: tuple[Any, Mapping[str, Any]] | None = None
@@ -132,7 +136,10 @@ class Collector:
         if not arrays:
             return
         saved = strip_prefix(arrays, "env/")
-        self._time_step = self.env.restore(saved)
+        limit, longest = self.env.episode_length or self._max_episode_steps, int(saved["lengths"].max())
+        if _REPLAY_SAID < longest <= limit:
+            _log.info("Replaying the episodes in progress, of up to %s steps.", f"{longest:,}")
+        self._time_step = self.env.restore(saved, max_steps=limit)
         self._moves = self.env.moves
         leaves = strip_prefix(arrays, "carry/")
         structure = jax.tree.structure(self._carry)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from worldloom.config import check
-from worldloom.envs import EpisodeEnd, VectorEnv
+from worldloom.config import check, is_integer
+from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
 from worldloom.training.collector import check_env_fits, compiled_policy
 from worldloom.training.config import TrainingConfig
+from worldloom.training.interrupts import Interrupted, interrupted
 from worldloom.training.run_info import root_key
 from worldloom.training.sampler import SequenceSampler
+
+_log = logging.getLogger("worldloom")
+
+_SECONDS_BETWEEN_MESSAGES = 10.0
 
 
 def evaluate(
@@ -53,12 +60,13 @@ def play(
     seed: int = 0,
     explore: bool = False,
     frames: list[np.ndarray] | None = None,
+    max_steps: int | None = None,
 ) -> list[EpisodeEnd]:
     """Play whole episodes with the evaluation policy; returns their returns and lengths as :class:`EpisodeEnd`.
 
     Every environment plays the same number of episodes (the first ones one more if ``episodes`` is not a multiple):
     counting the episodes that finish first would be biased towards short ones. The same arguments give the same
-    episodes.
+    episodes. What takes longer than ten seconds logs how far it is.
 
     Args:
       model: a world model with the environment's shapes.
@@ -68,31 +76,105 @@ def play(
       explore: use the policy that collects data instead of the evaluation policy.
       frames: list to which images of environment 0 are appended, one per observation of its first episode; requires an
         ``env`` made with ``render=True``.
+      max_steps: decision steps at which an episode is cut, with a warning; None is the environment's own time limit
+        or, without one, the default of ``TrainingConfig.max_episode_steps``.
 
     Raises:
       ConfigError: the environment and the model do not fit, or the environment renders no image.
       EnvError: an environment crashed; its episode is not counted.
+      Interrupted: within a callback, once a signal has asked training to stop.
     """
     check(isinstance(episodes, int) and episodes >= 1, f"episodes must be an integer ≥ 1, not {episodes!r}.")
+    check(max_steps is None or (is_integer(max_steps) and max_steps >= 1), f"max_steps={max_steps!r} must be ≥ 1.")
     check_env_fits(env, model)
     algorithm = model.algorithm
     policy = algorithm.policy if explore else algorithm.evaluation_policy
     act = compiled_policy(policy, model.__class__, model.config)
     params, key = model.params, root_key(seed)
     carry = algorithm.initial_carry(model.config, env.num_envs)
-    # Episodes still to play, by environment.
-    remaining = np.full(env.num_envs, episodes // env.num_envs)
-    remaining[: episodes % env.num_envs] += 1
-    ends: list[EpisodeEnd] = []
+    tally = _Tally(env, episodes, max_steps or env.episode_length or TrainingConfig.max_episode_steps)
     time_step, number, recording = env.reset(seed=seed), 0, frames is not None
-    while remaining.any():
+    while tally.remaining.any():
         if recording and frames is not None:
             frames.append(env.render())
             recording = not time_step.is_last[0]
+        if interrupted():
+            raise Interrupted
         carry, actions, _ = act(params, key, carry, time_step.obs, time_step.is_first, number)
         time_step, number = env.step(jax.device_get(actions)), number + 1
+        tally.add(time_step)
+        recording = recording and not tally.cut[0]
+        if tally.remaining.any() and tally.all_cut:
+            # The environments still to play are all within episodes that were cut: begin the next ones.
+            time_step = env.reset()
+            tally.clear()
+    tally.warn_of_cuts()
+    return tally.ends
+
+
+class _Tally:
+    """Counts the episodes of an evaluation.
+
+    Args:
+      env: its environments, which are reset next.
+      episodes: number of episodes in total.
+      limit: decision steps at which an episode is cut.
+
+    Attributes:
+      ends: the episodes that ended, or were cut.
+      remaining: int [N], episodes still to play, by environment.
+      cut: bool [N], environments within an episode that was cut; nothing counts there until they are reset.
+    """
+
+    def __init__(self, env: VectorEnv, episodes: int, limit: int):
+        self.ends: list[EpisodeEnd] = []
+        self.remaining = np.full(env.num_envs, episodes // env.num_envs)
+        self.remaining[: episodes % env.num_envs] += 1
+        self._episodes, self._limit, self._cuts, self._steps = episodes, limit, 0, 0
+        self._said = time.monotonic()
+        self.clear()
+
+    def clear(self) -> None:
+        """All environments are reset: all of them begin new episodes."""
+        self.cut = np.zeros(len(self.remaining), bool)
+        self._lengths, self._returns = np.zeros(len(self.remaining), int), np.zeros(len(self.remaining))
+
+    @property
+    def all_cut(self) -> bool:
+        """Whether every environment with episodes still to play is within one that was cut."""
+        return bool(self.cut[self.remaining > 0].all())
+
+    def add(self, time_step: TimeStep) -> None:
+        """Count a step."""
+        self._steps += 1
+        self._lengths = np.where(time_step.is_first, 0, self._lengths + 1)
+        self._returns = np.where(time_step.is_first, 0, self._returns + time_step.reward)
+        self.cut &= ~time_step.is_first
         for event in time_step.events:
-            if isinstance(event, EpisodeEnd) and not event.crashed and remaining[event.env]:
-                remaining[event.env] -= 1
-                ends.append(event)
-    return ends
+            if isinstance(event, EpisodeEnd) and not event.crashed and not self.cut[event.env]:
+                self._end(event)
+        for env in np.flatnonzero((self._lengths >= self._limit) & ~time_step.is_last & ~self.cut):
+            self.cut[env] = True
+            if self.remaining[env]:
+                self._cuts += 1
+                self._end(EpisodeEnd(int(env), float(self._returns[env]), int(self._lengths[env]), False, False))
+        if time.monotonic() - self._said > _SECONDS_BETWEEN_MESSAGES:
+            self._said = time.monotonic()
+            _log.info(
+                "Evaluating: %d of %d episodes done, step %d; an episode has at most %d.",
+                *(len(self.ends), self._episodes, self._steps, self._limit),
+            )
+
+    def warn_of_cuts(self) -> None:
+        """Log how many episodes were cut, if any."""
+        if self._cuts:
+            _log.warning(
+                "%d of %d evaluated episodes did not end and were cut after %d decision steps; max_episode_steps, or a "
+                "time_limit of the environment, sets another number.",
+                *(self._cuts, len(self.ends), self._limit),
+            )
+
+    def _end(self, end: EpisodeEnd) -> None:
+        if self.remaining[end.env]:
+            self.remaining[end.env] -= 1
+            self.ends.append(end)

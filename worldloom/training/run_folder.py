@@ -19,7 +19,7 @@ from worldloom.config import read_json_object
 from worldloom.envs import EnvSpaces, VectorEnv, make_env
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.families import class_name
-from worldloom.files import write_atomically
+from worldloom.files import TEMPORARY, absolute_path, fsync_folder, make_folder, write_atomically
 from worldloom.training.callbacks import (
     Callback,
     CallbackResult,
@@ -30,8 +30,10 @@ from worldloom.training.callbacks import (
     StepInfo,
 )
 from worldloom.training.callbacks.reports import CurveCallback, EvalPrinter, EvalReportCallback, FinalEvaluation
+from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.config import TrainingConfig
 from worldloom.training.run_info import versions
+from worldloom.training.run_lock import RunLock
 
 _log = logging.getLogger("worldloom")
 _FORMAT = 1
@@ -62,12 +64,14 @@ class RunFolder:
         env, run = make_env("Pendulum-v1"), RunFolder("runs/pendulum")
         Trainer(model, config, run.callbacks(env)).train(env, resume="auto")
 
+    While a process trains into the folder, the file ``run.lock`` names it, and a second one is refused.
+
     Args:
-      path: the folder; created when training begins.
+      path: the folder; created when training begins. ``~`` is expanded, and a relative path is made absolute here.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = absolute_path(path)
         self.checkpoints = self.path / "checkpoints"
 
     @property
@@ -187,14 +191,22 @@ class _RunRecorder(Callback):
     def __init__(self, run: RunFolder, env: VectorEnv | None):
         self.run, self.env = run, None if env is None else _json_settings(env.settings)
         self.spaces = None if env is None else EnvSpaces.underneath(env).to_json()
+        self._lock = RunLock(run.path)
+
+    def recorded_run_id(self) -> str | None:
+        return self.run.settings()["run_id"] if self.run.exists else None
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         path = self.run.path
-        if self.run.exists and self.run.settings()["run_id"] != info.run_id and any(self.run.checkpoints.glob("*")):
+        make_folder(path)
+        self._lock.acquire()
+        same = self.run.exists and self.run.settings()["run_id"] == info.run_id
+        if self.run.exists and not same and Checkpointer(self.run.checkpoints).steps():
             raise CheckpointError(
                 f"{path} holds another run. Continue that one by train(…, resume='auto'), or choose another folder."
             )
-        path.mkdir(parents=True, exist_ok=True)
+        for leftover in [each for each in path.iterdir() if TEMPORARY.fullmatch(each.name)]:
+            leftover.unlink(missing_ok=True)
         settings = {
             "format": _FORMAT,
             "run_id": info.run_id,
@@ -204,16 +216,38 @@ class _RunRecorder(Callback):
             "env": self.env,
             "spaces": self.spaces,
         }
-        _write_json(path / "config.json", settings)
-        earlier_starts = _read_starts(path / "versions.json") if info.step else []
+        if same and not info.step:
+            self._warn_of_changes(settings)
+        earlier_starts = _read_starts(path / "versions.json") if same else []
         _write_json(path / "versions.json", [*earlier_starts, _start_record(info)])
+        _write_json(path / "config.json", settings)
+        fsync_folder(path)
         return None
+
+    def _warn_of_changes(self, settings: Mapping[str, Any]) -> None:
+        """Name the settings in which a run that begins again differs from the one that is recorded."""
+        recorded = self.run.settings()
+        changed = [
+            name
+            for part in ("model", "training")
+            for name, value in settings[part].items()
+            if recorded[part].get(name, value) != value
+        ]
+        if changed:
+            _log.warning("It begins again with other settings than before: %s.", ", ".join(changed))
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
         model = info.model()
         model.remember_env_spaces(self.spaces)
-        model.save_pretrained(self.run.path / "model")
+        try:
+            model.save_pretrained(self.run.path / "model")
+        except OSError as error:
+            # The checkpoint that follows matters more, and holds these weights too.
+            _log.warning("The final weights were not written to %s: %s.", self.run.path / "model", error)
         return None
+
+    def close(self) -> None:
+        self._lock.release()
 
 
 def _json_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

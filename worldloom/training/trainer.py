@@ -124,7 +124,9 @@ class Trainer:
         total = self._total(total_steps)
         if run.step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", run.step, total)
-            return run.state
+            # A run that was killed at its end may lack the files that callbacks write there.
+            if not resume or run.step > total:
+                return run.state
         self._callbacks.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())  # K in effect
         with jax.default_device(run.device), Interrupts() as interrupts:  # precision="auto" reads the default device
             try:
@@ -170,10 +172,19 @@ class Trainer:
         folder, step = locate_checkpoint(resume, next(iter(save_dirs), None))
         checkpoints = Checkpointer(folder)
         if resume == "auto" and not checkpoints.steps():
+            self._begin_again()
             return
         snapshot = checkpoints.restore(self.run.state, self.run.identity(), step)
         self.run.restore(snapshot, folder)
         self._callbacks.load_state_dict(snapshot.record["callbacks"], self.run.step)
+
+    def _begin_again(self) -> None:
+        """Keep the id of a run that was stopped before its first checkpoint: the same run begins again."""
+        recorded = [callback.recorded_run_id() for callback in self._callbacks.callbacks]
+        run_id = next((each for each in recorded if each), None)
+        if run_id and self.run.step == 0:
+            self.run.run_id = run_id
+            _log.warning("The run was stopped before its first checkpoint: the same run begins again from step 0.")
 
 
 def train(

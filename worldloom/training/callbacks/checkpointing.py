@@ -11,6 +11,7 @@ from typing import Any
 
 from worldloom.config import check
 from worldloom.errors import CheckpointError
+from worldloom.files import absolute_path
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.callbacks.monitor import Monitor
 from worldloom.training.checkpoint import Checkpointer
@@ -71,7 +72,7 @@ class CheckpointCallback(Callback):
             isinstance(save_every, int) and save_every >= 1, f"save_every must be an integer ≥ 1, not {save_every!r}."
         )
         check(isinstance(keep_last, int) and keep_last >= 1, f"keep_last must be an integer ≥ 1, not {keep_last!r}.")
-        self.save_dir, self.save_every = Path(save_dir), save_every
+        self.save_dir, self.save_every = absolute_path(save_dir), save_every
         self.monitor = Monitor(monitor, mode) if save_best else None
         best = {"mode": self.monitor.mode, "monitor": self.monitor.name} if self.monitor else {}
         self.checkpointer = Checkpointer(save_dir, keep_last=keep_last, **best)

@@ -14,6 +14,7 @@ from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.collector import check_env_fits
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate, play
+from worldloom.training.interrupts import Interrupted
 from worldloom.training.sampler import SequenceSampler
 
 _log = logging.getLogger("worldloom")
@@ -65,7 +66,13 @@ class EvalCallback(Callback):
         """Evaluate and publish the results."""
         model = info.model()
         if isinstance(self.source, VectorEnv):
-            ends = play(model, self.source, episodes=self.episodes, seed=self.seed + info.step)
+            limit = self.source.episode_length or info.config.max_episode_steps
+            try:
+                ends = play(
+                    model, self.source, episodes=self.episodes, seed=self.seed + info.step, max_steps=limit
+                )
+            except Interrupted:
+                return None
             returns = np.array([end.episode_return for end in ends])
             return {
                 "eval/return": float(returns.mean()),

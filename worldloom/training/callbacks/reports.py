@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.envs import VectorEnv
+from worldloom.files import absolute_path
 from worldloom.replay import ReplayBuffer
 from worldloom.report.curves import learning_curve, read_records
 from worldloom.report.imagination import draw_imagination
@@ -18,9 +19,10 @@ from worldloom.report.recording import Recording
 from worldloom.report.trust import draw_trust
 from worldloom.report.video import save_gif
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
-from worldloom.training.callbacks.logs import FILE_NAME
+from worldloom.training.callbacks.logs import FILE_NAME, print_line
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import play
+from worldloom.training.interrupts import Interrupted
 
 _log = logging.getLogger("worldloom")
 _MAX_ROWS = 20_000
@@ -59,13 +61,21 @@ class EvalReportCallback(Callback):
     def __init__(
         self, env: VectorEnv, folder: str | Path, title: Callable[[], str], *, episodes: int = 10, seed: int = 0
     ):
-        self.env, self.folder, self.title, self.episodes, self.seed = env, Path(folder), title, episodes, seed
+        self.env, self.folder, self.title, self.episodes, self.seed = env, absolute_path(folder), title, episodes, seed
         self.step: int | None = None
         self._records_video = True
 
     def interval(self, config: TrainingConfig) -> int:
         """``config.eval_interval``."""
         return config.eval_interval
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the newest evaluation."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        self.step = state.get("step")
 
     def on_step(self, info: StepInfo) -> CallbackResult:
         """Evaluate and publish the results."""
@@ -74,14 +84,20 @@ class EvalReportCallback(Callback):
         env: Any = Recording(self.env, replay)
         self._records_video = self._records_video and can_render(self.env, self.seed)
         recorded = frames if self._records_video else None
-        ends = play(model, env, episodes=self.episodes, seed=self.seed + info.step, frames=recorded)
+        limit = self.env.episode_length or info.config.max_episode_steps
+        try:
+            ends = play(
+                model, env, episodes=self.episodes, seed=self.seed + info.step, frames=recorded, max_steps=limit
+            )
+        except Interrupted:
+            return None
         self.step = info.step
         # Video, plots, measurements.
         if frames:
             draw_or_warn("eval.gif", lambda: save_gif(frames, self.folder / "eval.gif"))
-        title = f"{self.title()}, {info.env_steps:,} environment steps"
-        draw_or_warn("imagination", lambda: draw_imagination(model, replay, self.folder, title=title))
-        draw_or_warn("trust.png", lambda: draw_trust(model, replay, self.folder, title=title))
+        draw_predictions(
+            model, replay, self.folder, lambda: f"{self.title()}, {info.env_steps:,} environment steps"
+        )
         returns = [end.episode_return for end in ends]
         return {
             "eval/return": float(np.mean(returns)),
@@ -93,11 +109,12 @@ class EvalReportCallback(Callback):
 class FinalEvaluation(Callback):
     """Evaluates the final weights, unless they were just evaluated.
 
-    Runs after the last checkpoint, and only if training reached ``total_steps``: stops and interrupts should be quick.
+    Runs before the last checkpoint, so that a run which is killed meanwhile does it when it is resumed, and only if
+    training reached ``total_steps``: stops and interrupts should be quick.
     """
 
     every = 0
-    order = 2
+    order = 0
     measures = True
 
     def __init__(self, evaluation: EvalReportCallback):
@@ -122,7 +139,7 @@ class CurveCallback(Callback):
     order = 2
 
     def __init__(self, folder: str | Path, title: Callable[[], str], held_out: ReplayBuffer | None = None):
-        self.folder, self.title, self.held_out = Path(folder), title, held_out
+        self.folder, self.title, self.held_out = absolute_path(folder), title, held_out
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Warn once about missing packages."""
@@ -143,15 +160,15 @@ class CurveCallback(Callback):
         return None
 
     def _plot(self, info: StepInfo) -> None:
+        draw_or_warn("learning_curve.png", self._plot_curve)
+        if self.held_out is not None:
+            title = lambda: f"{self.title()}, {info.step:,} updates"  # noqa: E731
+            draw_predictions(info.model(), self.held_out, self.folder, title)
+
+    def _plot_curve(self) -> None:
         records = read_records(self.folder / FILE_NAME)
         if any({"eval/return", "collect/return", "train/loss"} & record.keys() for record in records):
-            path = self.folder / "learning_curve.png"
-            draw_or_warn(path.name, lambda: learning_curve(records, path, title=self.title()))
-        if self.held_out is not None:
-            title, held_out = f"{self.title()}, {info.step:,} updates", self.held_out
-            model = info.model()
-            draw_or_warn("imagination", lambda: draw_imagination(model, held_out, self.folder, title=title))
-            draw_or_warn("trust.png", lambda: draw_trust(model, held_out, self.folder, title=title))
+            learning_curve(records, self.folder / "learning_curve.png", title=self.title())
 
 
 class EvalPrinter(Callback):
@@ -161,17 +178,15 @@ class EvalPrinter(Callback):
 
     def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
         """Print it, above a progress bar."""
-        from tqdm.auto import tqdm
-
         if "eval/return" in measurements:
             value, spread = measurements["eval/return"], measurements["eval/return_std"]
             collected = info.measurements.get("collect/return")
-            tqdm.write(
+            print_line(
                 f"env steps {info.env_steps:>9,}   updates {info.step:>9,}   return {value:9.1f} ± {spread:<7.1f}"
                 + ("" if collected is None else f" while collecting {collected:.1f}")
             )
         elif "eval/loss" in measurements:
-            tqdm.write(f"updates {info.step:>9,}   loss on held-out episodes {measurements['eval/loss']:.4g}")
+            print_line(f"updates {info.step:>9,}   loss on held-out episodes {measurements['eval/loss']:.4g}")
         return None
 
 
@@ -186,6 +201,12 @@ def can_render(env: VectorEnv, seed: int) -> bool:
         _log.warning("There will be no video: %s", error)
         return False
     return True
+
+
+def draw_predictions(model: Any, replay: ReplayBuffer, folder: Path, title: Callable[[], str]) -> None:
+    """Plot what ``model`` predicts in recorded episodes, and how far it can be trusted there."""
+    draw_or_warn("imagination", lambda: draw_imagination(model, replay, folder, title=title()))
+    draw_or_warn("trust.png", lambda: draw_trust(model, replay, folder, title=title()))
 
 
 def draw_or_warn(name: str, draw: Callable[[], Any]) -> None:
