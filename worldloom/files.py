@@ -114,7 +114,9 @@ def plain_path(folder: str | Path) -> Iterator[Path]:
     candidates = [place for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm") if _PLAIN.fullmatch(place)]
     writable = next((place for place in candidates if os.access(place, os.W_OK)), None)
     if writable is None:
-        raise OSError(f"No folder for temporary files with a plain name can be written to, of {candidates}; set TMPDIR.")
+        raise OSError(
+            f"No folder for temporary files with a plain name can be written to, of {candidates}; set TMPDIR."
+        )
     with tempfile.TemporaryDirectory(prefix="worldloom-", dir=writable) as temporary:
         link = Path(temporary) / "link"
         link.symlink_to(folder, target_is_directory=True)

@@ -130,6 +130,12 @@ def is_env(value: Any) -> bool:
     return isinstance(value, str | gym.Env | gym.vector.VectorEnv | VectorEnv) or callable(value)
 
 
+def module_of(spec: str) -> str:
+    """The module that making the environment ``spec`` imports first, as ``module:Id`` says; empty for none."""
+    prefix, _, task = spec.partition(":")
+    return "" if prefix in SUITES and task else spec.rpartition(":")[0]
+
+
 def require_package(package: str) -> None:
     """Raise ``MissingDependencyError`` naming the extra ``envs`` unless ``package`` can be imported."""
     if importlib.util.find_spec(package) is None:

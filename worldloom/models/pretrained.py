@@ -122,8 +122,8 @@ def find_model_folder(
     Raises ``UnknownModelError`` listing the names in ``known`` if nothing is found.
     """
     text = str(path_or_repo)
-    if Path(text).is_dir():
-        return Path(text)
+    if absolute_path(path_or_repo).is_dir():
+        return absolute_path(path_or_repo)
     if is_plain_name(text):
         if is_model_folder(named_folder(text)):
             return named_folder(text)

@@ -26,6 +26,7 @@ from worldloom.training.checkpoint_files import (
     flatten_state,
     read_checkpoint,
     read_params,
+    read_saved_params,
     read_summary,
     remove_tree,
     write_checkpoint,
@@ -261,6 +262,26 @@ def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> 
       FileFormatError: it is damaged.
       ConfigError: its model has another config.
     """
+    path = find_checkpoint(folder, step)
+    model.load_params(read_params(path, model))
+    return int(path.name)
+
+
+def load_model(cls: Any, config: Any, folder: str | Path, step: int | str = "latest", device: str = "auto") -> Any:
+    """The model ``cls`` of ``config`` with the weights of a checkpoint, and the step of that checkpoint.
+
+    Sizes are compared before memory is allocated: the config may come from somebody else's file. Arguments and errors
+    otherwise as of :func:`load_weights`.
+    """
+    path = find_checkpoint(folder, step)
+    params = read_saved_params(path, cls, config)
+    model = cls(config, device=device)
+    model.load_params(params)
+    return model, int(path.name)
+
+
+def find_checkpoint(folder: str | Path, step: int | str = "latest") -> Path:
+    """The folder of a checkpoint: ``"latest"``, ``"best"`` or a step. Raises ``CheckpointError`` if there is none."""
     folder = absolute_path(folder)
     steps = Checkpointer(folder).steps()
     if not steps:
@@ -273,8 +294,7 @@ def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> 
     number = steps[-1] if step == "latest" else step
     if number not in steps:
         raise CheckpointError(f"There is no checkpoint of step {number} in {folder}; there are {steps}.")
-    model.load_params(read_params(folder / str(number), model))
-    return int(number)
+    return folder / str(number)
 
 
 def _value(record: Mapping[str, Any], monitor: str | None) -> float | None:

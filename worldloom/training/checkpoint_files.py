@@ -157,6 +157,18 @@ def read_params(path: Path, model: Any) -> dict[str, Any]:
     return _fit(_load_arrays(path, template), template, path)["params"]
 
 
+def read_saved_params(path: Path, cls: Any, config: Any) -> dict[str, Any]:
+    """The weights of the model ``cls`` with ``config`` in a checkpoint, nested as ``model.params``, without a model.
+
+    Raises as :func:`read_checkpoint`; ``WeightsError`` or ``ConfigError`` if the config has other parts or sizes. All of
+    this is compared before memory is allocated.
+    """
+    check_config(path, "model", read_record(path).get("config"), config.to_dict())
+    count = sum(name.startswith("params/") for name in _saved_shapes(path))
+    template = {"params": cls.abstract_params(config, count)}
+    return _fit(_load_arrays(path, template), template, path)["params"]
+
+
 def read_summary(path: Path) -> dict[str, Any]:
     """The JSON record of a checkpoint without verifying checksums; empty if it cannot be read."""
     try:
@@ -266,21 +278,39 @@ def _load_arrays(
     """
     import orbax.checkpoint as ocp
 
+    with _open_arrays(path) as (checkpointer, folder, saved):
+        _fit(saved, template if everything is None else everything, path)
+        extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
+        if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
+            raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
+        requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
+        options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
+        return checkpointer.restore(
+            folder, args=ocp.args.PyTreeRestore(requested, restore_args=options, partial_restore=True)
+        )
+
+
+def _saved_shapes(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays of a checkpoint by name."""
+    with _open_arrays(path) as (_, _, saved):
+        return saved
+
+
+@contextlib.contextmanager
+def _open_arrays(path: Path) -> Iterator[tuple[Any, Path, dict[str, jax.ShapeDtypeStruct]]]:
+    """Orbax's reader of the arrays of a checkpoint, their folder, and their shapes by name.
+
+    What it raises within the ``with`` block becomes ``FileFormatError``.
+    """
+    import orbax.checkpoint as ocp
+
     try:
         with plain_path(path) as folder, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             saved = {
                 name: jax.ShapeDtypeStruct(entry.shape, entry.dtype)
                 for name, entry in checkpointer.metadata(folder / "state").item_metadata.tree.items()
             }
-            _fit(saved, template if everything is None else everything, path)
-            extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
-            if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
-                raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
-            requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
-            options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
-            return checkpointer.restore(
-                folder / "state", args=ocp.args.PyTreeRestore(requested, restore_args=options, partial_restore=True)
-            )
+            yield checkpointer, folder / "state", saved
     except (FileFormatError, MemoryError):
         raise
     except Exception as error:

@@ -17,6 +17,7 @@ import jax
 
 from worldloom.config import read_json_object
 from worldloom.envs import EnvSpaces, VectorEnv, make_env
+from worldloom.envs.make import module_of
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.families import class_name
 from worldloom.files import TEMPORARY, absolute_path, fsync_folder, make_folder, write_atomically
@@ -92,10 +93,10 @@ class RunFolder:
             raise FileFormatError(f"{self.path / 'config.json'} is not a run's config of format {_FORMAT}.")
         return settings
 
-    def env_spaces(self) -> dict[str, Any] | None:
+    def env_spaces(self, *, trust: bool = False) -> dict[str, Any] | None:
         """Spaces of the run's environment, as ``EnvSpaces.from_json`` takes them; None without an environment.
 
-        Those of a run of an earlier version, whose file does not have them, are read off its environment, made again.
+        Those of a run of an earlier version, whose file does not have them, are read off its environment, made again; ``trust`` is that of :meth:`make_env`.
         """
         settings = self.settings()
         if settings.get("env") is None:
@@ -103,7 +104,7 @@ class RunFolder:
         found = settings.get("spaces")
         if isinstance(found, Mapping):
             return dict(found)
-        with self.make_env(num_envs=1, parallel="sync") as env:
+        with self.make_env(trust=trust, num_envs=1, parallel="sync") as env:
             return EnvSpaces.underneath(env).to_json()
 
     def title(self) -> str:
@@ -117,23 +118,48 @@ class RunFolder:
         """The run's ``TrainingConfig``, with ``changes``."""
         return TrainingConfig(**{**self.settings()["training"], **changes})
 
-    def make_env(self, **changes: Any) -> VectorEnv:
+    def make_env(self, *, trust: bool = False, **changes: Any) -> VectorEnv:
         """The run's environments, recreated with ``changes`` to the arguments of ``make_env``.
 
-        Raises ``ConfigError`` if they were made from a function or an object, which a file cannot hold.
+        Args:
+          trust: whether a module that only the folder names (``"module:Id"``) may be imported, which runs its code. One
+            that this process has imported already may be named in any case.
+          **changes: arguments of ``make_env``; ``spec`` is another environment.
+
+        Raises ``ConfigError`` if they were made from a function or an object, which a file cannot hold, if a module
+        would have to be imported, or if the folder's arguments are none that ``make_env`` takes.
         """
         settings = self.settings().get("env")
         if settings is None:
             raise ConfigError(f"{self.path} was trained from recorded episodes: it has no environment.")
-        spec = changes.pop("spec", settings["spec"])
+        if not isinstance(settings, Mapping):
+            raise FileFormatError(f"{self.path / 'config.json'} is damaged: its environment is {settings!r:.100}.")
+        spec = changes.pop("spec", None)
         if spec is None:
-            raise ConfigError(
-                f"The environment of {self.path} was made from {settings['made_of']}, which cannot be recreated from a "
-                "file; register it with Gymnasium and train by its id, or evaluate it in Python by worldloom.training."
-                "evaluation.play."
-            )
+            spec = self._recorded_spec(settings, trust)
         options = {name: value for name, value in settings.items() if name not in ("spec", "made_of")}
-        return make_env(spec, **{**options, **changes})
+        try:
+            return make_env(spec, **{**options, **changes})
+        except TypeError as error:
+            raise ConfigError(f"The environment of {self.path} cannot be made with {options}: {error}") from error
+
+    def _recorded_spec(self, settings: Mapping[str, Any], trust: bool) -> str:
+        """The id in the run's settings. Raises as :meth:`make_env`."""
+        spec = settings.get("spec")
+        if not isinstance(spec, str):
+            raise ConfigError(
+                f"The environment of {self.path} was made from {settings.get('made_of')}, which cannot be recreated "
+                "from a file. Name it: by --env on the command line, after registering it with Gymnasium (module:Id), or "
+                "by spec= in Python; worldloom.training.play evaluates in environments of your own."
+            )
+        module = module_of(spec)
+        if module and not trust and module not in sys.modules:
+            raise ConfigError(
+                f"The environment of {self.path} is {spec!r}: making it would import the module '{module}', which only "
+                f"this folder names, and run its code. If you trust it, add --trust or --env {spec} (in Python: "
+                "trust=True, or import the module first)."
+            )
+        return spec
 
     def callbacks(self, source: Any = None, *, episodes: int = 10, progress: bool = True) -> list[Callback]:
         """Callbacks that write all files of the run, for one trainer.
@@ -205,8 +231,11 @@ class _RunRecorder(Callback):
             raise CheckpointError(
                 f"{path} holds another run. Continue that one by train(…, resume='auto'), or choose another folder."
             )
-        for leftover in [each for each in path.iterdir() if TEMPORARY.fullmatch(each.name)]:
-            leftover.unlink(missing_ok=True)
+        # What a killed process was writing.
+        for folder in (path, path / "model"):
+            found = list(folder.iterdir()) if folder.is_dir() else []
+            for leftover in [each for each in found if TEMPORARY.fullmatch(each.name)]:
+                leftover.unlink(missing_ok=True)
         settings = {
             "format": _FORMAT,
             "run_id": info.run_id,

@@ -68,9 +68,7 @@ class EvalCallback(Callback):
         if isinstance(self.source, VectorEnv):
             limit = self.source.episode_length or info.config.max_episode_steps
             try:
-                ends = play(
-                    model, self.source, episodes=self.episodes, seed=self.seed + info.step, max_steps=limit
-                )
+                ends = play(model, self.source, episodes=self.episodes, seed=self.seed + info.step, max_steps=limit)
             except Interrupted:
                 return None
             returns = np.array([end.episode_return for end in ends])

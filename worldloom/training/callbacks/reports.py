@@ -95,9 +95,7 @@ class EvalReportCallback(Callback):
         # Video, plots, measurements.
         if frames:
             draw_or_warn("eval.gif", lambda: save_gif(frames, self.folder / "eval.gif"))
-        draw_predictions(
-            model, replay, self.folder, lambda: f"{self.title()}, {info.env_steps:,} environment steps"
-        )
+        draw_predictions(model, replay, self.folder, lambda: f"{self.title()}, {info.env_steps:,} environment steps")
         returns = [end.episode_return for end in ends]
         return {
             "eval/return": float(np.mean(returns)),
