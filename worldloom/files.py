@@ -31,9 +31,9 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a new binary file that becomes ``path`` when the ``with`` block ends without an exception.
 
     The data goes to a temporary file in the same folder, which must exist, is flushed to disk with ``fsync``, and is
-    renamed to ``path``; :func:`fsync_folder` makes the new name last too. If anything fails, including ``KeyboardInterrupt``, ``path`` keeps its previous content (or
-    stays absent) and the temporary file is removed. A symbolic link is replaced, not followed. Raises ``OSError``, which
-    names the file, when it cannot be written.
+    renamed to ``path``; :func:`fsync_folder` makes the new name last too. If anything fails, including
+    ``KeyboardInterrupt``, ``path`` keeps its previous content (or stays absent) and the temporary file is removed. A
+    symbolic link is replaced, not followed. Raises ``OSError``, which names the file, when it cannot be written.
     """
     path = Path(path)
     if path.exists() and not path.is_file():

@@ -122,7 +122,9 @@ class Checkpointer:
             self._writer.shutdown()
             self._writer = None
 
-    def restore(self, template: TrainState, identity: Mapping[str, Any], step: int | None = None) -> Snapshot:
+    def restore(
+        self, template: TrainState, identity: Mapping[str, Any], step: int | None = None, *, exact: bool = True
+    ) -> Snapshot:
         """The newest undamaged checkpoint, or the one of ``step``, in the structure of ``template``.
 
         A damaged checkpoint causes a warning and a fallback to the one before it.
@@ -131,6 +133,7 @@ class Checkpointer:
           template: a state of the run that resumes; only its shapes are read.
           identity: its ``Run.identity()``, which must equal the checkpoint's.
           step: updates done; None means the newest.
+          exact: see :func:`read_checkpoint`.
 
         Raises:
           CheckpointError: there is no checkpoint, or none that can be read.
@@ -144,7 +147,7 @@ class Checkpointer:
         problems = []
         for number in reversed(steps):
             try:
-                snapshot = read_checkpoint(self.folder / str(number), template, identity)
+                snapshot = read_checkpoint(self.folder / str(number), template, identity, exact=exact)
                 reference = snapshot.record.get("replay")
                 return snapshot if reference is None else snapshot._replace(replay=self._store.load(reference))
             except FileFormatError as error:
@@ -168,8 +171,8 @@ class Checkpointer:
             )
         except Exception as error:
             raise CheckpointError(
-                f"The checkpoint of step {snapshot.step} could not be written to {self.folder}: {error}. It needs up to "
-                f"{_megabytes(needed)}; {_megabytes(_free_bytes(self.folder))} are free. Earlier checkpoints are "
+                f"The checkpoint of step {snapshot.step} could not be written to {self.folder}: {error}. It needs up "
+                f"to {_megabytes(needed)}; {_megabytes(_free_bytes(self.folder))} are free. Earlier checkpoints are "
                 "unchanged."
             ) from error
         self._values[snapshot.step] = value
@@ -232,12 +235,12 @@ def locate_checkpoint(resume: bool | str | Path, save_dir: Path | None) -> tuple
     """The folder of checkpoints to resume from and, if ``resume`` is a single checkpoint, its step.
 
     Args:
-      resume: True or ``"auto"`` for ``save_dir``, or a path to a folder of checkpoints or to one checkpoint.
+      resume: True, ``"auto"`` or ``"continue"`` for ``save_dir``, or the path of a folder of checkpoints or of one.
       save_dir: folder in which the run saves; None if it saves nowhere.
 
     Raises ``ConfigError`` if there is no such folder.
     """
-    if resume is not True and resume != "auto":
+    if resume is not True and resume not in ("auto", "continue"):
         path = absolute_path(resume)
         single = (path / "run.json").exists() or (path / "manifest.json").exists()
         return (path.parent, int(path.name)) if single and _is_step(path.name) else (path, None)

@@ -1,8 +1,8 @@
 """The files of one checkpoint: arrays through Orbax, everything else as JSON, with checksums.
 
 A checkpoint is a folder ``<folder>/<step>/`` with ``state/`` (Orbax), ``run.json`` and ``manifest.json`` (checksums).
-It is written as ``<step>.partial``, read back, flushed to disk and renamed, so a folder named by a bare number is always
-complete, also after a power failure.
+It is written as ``<step>.partial``, read back, flushed to disk and renamed, so a folder named by a bare number is
+always complete, also after a power failure.
 ``orbax.checkpoint.CheckpointManager`` can read the layout too.
 """
 
@@ -28,11 +28,13 @@ from worldloom.files import fsync_folder, fsync_tree, plain_path, write_atomical
 
 FORMAT = 1
 """Version of the checkpoint layout."""
+NEW_OPTIMIZER = "new_optimizer"
+"""Key in the record of a snapshot whose optimizer's state did not fit."""
 PARTIAL = ".partial"
 """End of the names of folders that are being written or deleted."""
 _MAX_JSON = 64 << 20
 """Maximum size in bytes of a JSON file."""
-_MAY_CHANGE = frozenset(
+MAY_CHANGE = frozenset(
     {
         "total_steps",
         "env_steps",
@@ -78,7 +80,7 @@ def write_checkpoint(target: Path, snapshot: Snapshot, **values: Any) -> int:
 
     Returns the size of its files in bytes. Nothing is at ``target`` until everything has been read back.
 
-    Raises ``CheckpointError`` if it cannot be read back, or if Orbax warned of anything; ``OSError`` for a failing disk.
+    Raises ``CheckpointError`` if it cannot be read back or if Orbax warned of anything, ``OSError`` for a failing disk.
     """
     partial = target.with_name(f"{target.name}{PARTIAL}")
     try:
@@ -129,24 +131,43 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any]) -> Snapshot:
+def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any], *, exact: bool = True) -> Snapshot:
     """Read one checkpoint folder in the structure of ``template``, after verifying its checksums.
 
-    ``identity`` holds the ``config``, ``training`` config and ``model_class`` of the run that resumes.
+    Args:
+      path: the folder.
+      template: a state of the run that resumes.
+      identity: its ``config``, ``training`` config and ``model_class``, which must equal the checkpoint's.
+      exact: if False, they may differ as long as the weights fit; an optimizer's state that does not fit is left out,
+        and that of ``template`` takes its place.
 
     Raises:
       FileFormatError: a file is missing or damaged, or the arrays do not fit ``template``.
-      ConfigError: it belongs to a run with another config or model class.
+      ConfigError: it belongs to a run with another config or model class, or with weights of other shapes.
     """
     record = read_record(path)
     if record.get("format") != FORMAT:
         raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
-    check_config(path, "model", record.get("config"), identity["config"])
-    check_config(path, "training", record.get("training"), identity["training"], _MAY_CHANGE)
-    _check_class(path, record.get("model_class"), identity["model_class"])
-    arrays = _load_arrays(path, _tree(template), extra=True)
+    tree = _tree(template)
+    if exact:
+        check_config(path, "model", record.get("config"), identity["config"])
+        check_config(path, "training", record.get("training"), identity["training"], MAY_CHANGE)
+        _check_class(path, record.get("model_class"), identity["model_class"])
+    else:
+        saved = _saved_shapes(path)
+        if not _fits(saved, {"params": tree["params"]}, path):
+            raise ConfigError(
+                f"The weights in {path} have other shapes than the model of this run, so nothing can be taken along; "
+                "give the model the config of the run, or begin a new one."
+            )
+        if not _fits(saved, {"opt_state": tree["opt_state"]}, path):
+            record[NEW_OPTIMIZER] = True
+            del tree["opt_state"]
+    arrays = _load_arrays(path, tree, extra=True)
     extra = {name.removeprefix(_EXTRA): value for name, value in arrays.items() if name.startswith(_EXTRA)}
     extra |= _empty_arrays(record, path)
+    if "opt_state" not in tree:
+        arrays |= _flatten({"opt_state": jax.device_get(template.opt_state)})
     return Snapshot(unflatten_state(arrays, template, path), record, extra)
 
 
@@ -160,8 +181,8 @@ def read_params(path: Path, model: Any) -> dict[str, Any]:
 def read_saved_params(path: Path, cls: Any, config: Any) -> dict[str, Any]:
     """The weights of the model ``cls`` with ``config`` in a checkpoint, nested as ``model.params``, without a model.
 
-    Raises as :func:`read_checkpoint`; ``WeightsError`` or ``ConfigError`` if the config has other parts or sizes. All of
-    this is compared before memory is allocated.
+    Raises as :func:`read_checkpoint`; ``WeightsError`` or ``ConfigError`` if the config has other parts or sizes. All
+    of this is compared before memory is allocated.
     """
     check_config(path, "model", read_record(path).get("config"), config.to_dict())
     count = sum(name.startswith("params/") for name in _saved_shapes(path))
@@ -227,6 +248,16 @@ def _fit(arrays: Mapping[str, Any], template: Any, path: Path) -> Any:
     return jax.tree.unflatten(jax.tree.structure(template), values)
 
 
+def _fits(arrays: Mapping[str, Any], template: Any, path: Path) -> bool:
+    """Whether ``arrays`` have the names, shapes and dtypes of ``template``, and no other name that begins like them."""
+    expected = _flatten(template)
+    try:
+        _fit(arrays, template, path)
+    except FileFormatError:
+        return False
+    return all(name in expected for name in arrays if name.partition("/")[0] in template)
+
+
 def _empty_arrays(record: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
     """Arrays of size zero, from the shapes and dtypes in the record; :func:`_save_arrays` does not save them."""
     try:
@@ -244,9 +275,12 @@ def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
     # Orbax refuses arrays of size zero; reading recreates them from the template and the record.
     nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
-    with plain_path(path.parent) as folder, _orbax_warnings() as warned:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
+    with (
+        plain_path(path.parent) as folder,
+        _orbax_warnings() as warned,
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
+        checkpointer.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
     if warned:
         raise CheckpointError(f"Orbax warned: {warned[0]}")
 
@@ -338,7 +372,8 @@ def check_config(
         if name not in may_change and saved.get(name) != value:
             raise ConfigError(
                 f"{path} was saved with {kind} config {name}={saved.get(name)!r}; this run has {value!r}. Resume with "
-                "the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
+                "the saved value, or go on inexactly by resume='continue' (--resume continue), or begin a new run from "
+                "its weights: worldloom.training.checkpoint.load_weights."
             )
 
 

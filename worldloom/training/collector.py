@@ -151,6 +151,39 @@ class Collector:
         single = actions.get(ACTION, actions.get(""))
         self._pending = actions if isinstance(self.env.action_dim, dict) else single, strip_prefix(arrays, "latents/")
 
+    def take_along(self, counts: Mapping[str, Any], arrays: Mapping[str, np.ndarray], replay: Any) -> list[str]:
+        """Go on from :meth:`state_dict` and the buffer of a run whose environments or settings may differ.
+
+        Returns what is different: the episodes in progress are only continued in as many environments of the same kind.
+
+        Raises ``DataError`` or ``ConfigError`` if the rows of ``replay`` do not fit the model.
+        """
+        changes, capacity = [], self.replay.capacity
+        if replay is not None:
+            self.replay.adopt(replay)
+            if capacity != self.replay.capacity:
+                self._resize_replay(capacity)
+        own, saved = env_identity(self.env), counts.get("env", {})
+        changes += [f"environments of {k} {saved[k]!r} → {v!r}" for k, v in own.items() if saved.get(k, v) != v]
+        num_envs = len(arrays["env/episodes"]) if "env/episodes" in arrays else self.env.num_envs
+        if num_envs != self.env.num_envs:
+            changes.append(f"{num_envs} → {self.env.num_envs} environments")
+        if changes:
+            # Other seeds than those of the episodes so far.
+            seed = (int(arrays["env/seed"]) if "env/seed" in arrays else self.env.seed) + int(counts["decisions"]) + 1
+            arrays = {}
+            self._receive(self.env.reset(seed=seed % 2**63))
+            changes.append("all environments begin new episodes")
+        self.load_state_dict(counts, arrays)
+        return changes
+
+    def _resize_replay(self, capacity: int) -> None:
+        """Give the buffer another capacity, and drop its oldest rows where it is smaller."""
+        position = self.replay.state_dict()
+        self.replay.capacity = capacity
+        first = max(position["first_row"], position["next_row"] - capacity)
+        self.replay.load_state_dict({**position, "first_row": first})
+
     def _execute(self, actions: Any, latents: Mapping[str, np.ndarray]) -> None:
         """Add the current time step with its ``actions`` and ``latents`` to replay, and step the environments."""
         now = self._time_step
@@ -245,7 +278,8 @@ def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
         if name in saved and saved[name] != value:
             raise ConfigError(
                 f"The run was collected from environments with {name}={saved[name]!r}, these have {value!r}. Resume "
-                "with the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
+                "with the saved value, or go on inexactly by resume='continue' (--resume continue), or begin a new run "
+                "from its weights: worldloom.training.checkpoint.load_weights."
             )
 
 

@@ -53,7 +53,7 @@ class Interrupts:
             _active.remove(self)
 
     def raise_received(self) -> None:
-        """Raise ``KeyboardInterrupt`` after SIGINT, ``SystemExit(143)`` after SIGTERM, 129 after SIGHUP; else return."""
+        """Raise ``KeyboardInterrupt`` after SIGINT, ``SystemExit`` (143) after SIGTERM, (129) after SIGHUP."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:

@@ -96,7 +96,8 @@ class RunFolder:
     def env_spaces(self, *, trust: bool = False) -> dict[str, Any] | None:
         """Spaces of the run's environment, as ``EnvSpaces.from_json`` takes them; None without an environment.
 
-        Those of a run of an earlier version, whose file does not have them, are read off its environment, made again; ``trust`` is that of :meth:`make_env`.
+        Those of a run of an earlier version, whose file does not have them, are read off its environment, made again;
+        ``trust`` is that of :meth:`make_env`.
         """
         settings = self.settings()
         if settings.get("env") is None:
@@ -149,8 +150,8 @@ class RunFolder:
         if not isinstance(spec, str):
             raise ConfigError(
                 f"The environment of {self.path} was made from {settings.get('made_of')}, which cannot be recreated "
-                "from a file. Name it: by --env on the command line, after registering it with Gymnasium (module:Id), or "
-                "by spec= in Python; worldloom.training.play evaluates in environments of your own."
+                "from a file. Name it: by --env on the command line, after registering it with Gymnasium (module:Id), "
+                "or by spec= in Python; worldloom.training.play evaluates in environments of your own."
             )
         module = module_of(spec)
         if module and not trust and module not in sys.modules:

@@ -13,16 +13,16 @@ from worldloom.algorithm import TrainState
 from worldloom.config import check
 from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.errors import NonFiniteError
-from worldloom.training.callbacks import CheckpointCallback, EpisodesCallback, LoggingCallback, ProgressCallback
+from worldloom.training.callbacks import EpisodesCallback, LoggingCallback, ProgressCallback
 from worldloom.training.callbacks.base import as_callback
 from worldloom.training.callbacks.checkpointing import recovery_hint
 from worldloom.training.callbacks.evaluation import default_evaluation
 from worldloom.training.callbacks.runner import CallbackRunner
-from worldloom.training.checkpoint import Checkpointer, locate_checkpoint
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate
 from worldloom.training.fit import fit
 from worldloom.training.interrupts import Interrupts
+from worldloom.training.resume import resume_run
 from worldloom.training.run_state import Run
 
 _log = logging.getLogger("worldloom")
@@ -104,7 +104,9 @@ class Trainer:
           total_steps: total number of updates, including earlier calls and a resumed run; None means the config's.
           resume: ``"auto"`` resumes from the newest checkpoint in the folder of the ``CheckpointCallback`` if there is
             one, True requires one, a path names another folder of checkpoints or a single one. With the same data or
-            environments, the resumed run equals an uninterrupted one bit for bit.
+            environments, the resumed run equals an uninterrupted one bit for bit. ``"continue"`` takes along what fits
+            (weights, optimizer, replay, statistics) when config, environment or number of environments were changed,
+            and logs what is different: then the run is no longer the uninterrupted one.
           replay: buffer to collect into, possibly with episodes; None creates one of ``config.replay_capacity`` rows.
 
         Raises:
@@ -120,7 +122,7 @@ class Trainer:
         else:
             run.use_data(source)
         if resume:
-            self._resume(resume)
+            resume_run(run, self._callbacks, resume)
         total = self._total(total_steps)
         if run.step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", run.step, total)
@@ -166,25 +168,6 @@ class Trainer:
         total = self.config.total_steps if total_steps is None else total_steps
         check(isinstance(total, int) and total >= 1, f"total_steps must be an integer ≥ 1, not {total!r}.")
         return total
-
-    def _resume(self, resume: bool | str | Path) -> None:
-        save_dirs = [c.save_dir for c in self._callbacks.callbacks if isinstance(c, CheckpointCallback)]
-        folder, step = locate_checkpoint(resume, next(iter(save_dirs), None))
-        checkpoints = Checkpointer(folder)
-        if resume == "auto" and not checkpoints.steps():
-            self._begin_again()
-            return
-        snapshot = checkpoints.restore(self.run.state, self.run.identity(), step)
-        self.run.restore(snapshot, folder)
-        self._callbacks.load_state_dict(snapshot.record["callbacks"], self.run.step)
-
-    def _begin_again(self) -> None:
-        """Keep the id of a run that was stopped before its first checkpoint: the same run begins again."""
-        recorded = [callback.recorded_run_id() for callback in self._callbacks.callbacks]
-        run_id = next((each for each in recorded if each), None)
-        if run_id and self.run.step == 0:
-            self.run.run_id = run_id
-            _log.warning("The run was stopped before its first checkpoint: the same run begins again from step 0.")
 
 
 def train(

@@ -46,7 +46,7 @@ class AppendFile:
             if not self._failing:
                 name = errno.errorcode.get(error.errno or 0, "unknown")
                 _log.warning(
-                    "%s cannot be written: %s (%s). Training goes on; what is missing is written when that is possible.",
+                    "%s cannot be written: %s (%s). Training goes on; what is missing is written once that works.",
                     *(self.path, error.strerror or error, name),
                 )
             self._failing = True
