@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 from worldloom.errors import ConfigError, FileFormatError, UnknownFieldError
-from worldloom.files import write_atomically
+from worldloom.files import absolute_path, write_atomically
 
 T = TypeVar("T")
 
@@ -335,16 +335,26 @@ class BaseConfig:
 def read_json_object(path: str | Path, *, max_bytes: int = 1 << 20) -> dict[str, Any]:
     """Parse a small JSON file that must hold one object.
 
-    Raises ``FileFormatError`` when it is larger than ``max_bytes``, is not UTF-8 JSON, or holds something else.
+    Raises ``FileFormatError`` when it is larger than ``max_bytes``, is not UTF-8 JSON, names a key twice, or holds
+    something else.
     """
-    path = Path(path)
+    path = absolute_path(path)
     size = path.stat().st_size
     if size > max_bytes:
         raise FileFormatError(f"{path} has {size} bytes; a config file of at most {max_bytes} bytes is read.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"{path} holds a {type(value).__name__}; a JSON object with config fields is expected.")
     return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ``ValueError`` if two programs could read different values of a key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.100} is there twice")
+    return found

@@ -21,14 +21,15 @@ NAMES = [
     *SPECIAL,
     *(f"a{sign}b" for sign in SPECIAL),
     *sorted(set(string.punctuation) - set(SPECIAL) - {"/", "."}),
-    "a[1]", "my [project]", "[a-z]", "[!x]", "[", "]", "[[]", "{a,b}", "{}", "{0}", "{name}", "%s", "%20", "%(x)s", "100%",
-    "**", "*.*", "??", "a*?b", "b\\c", "\\n", "\\", "\\\\", "C:\\x", "~", "~root", "a~b", "~nobody-of-this-name",
+    "a[1]", "my [project]", "[a-z]", "[!x]", "[", "]", "[[]", "{a,b}", "{}", "{0}", "{name}", "%s", "%20", "%(x)s",
+    "100%", "**", "*.*", "??", "a*?b", "b\\c", "\\n", "\\", "\\\\", "C:\\x", "~", "~root", "a~b",
+    "~nobody-of-this-name",
     "$HOME", "${HOME}", "$(x)", "`x`", "!x", "#x", "a#b?c=d&e=f", "x;y", "x|y", "x&y", "x>y", "<x>", "a=b", "@x", "^x",
     "'quoted'", '"quoted"', "it's", " ", " leading", "trailing ", "two  spaces", "tab\there", "line\nbreak", "\x7f",
     "-rf", "--run", "...", ".hidden", "a.partial", "7", "007", "state", "replay", "manifest.json",
     "ünï çödé", "λ–世界", "Ω", "🚀", "e\u0301", "\u202eabc", os.fsdecode(b"not-utf8-\xff"),
-    "file:", "file:///x", "gs:x", "s3:", "http:x", "memory:", "a:b", "x" * 200, "[" * 200, "ü" * 100, "()", "a+b", "x,y",
-    "orbax-checkpoint-tmp-1", "ocdbt.process_0", "CON", "nul",
+    "file:", "file:///x", "gs:x", "s3:", "http:x", "memory:", "a:b", "x" * 200, "[" * 200, "ü" * 100, "()", "a+b",
+    "x,y", "orbax-checkpoint-tmp-1", "ocdbt.process_0", "CON", "nul",
 ]  # fmt: skip
 CONFIG = TrainingConfig(total_steps=4, batch_size=4, sequence_length=5, device="cpu", save_interval=2)
 

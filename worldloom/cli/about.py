@@ -21,14 +21,18 @@ from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser, config_flags
 from worldloom.cli.train import ENV_FLAGS
 from worldloom.config import check
 from worldloom.devices import compiled_programs
-from worldloom.errors import UnknownModelError
+from worldloom.errors import CheckpointError, UnknownModelError
 from worldloom.families import find_family, get_family
+from worldloom.files import absolute_path
 from worldloom.models.base import merge
 from worldloom.models.params import count_parameters
-from worldloom.models.pretrained import default_cache_dir
-from worldloom.models.registry import get_config, list_models
+from worldloom.models.pretrained import WEIGHTS_FILE, default_cache_dir, read_model
+from worldloom.models.registry import config_from_dict, get_config, list_models
+from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.config import TrainingConfig
 from worldloom.training.recipes import recipe
+from worldloom.training.run_folder import RunFolder
+from worldloom.training.run_lock import RunLock
 
 EXTRAS = {
     "envs": ("dm_control", "mujoco", "ale_py", "crafter"),
@@ -59,9 +63,11 @@ def names(words: Sequence[str]) -> int:
 def info(words: Sequence[str]) -> int:
     """Print parameters of a model, and memory for training it."""
     name = next((word for word in words if not word.startswith("-")), "")
+    if absolute_path(name).is_dir() and not find_family(name.partition(":")[0]):
+        return _info_of_folder(words)
     family = find_family(name.partition(":")[0]) if name else None
     about = "Parameters of a model, and memory for training it. No weights are allocated."
-    flags = FlagParser("info", about, argument="name", argument_help="preset, as worldloom list shows them")
+    flags = FlagParser("info", about, argument="name", argument_help="preset, as worldloom list shows them, or folder")
     flags.group(
         "options",
         [
@@ -77,7 +83,9 @@ def info(words: Sequence[str]) -> int:
         flags.group(f"model ({config_class.__name__})", config_flags(config_class, exclude=("model_type",)))
     given = flags.parse(words)
     if family is None:
-        raise UnknownModelError(f"There is no model '{given['name']}'. Known: {', '.join(list_models())}.")
+        raise UnknownModelError(
+            f"There is no model '{given['name']}', and no folder. Known: {', '.join(list_models())}."
+        )
     changes: dict[str, Any] = {field: given.pop(field) for field in ("batch_size", "sequence_length") if field in given}
     training = TrainingConfig(**{**recipe(given["name"], None).training, **changes})
     exact, env_id = given.pop("exact", False), given.pop("env", None)
@@ -88,6 +96,41 @@ def info(words: Sequence[str]) -> int:
     print(f"{name} for observations {config.obs_shape} and {config.action_dim} {config.action_type} actions")
     print(*_memory_report(config, training, exact), sep="\n")
     return 0
+
+
+def _info_of_folder(words: Sequence[str]) -> int:
+    """Print what the folder of a run or of a saved model holds. Nothing that it names is imported."""
+    flags = FlagParser("info", "What a folder holds.", argument="folder", argument_help="folder of a run or a model")
+    flags.group("options", [FAMILY_FLAG])
+    path = absolute_path(flags.parse(words)["folder"])
+    run = RunFolder(path)
+    if (path / "checkpoints").is_dir() or (run.exists and not (path / WEIGHTS_FILE).exists()):
+        print(*_run_report(run), sep="\n")
+        return 0
+    saved = read_model(path)
+    config = config_from_dict(saved.config)
+    print(f"{path} holds a saved model of {config.model_type} ({saved.class_name or 'no class named'})")
+    print(f"  observations {config.obs_shape}, {config.action_dim} {config.action_type} actions")
+    print(f"  {sum(math.prod(array.shape) for array in saved.arrays.values()):,} numbers in {len(saved.arrays)} arrays")
+    return 0
+
+
+def _run_report(run: RunFolder) -> Iterator[str]:
+    """Lines about a run: model, environment, checkpoints, what to do next."""
+    settings, training = run.settings(), run.training_config()
+    config = config_from_dict(settings["model"])
+    steps = Checkpointer(run.checkpoints).steps()
+    yield f"{run.path} holds a run: {run.title()}"
+    yield f"  model          {config.model_type} ({settings.get('model_class', 'no class named')})"
+    yield f"  observations   {config.obs_shape}, {config.action_dim} {config.action_type} actions"
+    end = f"{training.env_steps:,} environment steps" if training.env_steps else f"{training.total_steps:,} updates"
+    yield f"  training       until {end}, seed {training.seed}, batches of {training.batch_size}"
+    yield f"  checkpoints    {', '.join(f'{step:,}' for step in steps) or 'none yet'}"
+    yield f"  final weights  {run.path / 'model' if (run.path / 'model').is_dir() else 'not yet'}"
+    try:
+        RunLock(run.path).check()
+    except CheckpointError as error:
+        yield f"  {error}"
 
 
 def _shapes_of(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:

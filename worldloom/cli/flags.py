@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from worldloom.config import nearest
 from worldloom.errors import ConfigError, UnknownFieldError
 
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 class Flag(NamedTuple):
@@ -120,8 +120,10 @@ class FlagParser:
             note = flag.note.replace("`", "").replace("%", "%%") + (
                 "" if flag.default is None else f" [{flag.default}]"
             )
-            if flag.kind is bool:
-                group.add_argument(*flag.options, dest=flag.name, nargs="?", const="true", metavar="BOOL", help=note)
+            if flag.kind is bool or bool in typing.get_args(flag.kind):
+                group.add_argument(
+                    *flag.options, dest=flag.name, nargs="?", const="true", metavar=_metavar(flag.kind), help=note
+                )
                 no = f"--no-{flag.name.replace('_', '-')}"
                 group.add_argument(no, dest=flag.name, action="store_const", const="false", help=argparse.SUPPRESS)
             else:
@@ -152,12 +154,18 @@ class FlagParser:
 
 
 def peek_option(words: Sequence[str], option: str) -> str | None:
-    """The value of ``option`` in ``words``, or None; used before the set of flags is known."""
+    """The value of ``option`` in ``words``, or None; used before the set of flags is known. The last one counts.
+
+    Of an option that may stand without a value, the value is then "true", and "false" for ``--no-…``.
+    """
+    found = None
     for word, following in itertools.zip_longest(words, words[1:]):
         name, equals, value = _dashes(word).partition("=")
         if name == option:
-            return value if equals else following
-    return None
+            found = value if equals else following
+        elif name == f"--no-{option[2:]}":
+            found = "false"
+    return found
 
 
 def parse_value(flag: Flag, text: str) -> Any:
@@ -179,8 +187,8 @@ def parse_value(flag: Flag, text: str) -> Any:
 def _parse_as(text: str, kind: Any) -> Any:
     """``text`` as a value of type ``kind``; raises ``ValueError`` if it is none."""
     if kind is bool:
-        if text.lower() in _TRUE + _FALSE:
-            return text.lower() in _TRUE
+        if text.lower() in TRUE + FALSE:
+            return text.lower() in TRUE
         raise ValueError(text)
     if kind is int:
         try:

@@ -13,6 +13,7 @@ from worldloom.acting.loading import load_run_model
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser
 from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError
+from worldloom.families import import_from_current_folder
 from worldloom.files import absolute_path
 from worldloom.report.video import save_gif
 from worldloom.training.evaluation import play
@@ -85,6 +86,8 @@ def _open_run(given: Mapping[str, Any], num_envs: int, *, render: bool = False) 
     """Open a run: the model with weights of a checkpoint, new environments, the number of updates behind the weights,
     and the decision steps at which an episode is cut."""
     run, device = RunFolder(given["folder"]), given.get("device", "auto")
+    if "env" in given or given.get("trust"):
+        import_from_current_folder()
     keep_freed_memory()
     changes = {"spec": given["env"]} if "env" in given else {}
     parallel = {"parallel": "sync"} if num_envs == 1 else {}

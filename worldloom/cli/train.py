@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser, config_flags, peek_option
+from worldloom.cli.flags import FALSE, FAMILY_FLAG, TRUE, Flag, FlagParser, config_flags, peek_option
 from worldloom.devices import keep_freed_memory
+from worldloom.envs.make import module_of
 from worldloom.errors import ConfigError
-from worldloom.families import Family, get_family, imported_modules
+from worldloom.families import Family, get_family, import_from_current_folder, imported_modules
 from worldloom.models.registry import config_from_dict, create_world_model, get_config, saved_class, split_name
 from worldloom.training.config import TrainingConfig
 from worldloom.training.run_folder import RunFolder
+from worldloom.training.run_lock import RunLock
 
 RUN_FLAGS = [
     Flag("model", str, "Preset, as worldloom list shows them."),
     Flag("env", str, "Gymnasium id, or dmc:, dmc_vision:, atari:, atari100k: or crafter: and a task."),
     Flag("run", str, "Folder of the run.", "runs/<env>-<model>-<time>"),
-    Flag("resume", bool, "Continue the run in --run (then --model and --env are known), or begin it."),
+    Flag(
+        "resume",
+        bool | str,
+        "Continue the run in --run (then --model and --env are known), or begin it. --resume continue does so with "
+        "changed settings or environments: what fits is taken along, what changed is listed.",
+    ),
     FAMILY_FLAG,
 ]
 ENV_FLAGS = [
@@ -61,7 +70,7 @@ def train(words: Sequence[str]) -> int:
     from worldloom.training.trainer import Trainer
 
     # Flags depend on the family, so find it first.
-    resume = _flag_given(words, "--resume")
+    resume = _resume_mode(peek_option(words, "--resume")) if _flag_given(words, "--resume") else False
     folder = peek_option(words, "--run")
     existing = RunFolder(folder) if folder and resume and RunFolder(folder).exists else None
     name = peek_option(words, "--model")
@@ -70,25 +79,33 @@ def train(words: Sequence[str]) -> int:
     # This setting only works before JAX computes anything.
     if family is None or not family.algorithm.short_updates(_config_before_env(name, existing, family, given)):
         keep_freed_memory()
+    if folder:
+        RunLock(RunFolder(folder).path).check()
+    import_from_current_folder()
     plan = _resumed_run(existing, given) if existing and not name else _new_run(given)
-    print(
-        _headline(plan), *(f"  {line}" for line in plan.settings), f"run folder {plan.run.path}", sep="\n", flush=True
-    )
-    module_flags = "".join(f" --family-module {name}" for name in imported_modules)
+    shown, made = _shown(plan.run.path), not plan.run.path.exists()
     with plan.env:
-        start = time.perf_counter()
         trainer = Trainer(plan.model, plan.config, plan.run.callbacks(plan.env))
+        trainer.check_length(plan.env)
+        print(_headline(plan), *(f"  {line}" for line in plan.settings), f"run folder {shown}", sep="\n", flush=True)
+        flags = "".join(f" --family-module {shlex.quote(name)}" for name in imported_modules)
+        start = time.perf_counter()
         try:
-            trainer.train(plan.env, resume="auto" if given.get("resume") else False)
+            trainer.train(plan.env, resume=resume)
         except (KeyboardInterrupt, SystemExit):
-            if any(plan.run.checkpoints.glob("[0-9]*")):
-                command = f"worldloom train --run {plan.run.path} --resume{module_flags}"
-                print(f"Stopped after {trainer.step:,} updates. To continue: {command}", file=sys.stderr)
+            command = f"worldloom train --run {shlex.quote(shown)} --resume{flags}"
+            print(f"Stopped after {trainer.step:,} updates. To continue: {command}", file=sys.stderr)
             raise
+        finally:
+            if made:
+                with contextlib.suppress(OSError):
+                    plan.run.path.rmdir()  # Only if it is empty: training was refused.
         seconds = time.perf_counter() - start
+    spec = plan.env.settings["spec"]
+    trust = f" --env {shlex.quote(spec)}" if isinstance(spec, str) and module_of(spec) else ""
     print(
-        f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {plan.run.path}{module_flags}; "
-        f"worldloom play {plan.run.path}{module_flags}; tensorboard --logdir {plan.run.path}"
+        f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {shlex.quote(shown)}{flags}{trust}; "
+        f"worldloom play {shlex.quote(shown)}{flags}{trust}; tensorboard --logdir {shlex.quote(shown)}"
     )
     return 0
 
@@ -122,6 +139,12 @@ def _new_run(given: Mapping[str, Any]) -> Plan:
     if run and run.exists and not given.get("resume"):
         raise ConfigError(f"{run.path} holds a run; add --resume to continue it, or choose another folder by --run.")
     if "model" not in given or "env" not in given:
+        if run and given.get("resume"):
+            found = "is not there" if not run.path.exists() else "holds no run: it has no config.json"
+            raise ConfigError(
+                f"--run {run.path} {found}, so there is nothing to resume. Check the folder's name; a new run there "
+                "needs --model and --env too."
+            )
         raise ConfigError(
             "A new run needs --model and --env, for example: "
             "worldloom train --model tdmpc2:tiny --env Pendulum-v1 --steps 10000."
@@ -157,7 +180,8 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     # A given number of updates replaces the number of environment steps that the run was begun with.
     end = {"env_steps": 0} if "total_steps" in training_given else {}
     config = run.training_config(**{**end, **training_given})
-    env = run.make_env(**env_given)
+    # Whoever trains into a folder owns it; eval, play and info ask for --trust.
+    env = run.make_env(trust=True, **env_given)
     try:
         cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
         model_config = cls.config_class.from_dict({**settings["model"], **model_given})
@@ -200,16 +224,26 @@ def _as_flag(name: str, value: Any, reason: str) -> str:
 
 
 def _new_folder(env: str, model: str) -> Path:
-    """Create a new folder; runs that begin in the same second get different ones."""
+    """A folder that does not exist yet; the lock keeps two runs that begin in the same second apart."""
     path = Path("runs") / f"{_slug(env, model)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(2):
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            path = path.with_name(f"{path.name.partition('.')[0]}.{number}")
-        else:
-            break
-    return path
+    names = (path.name if number == 1 else f"{path.name}.{number}" for number in itertools.count(1))
+    return next(each for each in map(path.with_name, names) if not each.exists())
+
+
+def _shown(path: Path) -> str:
+    """A path in messages: relative to the current folder if it is below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _resume_mode(text: str | None) -> bool | str:
+    """What the value of ``--resume`` means to ``Trainer.train``."""
+    if text == "continue":
+        return "continue"
+    if text is None or text.startswith("--") or text.lower() in TRUE:
+        return "auto"
+    if text.lower() in FALSE:
+        return False
+    raise ConfigError(f"--resume stands alone or takes 'continue', not '{text}'.")
 
 
 def _slug(env: str, model: str) -> str:
@@ -230,4 +264,5 @@ def _config_before_env(name: str | None, existing: RunFolder | None, family: Fam
 
 
 def _flag_given(words: Sequence[str], option: str) -> bool:
-    return any(word.partition("=")[0].replace("_", "-") == option for word in words)
+    names = (option, f"--no-{option[2:]}")
+    return any(word.partition("=")[0].replace("_", "-") in names for word in words)

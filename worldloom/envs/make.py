@@ -14,6 +14,7 @@ from worldloom.config import nearest
 from worldloom.envs.backends.base import Backend
 from worldloom.envs.backends.gym_vector import GymVectorBackend
 from worldloom.envs.backends.sync import SyncBackend
+from worldloom.envs.hints import install_line, suggestion
 from worldloom.envs.vector import VectorEnv
 from worldloom.envs.wrappers import ActionRepeat, FrameStack, ResizeImages
 from worldloom.errors import ConfigError, MissingDependencyError
@@ -215,17 +216,27 @@ def _gym_spec(name: str) -> Any:
                 raise
             raise ConfigError(
                 f"'{name}' names neither a suite ({', '.join(SUITES)}) nor a module that can be imported."
-                f"{nearest(module, SUITES)}"
+                f"{suggestion(module, SUITES) or nearest(module, SUITES)}"
             ) from None
     try:
         return gym.spec(env_id)
     except gym.error.Error as error:
-        raise ConfigError(f"{error} ({name!r} was given to make_env; 'module:id' imports a module first.)") from error
+        hint = suggestion(env_id, SUITES) or " 'module:id' imports a module first."
+        about = str(error) if str(error).endswith((".", "?")) else f"{error}."
+        raise ConfigError(f"{about} {name!r} was given to make_env.{hint}") from error
 
 
 def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym.Env[Any, Any]:
     # Gymnasium's checker warns of float64 observations and the like, which are converted here.
-    return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **options)
+    try:
+        return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **options)
+    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
+        about = " ".join(str(error).split()).rstrip(".")
+        raise MissingDependencyError(
+            f"{spec.id} needs a package that is not installed ({about}): {install_line(spec.id, error)}."
+        ) from error
+    except gym.error.Error as error:
+        raise ConfigError(f"{spec.id} cannot be made: {' '.join(str(error).split())}") from error
 
 
 def _call_adapter(adapter: str, task: str, **arguments: Any) -> gym.Env[Any, Any]:

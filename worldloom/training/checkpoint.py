@@ -241,7 +241,7 @@ def locate_checkpoint(resume: bool | str | Path, save_dir: Path | None) -> tuple
     Raises ``ConfigError`` if there is no such folder.
     """
     if resume is not True and resume not in ("auto", "continue"):
-        path = absolute_path(resume)
+        path = absolute_path(str(resume))
         single = (path / "run.json").exists() or (path / "manifest.json").exists()
         return (path.parent, int(path.name)) if single and _is_step(path.name) else (path, None)
     if save_dir is None:
@@ -303,7 +303,7 @@ def find_checkpoint(folder: str | Path, step: int | str = "latest") -> Path:
 def _value(record: Mapping[str, Any], monitor: str | None) -> float | None:
     """The value of ``monitor`` that was saved with a checkpoint; None if it was saved with another metric or none."""
     value = record.get("value") if record.get("monitor") == monitor else None
-    return float(value) if is_number(value) and np.isfinite(value) else None
+    return float(value) if value is not None and is_number(value) and np.isfinite(value) else None
 
 
 def _best(values: Mapping[int, float | None], mode: str) -> int | None:

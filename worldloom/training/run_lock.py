@@ -26,9 +26,9 @@ FILE_NAME = "run.lock"
 class RunLock:
     """An advisory lock: the file ``run.lock``, with host and process number of the process that trains.
 
-    The system releases it when that process ends, however it does, so on the same host the file of a killed process does
-    not count, nor that of a folder which was copied. Whether a process on another host still runs cannot be known: then
-    the message says what to delete.
+    The system releases it when that process ends, however it does, so on the same host the file of a killed process
+    does not count, nor that of a folder which was copied. Whether a process on another host still runs cannot be known:
+    then the message says what to delete.
 
     Args:
       folder: the run folder, which must exist when the lock is taken.

@@ -163,7 +163,7 @@ class Run:
         check(
             due >= 1,
             f"env_steps={env_steps} are {decisions} decision steps, which end before the first update: "
-            f"prefill={self.config.prefill}.",
+            f"prefill={self.config.prefill}. Take more steps (--steps) or a smaller prefill (--prefill).",
         )
         return self.collector.updates_before + due
 

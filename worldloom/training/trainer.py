@@ -145,6 +145,11 @@ class Trainer:
         """Mean loss terms of the model on held-out data; see :func:`worldloom.training.evaluate`."""
         return evaluate(self.model, buffer, self.config, batches=batches, seed=seed)
 
+    def check_length(self, env: VectorEnv) -> None:
+        """Raise ``ConfigError`` if ``config.env_steps`` in ``env`` end before the first update."""
+        self._use_env(env, None)
+        self._total(None)
+
     def _env(self, source: Any) -> VectorEnv:
         """``source``, or environments made from it, which are kept for the next call."""
         if isinstance(source, VectorEnv):
