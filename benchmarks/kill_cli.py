@@ -1,9 +1,9 @@
 """The command line, stopped at random moments in every way, then resumed by the same command. See ``kill_resume.py``.
 
-A run has four environments in processes of their own, terminations, evictions from replay, evaluations with pictures, and
-four updates per call. It is stopped from its first moment on: while it starts, compiles, evaluates, draws and saves. Between
-two lives its folder may be moved, or copied and left. At the end, weights, optimizer, replay and log must be those of a run
-that was never stopped.
+A run has four environments in processes of their own, terminations, evictions from replay, evaluations with pictures,
+and four updates per call. It is stopped from its first moment on: while it starts, compiles, evaluates and saves. Between
+two lives its folder may be moved, or copied and left. At the end, weights, optimizer, replay and log must be those of a
+run that was never stopped.
 """
 
 import collections
@@ -146,7 +146,9 @@ def survive(family, folder, kills, options, rng):
     start, again = time.monotonic(), Life(family, folder / "again", options.steps, 1)
     again.end()
     seconds, expected = time.monotonic() - start, content(folder / "whole")
-    different = [f"{part} of an unbroken run with another hash seed" for part in differences(folder / "again", expected, ())]
+    different = [
+        f"{part} of an unbroken run with another hash seed" for part in differences(folder / "again", expected, ())
+    ]
     doing, codes, moves, runs = collections.Counter(), collections.defaultdict(collections.Counter), 0, 0
     wrong, stopped = [], 0
     while stopped < kills:

@@ -4,8 +4,8 @@ Each run of ``runs.py`` is done once without interruption, then again with ``kil
 and saving, resumed each time by the same command. Weights, optimizer, key, replay and log must be equal bit for bit;
 otherwise the exit code is 1.
 
-With ``--cli`` the same is done to ``worldloom train`` with all it does in a run folder, by more signals, and from its first
-moment on: see ``kill_cli.py``.
+With ``--cli`` the same is done to ``worldloom train`` with all it does in a run folder, by more signals, and from its
+first moment on: see ``kill_cli.py``.
 """
 
 import argparse

@@ -24,8 +24,8 @@ CONFIG = TrainingConfig(
 )
 MARKER = "evil_module_of_a_folder"
 STRANGE = [
-    None, True, -1, 2**63, 10**400, 1e308, "", "x", "../../outside", "\ud800", [], {}, [[[]]], {"a": {"b": [1]}}, "a" * 5000,
-    [1] * 5000, [2**40], f"{MARKER}:Id-v0",
+    None, True, -1, 2**63, 10**400, 1e308, "", "x", "../../outside", "\ud800", [], {}, [[[]]], {"a": {"b": [1]}},
+    "a" * 5000, [1] * 5000, [2**40], f"{MARKER}:Id-v0",
 ]  # fmt: skip
 
 
@@ -67,16 +67,21 @@ def put(path, *keys, value):
     path.write_text(json.dumps(data))
 
 
-def in_config(*keys):
-    return [(f"config {'.'.join(keys)}={value!r:.20}", lambda run, v=value: put(run / "config.json", *keys, value=v)) for value in STRANGE]  # fmt: skip
+def in_config(*keys, every=2):
+    """Cases with a strange value in ``config.json``."""
+    cases = [(value, lambda run, v=value: put(run / "config.json", *keys, value=v)) for value in STRANGE]
+    return [(f"config {'.'.join(keys)}={value!r:.20}", case) for value, case in cases[::every]]
 
 
 def in_record(*keys):
+    """Cases with a strange value in the record of the newest checkpoint, and with checksums that fit."""
+
     def change(run, value):
         put(run / "checkpoints" / "6" / "run.json", *keys, value=value)
         forge(run / "checkpoints" / "6")
 
-    return [(f"record {'.'.join(keys)}={value!r:.20}", lambda run, v=value: change(run, v)) for value in STRANGE[::2]]
+    cases = [(value, lambda run, v=value: change(run, v)) for value in STRANGE]
+    return [(f"record {'.'.join(keys)}={value!r:.20}", case) for value, case in cases[len(keys) % 3 :: 4]]
 
 
 def in_manifest(name, value):
@@ -97,11 +102,12 @@ def text(name, content):
 
 
 CASES = [
-    *in_config("model", "obs_shape"), *in_config("model", "action_dim"), *in_config("env", "spec"),
-    *in_config("env"), *in_config("model"), *in_config("training"), *in_config("spaces"), *in_config("model_class")[::3],
-    *in_config("training", "batch_size")[::3], *in_config("model", "model_type")[::2], *in_config("run_id")[::4],
+    *in_config("model", "obs_shape"), *in_config("env", "spec", every=1), *in_config("env"),
+    *in_config("model", every=4), *in_config("training", every=4), *in_config("spaces", every=4),
+    *in_config("model_class", every=4),
+    *in_config("training", "batch_size", every=4), *in_config("model", "model_type", every=4),
     *in_record("replay"), *in_record("step"), *in_record("collector"), *in_record("callbacks"), *in_record("empty"),
-    *in_record("config"), *in_record("value"),
+    *in_record("config"), *in_record("value"), *in_record("callbacks", "states"), *in_record("collector", "ends"),
     ("manifest with ../", in_manifest("../../../outside/file", [2, "0" * 64])),
     ("manifest with an absolute path", in_manifest("/etc/passwd", [2, "0" * 64])),
     ("manifest with another sum", in_manifest("run.json", [2, "0" * 64])),
@@ -160,7 +166,7 @@ def test_hostile_folders_raise_documented_errors_and_touch_nothing(original, tmp
     monkeypatch.syspath_prepend(str(original / "modules"))
     shutil.copytree(original / "outside", tmp_path / "outside")
     outside, problems = digest(tmp_path / "outside"), []
-    for number, (name, change) in enumerate(CASES[start : start + 40]):
+    for name, change in CASES[start : start + 40]:
         folder = tmp_path / "run"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(original / "run", folder)
@@ -177,7 +183,9 @@ def test_hostile_folders_raise_documented_errors_and_touch_nothing(original, tmp
                 problems.append(f"{name}: {action} raised {error!r:.200}")
         if digest(folder) != before:
             problems.append(f"{name}: the folder was changed by opening it")
-        if "link" in name or number % 8 == 0:
+        # Whoever trains into a folder writes to where its own folders are, which may be another disk.
+        own_disk = name not in ("checkpoints as a link", "model as a link")
+        if name.startswith("record") or ("link" in name and own_disk):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from worldloom.algorithm import TrainState
-from worldloom.config import read_json_object
+from worldloom.config import is_integer, read_json_object
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.files import fsync_folder, fsync_tree, plain_path, write_atomically
 
@@ -148,6 +148,7 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
     record = read_record(path)
     if record.get("format") != FORMAT:
         raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
+    _check_record(record, path)
     tree = _tree(template)
     if exact:
         check_config(path, "model", record.get("config"), identity["config"])
@@ -246,6 +247,17 @@ def _fit(arrays: Mapping[str, Any], template: Any, path: Path) -> Any:
             raise FileFormatError(f"{path} does not fit this run: {name} is {leaf.dtype}{list(leaf.shape)}, it {has}.")
         values.append(value)
     return jax.tree.unflatten(jax.tree.structure(template), values)
+
+
+def _check_record(record: Mapping[str, Any], path: Path) -> None:
+    """Raise ``FileFormatError`` unless the parts of a record are of the types that restoring them takes."""
+    kinds: dict[str, Any] = {"run_id": str, "callbacks": dict, "collector": dict, "replay": dict | None}
+    counts = [record.get(name) for name in ("step", "skipped")]
+    wrong = [name for name, kind in kinds.items() if name in record and not isinstance(record[name], kind)]
+    if wrong or any(not is_integer(count) or not 0 <= int(count or 0) < 2**62 for count in counts):
+        raise FileFormatError(f"The checkpoint {path} is damaged: its record has no valid {(wrong or ['step'])[0]}.")
+    if "collector" in record and record.get("replay") is None:
+        raise FileFormatError(f"The checkpoint {path} is damaged: it has a collector but no replay.")
 
 
 def _fits(arrays: Mapping[str, Any], template: Any, path: Path) -> bool:

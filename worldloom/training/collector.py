@@ -13,7 +13,7 @@ import numpy as np
 from worldloom.algorithm import Params, Policy, TrainState
 from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
 from worldloom.envs.native import check_config_fits
-from worldloom.errors import ConfigError
+from worldloom.errors import ConfigError, FileFormatError
 from worldloom.spaces import ACTION
 from worldloom.training.config import TrainingConfig
 from worldloom.training.train_ratio import TrainRatio
@@ -130,9 +130,12 @@ class Collector:
         Environments that cannot be replayed, or that arrive at other observations, begin their next episodes instead,
         with a warning.
         """
-        self.updates_before = int(counts["trained"])
-        self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
-        self.restarts, self.ends = int(counts["restarts"]), [EpisodeEnd(*end) for end in counts["ends"]]
+        try:
+            self.updates_before = int(counts["trained"])
+            self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
+            self.restarts, self.ends = int(counts["restarts"]), [EpisodeEnd(*end) for end in counts["ends"]]
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise FileFormatError(f"The saved counts of the environments make no sense: {error!r}.") from error
         if not arrays:
             return
         saved = strip_prefix(arrays, "env/")

@@ -39,6 +39,15 @@ from worldloom.training.run_lock import RunLock
 _log = logging.getLogger("worldloom")
 _FORMAT = 1
 """Version of the layout of ``config.json``."""
+_KINDS: dict[str, Any] = {
+    "run_id": str,
+    "model": dict,
+    "training": dict,
+    "model_class": str | None,
+    "env": dict | None,
+    "spaces": dict | None,
+}
+"""Its parts; those that may be None are missing in files of earlier versions."""
 _MAX_EVAL_ENVS = 10
 """Maximum number of environments that an evaluation steps together."""
 _SIMULATORS = ("gymnasium", "dm-control", "mujoco", "ale-py", "crafter", "shimmy")
@@ -88,9 +97,11 @@ class RunFolder:
         if not self.exists:
             raise FileFormatError(f"{self.path} is not the folder of a run: it has no config.json.")
         settings = read_json_object(self.path / "config.json")
-        required = {"run_id": str, "model": dict, "training": dict}
-        if settings.get("format") != _FORMAT or any(not isinstance(settings.get(n), t) for n, t in required.items()):
+        if settings.get("format") != _FORMAT:
             raise FileFormatError(f"{self.path / 'config.json'} is not a run's config of format {_FORMAT}.")
+        for name, kind in _KINDS.items():
+            if not isinstance(settings.get(name), kind):
+                raise FileFormatError(f"{self.path / 'config.json'} is damaged: {name} is {settings.get(name)!r:.100}.")
         return settings
 
     def env_spaces(self, *, trust: bool = False) -> dict[str, Any] | None:
@@ -133,8 +144,6 @@ class RunFolder:
         settings = self.settings().get("env")
         if settings is None:
             raise ConfigError(f"{self.path} was trained from recorded episodes: it has no environment.")
-        if not isinstance(settings, Mapping):
-            raise FileFormatError(f"{self.path / 'config.json'} is damaged: its environment is {settings!r:.100}.")
         spec = changes.pop("spec", None)
         if spec is None:
             spec = self._recorded_spec(settings, trust)
