@@ -1,9 +1,9 @@
 """The command line, stopped at random moments in every way, then resumed by the same command. See ``kill_resume.py``.
 
 A run has four environments in processes of their own, terminations, evictions from replay, evaluations with pictures,
-and four updates per call. It is stopped from its first moment on: while it starts, compiles, evaluates and saves. Between
-two lives its folder may be moved, or copied and left. At the end, weights, optimizer, replay and log must be those of a
-run that was never stopped.
+and four updates per call. It is stopped from its first moment on: while it starts, compiles, evaluates and saves.
+Between two lives its folder may be moved, or copied and left. At the end, weights, optimizer, replay and log must be
+those of a run that was never stopped.
 """
 
 import collections

@@ -154,7 +154,7 @@ def test_a_checkpoint_that_does_not_fit_says_what_it_needs_and_what_is_free(tmp_
 
     monkeypatch.setattr(checkpoint_files, "_save_arrays", full)
     callback = CheckpointCallback(str(tmp_path), save_every=5)
-    with pytest.warns(UserWarning, match=r"No space left.*It needs up to 0\.0 MB; 0\.0 MB are free\. Earlier"):
+    with pytest.warns(UserWarning, match=r"No space left.*It needs up to 0\.\d kB; 0\.1 kB are free\. Earlier"):
         Trainer(ToyWorldModel(ToyConfig()), CONFIG, [callback]).train(fill(ReplayBuffer(500)))
     assert callback.checkpointer.steps() == [10, 15, 20]
-    assert caplog.text.count("is nearly full: a checkpoint needs up to 0.0 MB, 0.0 MB are free") == 1
+    assert caplog.text.count("is nearly full: a checkpoint needs up to") == 1

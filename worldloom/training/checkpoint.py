@@ -170,9 +170,10 @@ class Checkpointer:
                 replay=replay.write() if replay else None,
             )
         except Exception as error:
+            about = str(error).rstrip(".")
             raise CheckpointError(
-                f"The checkpoint of step {snapshot.step} could not be written to {self.folder}: {error}. It needs up "
-                f"to {_megabytes(needed)}; {_megabytes(_free_bytes(self.folder))} are free. Earlier checkpoints are "
+                f"The checkpoint of step {snapshot.step} could not be written to {self.folder}: {about}. It needs up "
+                f"to {_bytes_text(needed)}; {_bytes_text(_free_bytes(self.folder))} are free. Earlier checkpoints are "
                 "unchanged."
             ) from error
         self._values[snapshot.step] = value
@@ -205,8 +206,8 @@ class Checkpointer:
         if free < 2 * needed:
             self._warn(
                 "disk",
-                f"The disk of {self.folder} is nearly full: a checkpoint needs up to {_megabytes(needed)}, "
-                f"{_megabytes(free)} are free.",
+                f"The disk of {self.folder} is nearly full: a checkpoint needs up to {_bytes_text(needed)}, "
+                f"{_bytes_text(free)} are free.",
             )
 
     def _warn(self, kind: str, message: str) -> None:
@@ -227,8 +228,8 @@ def _free_bytes(folder: Path) -> float:
         return math.inf
 
 
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _bytes_text(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def locate_checkpoint(resume: bool | str | Path, save_dir: Path | None) -> tuple[Path, int | None]:

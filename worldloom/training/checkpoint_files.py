@@ -9,9 +9,11 @@ always complete, also after a power failure.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import types
 from collections.abc import Iterator, Mapping
@@ -292,7 +294,13 @@ def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
         _orbax_warnings() as warned,
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
     ):
-        checkpointer.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
+        try:
+            checkpointer.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
+        except ValueError as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            # TensorStore says so in a thousand characters.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     if warned:
         raise CheckpointError(f"Orbax warned: {warned[0]}")
 
