@@ -113,3 +113,21 @@ def test_peek_option_reads_both_spellings():
     assert peek_option(["--x", "--model=a"], "--model") == "a"
     assert peek_option(["--model"], "--model") is None
     assert peek_option(["--x", "1"], "--model") is None
+
+
+def test_the_last_of_two_values_counts_in_both_parsers():
+    words = ["--batch-size", "8", "--batch_size=9"]
+    flags = FlagParser("x", "")
+    flags.group("a", config_flags(TrainingConfig))
+    assert flags.parse(words)["batch_size"] == int(peek_option(words, "--batch-size")) == 9
+    words = ["--remat", "--no-remat"]
+    assert flags.parse(words)["remat"] is False
+    assert peek_option(words, "--remat") == "false"
+
+
+def test_a_flag_may_stand_alone_or_take_a_word():
+    flags = FlagParser("x", "")
+    flags.group("a", [Flag("resume", bool | str, "…"), Flag("run", str, "…")])
+    assert flags.parse(["--resume", "--run", "r"]) == {"resume": True, "run": "r"}
+    assert flags.parse(["--resume", "continue"]) == {"resume": "continue"}
+    assert flags.parse(["--no-resume"]) == {"resume": False}

@@ -25,12 +25,12 @@ def suggestion(name: str, suites: Iterable[str]) -> str:
     Known are a suite without a task (``crafter``, ``dmc``) and the ids of other packages: Shimmy's
     ``dm_control/cartpole-swingup-v0``, ``ALE/Pong-v5``, ``PongNoFrameskip-v4``, ``CrafterReward-v1``.
     """
-    plain = name.lower().replace("-", "_")
+    plain = name.lower().replace("-", "_").replace(":", "/")
     prefix, _, task = re.sub(r"_?v\d+$", "", plain).partition("/")
     suite = _OTHER_NAMES.get(prefix, prefix)
     if task and suite in ("dmc", "atari"):
         # Atari ids run words together, "SpaceInvaders"; the suite writes "space_invaders".
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.split("/")[-1].partition("-")[0]).lower()
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", re.split("[/:]", name)[-1].partition("-")[0]).lower()
         return f" Did you mean '{suite}:{words if suite == 'atari' else task}'?"
     if plain.startswith("crafter") and "crafter" in suites:
         return f" Did you mean 'crafter:{'noreward' if 'noreward' in plain or 'no_reward' in plain else 'reward'}'?"

@@ -221,7 +221,7 @@ def _gym_spec(name: str) -> Any:
     try:
         return gym.spec(env_id)
     except gym.error.Error as error:
-        hint = suggestion(env_id, SUITES) or " 'module:id' imports a module first."
+        hint = suggestion(name, SUITES) or " 'module:id' imports a module first."
         about = str(error) if str(error).endswith((".", "?")) else f"{error}."
         raise ConfigError(f"{about} {name!r} was given to make_env.{hint}") from error
 
