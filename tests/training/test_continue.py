@@ -12,7 +12,7 @@ from toy_family import ToyConfig, ToyWorldModel, fill
 from worldloom.envs import make_env
 from worldloom.errors import ConfigError
 from worldloom.replay import ReplayBuffer
-from worldloom.training import RunFolder, Trainer
+from worldloom.training import RunFolder, Trainer, collect
 from worldloom.training.callbacks import CheckpointCallback
 
 
@@ -176,3 +176,21 @@ def test_a_run_folder_records_the_new_settings(tmp_path):
         trainer = Trainer(ToyWorldModel(ToyConfig()), config, run.callbacks(progress=False))
         trainer.train(buffer, total_steps=8 // size, resume=resume)
     assert run.settings()["training"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize("given", ["environments", "an id"])
+def test_collecting_learns_nothing_and_trains_later(given):
+    with make_env(Glide, 2, seed=3) as env:
+        model = toy(env, latents=True)
+        before = jax.tree.map(np.array, model.params)
+        replay = collect(model, env, 30, seed=1)
+        assert len(replay) >= 30
+        jax.tree.map(np.testing.assert_array_equal, model.params, before)
+        trainer = Trainer(model, ONLINE_CONFIG, [])
+        trainer.train(env, total_steps=3, replay=replay)
+        assert trainer.replay is replay
+    if given == "an id":
+        model = ToyWorldModel(ToyConfig())
+        assert len(collect(model, "MountainCarContinuous-v0", 10)) >= 9
+    with pytest.raises(ConfigError, match="env_steps must be"):
+        collect(model, "MountainCarContinuous-v0", 0)
