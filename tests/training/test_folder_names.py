@@ -123,3 +123,13 @@ def test_paths_are_expanded_and_stay_where_they_were(tmp_path, monkeypatch):
     assert callback.save_dir == callback.checkpointer.folder == tmp_path / "work" / "run"
     assert absolute_path("~nobody-of-this-name/x") == tmp_path / "~nobody-of-this-name" / "x"
     assert absolute_path(tmp_path / "~") == tmp_path / "~"
+
+
+def test_replay_is_saved_and_loaded_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fill(ReplayBuffer(500)).save("~/replay.npz")
+    assert (tmp_path / "replay.npz").exists()
+    assert len(ReplayBuffer.load("~/replay.npz")) == len(fill(ReplayBuffer(500)))
+    ToyWorldModel(ToyConfig()).save_pretrained("~/model")
+    assert ToyWorldModel.from_pretrained("~/model").config == ToyConfig()
+    assert (tmp_path / "model" / "config.json").exists()

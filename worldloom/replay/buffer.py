@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from worldloom.errors import DataError
+from worldloom.files import absolute_path
 from worldloom.replay import sampling, validation
 from worldloom.replay.index import FIRST, GIVEN_FLAGS, TERMINAL
 from worldloom.replay.npz import open_npz
@@ -433,7 +434,7 @@ class ReplayBuffer:
 
         The file appears under its name only when complete. Raises ``OSError`` if it cannot be written.
         """
-        write_content(self.content(), Path(path))
+        write_content(self.content(), absolute_path(path))
         return Path(path)
 
     @classmethod
@@ -444,5 +445,5 @@ class ReplayBuffer:
           FileFormatError: the file is truncated, damaged, pickled or of another kind, or its content breaks the rules
             that :meth:`add_episode` enforces. Sizes are checked against the file before memory is allocated.
         """
-        with open_npz(Path(path), "replay file") as file:
+        with open_npz(absolute_path(path), "replay file") as file:
             return cls.from_content(read_content(file))
