@@ -168,7 +168,7 @@ def survive(family, folder, kills, options, rng):
             if code != EXPECTED[how] and not (early or code == -signal.SIGINT):
                 wrong.append({"signals": how, "code": code, "stderr": (place.parent / f"{place.name}.stderr").name})
             if (place / "metrics.jsonl").exists() and code in (129, 130, 143):
-                stopped_at.add(json.loads((place / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+                stopped_at |= {record["step"] for record in log(place)[-3:]}
             if place.exists() and rng.random() < 0.3:
                 moves += 1
                 moved = place.with_name(f"run-{runs}-{life_number} [a]*")

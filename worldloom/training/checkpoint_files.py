@@ -108,16 +108,20 @@ def write_checkpoint(target: Path, snapshot: Snapshot, **values: Any) -> int:
 
 def _check_written(folder: Path, arrays: Mapping[str, Any]) -> None:
     """Raise ``CheckpointError`` unless all ``arrays`` and files are in ``folder``, as reading it would find them."""
+    nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
+    smallest = min(nonempty, key=lambda name: nonempty[name].nbytes)
     try:
         read_record(folder)
-        nonempty = {name: array for name, array in arrays.items() if array.size}
-        smallest = min(nonempty, key=lambda name: nonempty[name].nbytes)
+        # Not through Orbax, which opens every array to list them, and keeps some memory of each.
+        listed = _read_json(folder / "state" / "_METADATA")["tree_metadata"].values()
+        missing = nonempty.keys() - {entry["key_metadata"][0]["key"] for entry in listed}
         # Reading one array goes through the index of all of them, whose absence no checksum shows.
-        found = _load_arrays(folder, {smallest: nonempty[smallest]}, everything=nonempty)[smallest]
-    except FileFormatError as error:
+        with _reading(folder), plain_path(folder) as path:
+            found = _restore(path / "state", {smallest: nonempty[smallest]})[smallest]
+    except (FileFormatError, OSError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"What was written cannot be read back: {error}") from error
-    if found.tobytes() != np.asarray(nonempty[smallest]).tobytes():
-        raise CheckpointError(f"What was written cannot be read back: {smallest} differs.")
+    if missing or found.tobytes() != nonempty[smallest].tobytes():
+        raise CheckpointError(f"What was written cannot be read back: {min(missing or {smallest})} differs.")
 
 
 def delete_checkpoint(target: Path, renamed: str | None = None) -> None:
@@ -322,53 +326,49 @@ def _orbax_warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def _load_arrays(
-    path: Path, template: Any, *, extra: bool = False, everything: Mapping[str, Any] | None = None
-) -> dict[str, np.ndarray]:
+def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str, np.ndarray]:
     """The arrays of ``template`` by name, and with ``extra`` those with the prefix ``_EXTRA``.
 
-    Shapes and sizes are checked against the file's metadata before memory is allocated; with ``everything``, those of
-    arrays that are not read too.
+    Shapes and sizes are checked against the file's metadata before memory is allocated.
     """
-    import orbax.checkpoint as ocp
-
-    with _open_arrays(path) as (checkpointer, folder, saved):
-        _fit(saved, template if everything is None else everything, path)
-        extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
-        if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
-            raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
-        requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
-        options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
-        return checkpointer.restore(
-            folder, args=ocp.args.PyTreeRestore(requested, restore_args=options, partial_restore=True)
-        )
+    saved = _saved_shapes(path)
+    _fit(saved, template, path)
+    extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
+    if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
+        raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
+    requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
+    with _reading(path), plain_path(path) as folder:
+        return _restore(folder / "state", requested)
 
 
 def _saved_shapes(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the arrays of a checkpoint by name."""
-    with _open_arrays(path) as (_, _, saved):
-        return saved
+    import orbax.checkpoint as ocp
+
+    with _reading(path), plain_path(path) as folder, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        entries = checkpointer.metadata(folder / "state").item_metadata.tree
+        return {name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in entries.items()}
+
+
+def _restore(state: Path, requested: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The ``requested`` arrays, of these shapes, in Orbax's folder ``state``."""
+    import orbax.checkpoint as ocp
+
+    options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
+    arguments = ocp.args.PyTreeRestore(dict(requested), restore_args=options, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(state, args=arguments)
 
 
 @contextlib.contextmanager
-def _open_arrays(path: Path) -> Iterator[tuple[Any, Path, dict[str, jax.ShapeDtypeStruct]]]:
-    """Orbax's reader of the arrays of a checkpoint, their folder, and their shapes by name.
-
-    What it raises within the ``with`` block becomes ``FileFormatError``.
-    """
-    import orbax.checkpoint as ocp
-
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what Orbax raises for an unreadable checkpoint into ``FileFormatError``."""
     try:
-        with plain_path(path) as folder, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            saved = {
-                name: jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-                for name, entry in checkpointer.metadata(folder / "state").item_metadata.tree.items()
-            }
-            yield checkpointer, folder / "state", saved
+        yield
     except (FileFormatError, MemoryError):
         raise
     except Exception as error:
-        # For an unreadable folder Orbax raises a dozen different exceptions, with no common base class.
+        # A dozen different exceptions, with no common base class.
         raise FileFormatError(f"The checkpoint arrays {path / 'state'} cannot be read: {error}") from error
 
 

@@ -46,8 +46,9 @@ def resume_run(run: Run, callbacks: CallbackRunner, resume: bool | str | Path) -
 
 def _begin_again(run: Run, callbacks: CallbackRunner) -> None:
     """Keep the id of a run that was stopped before its first checkpoint: the same run begins again."""
-    recorded = [callback.recorded_run_id() for callback in callbacks.callbacks]
-    run_id = next((each for each in recorded if each), None)
+    # Only the callback that records the run in its folder knows an id.
+    recorders = [callback for callback in callbacks.callbacks if hasattr(callback, "recorded_run_id")]
+    run_id = next((each for recorder in recorders if (each := recorder.recorded_run_id())), None)
     if run_id and run.step == 0:
         run.run_id = run_id
         _log.warning("The run was stopped before its first checkpoint: the same run begins again from step 0.")

@@ -230,6 +230,7 @@ class _RunRecorder(Callback):
         self._lock = RunLock(run.path)
 
     def recorded_run_id(self) -> str | None:
+        """Id of the run whose files are already there; ``resume="auto"`` keeps it where no checkpoint is left."""
         return self.run.settings()["run_id"] if self.run.exists else None
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:

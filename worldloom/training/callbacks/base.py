@@ -114,9 +114,6 @@ class Callback:
     def close(self) -> None:
         """Release files and threads. Always called at the end of training, also after an error."""
 
-    def recorded_run_id(self) -> str | None:
-        """Id of the run whose files are already there; ``resume="auto"`` keeps it where no checkpoint is left."""
-
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, as JSON-serializable values."""
         return {}
