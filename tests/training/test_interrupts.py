@@ -20,6 +20,9 @@ from toy_family import *
 from worldloom.training import *
 from worldloom.training.callbacks import *
 folder, number, times = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+signal.signal(number, signal.SIG_DFL)  # nohup has SIGHUP ignored
+if number == signal.SIGINT:
+    signal.signal(number, signal.default_int_handler)
 
 def interrupt(info):
     if info.step == 7:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worldloom.algorithm import TrainState
     from worldloom.replay import ReplayBuffer
-    from worldloom.training.collecting import collect
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
     from worldloom.training.recipes import recipe
@@ -21,7 +20,6 @@ _LAZY = {
     "TrainState": "worldloom.algorithm",
     "Trainer": "worldloom.training.trainer",
     "TrainingConfig": "worldloom.training.config",
-    "collect": "worldloom.training.collecting",
     "evaluate": "worldloom.training.evaluation",
     "play": "worldloom.training.evaluation",
     "recipe": "worldloom.training.recipes",
@@ -34,7 +32,6 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingConfig",
-    "collect",
     "evaluate",
     "play",
     "recipe",
