@@ -125,6 +125,29 @@ def make_env(
     return make(num_envs, seed, render)
 
 
+def usual_options(spec: Any) -> dict[str, Any]:
+    """The options that a suite takes unless others are given; empty for other environments."""
+    prefix = spec.partition(":")[0] if isinstance(spec, str) else ""
+    if prefix not in SUITES:
+        return {}
+    module = importlib.import_module(SUITES[prefix].adapter.partition(":")[0])
+    return dict(getattr(module, "USUAL", {}).get(prefix, {}))
+
+
+def effective_defaults(env: VectorEnv) -> dict[str, Any]:
+    """What the arguments of :func:`make_env` that ``env`` was made without came to, and the suite's usual options.
+
+    Empty for environments that were not made from an id.
+    """
+    spec = env.settings.get("spec")
+    if not isinstance(spec, str):
+        return {}
+    suite = spec.partition(":")[0] in SUITES
+    time_limit = env.time_limit if suite else _gym_spec(spec).max_episode_steps
+    found = {"action_repeat": env.action_repeat, "time_limit": time_limit, **usual_options(spec)}
+    return {name: value for name, value in found.items() if env.settings.get(name) is None and value is not None}
+
+
 def is_env(value: Any) -> bool:
     """Whether ``value`` can be given to :func:`make_env` as ``spec``, or is a :class:`VectorEnv` already."""
     return isinstance(value, str | gym.Env | gym.vector.VectorEnv | VectorEnv) or callable(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class EpisodeEnd(NamedTuple):
       length: decision steps of the episode (its actions; one less than its rows).
       terminated: whether the environment itself ended the episode; false for a time limit.
       crashed: whether it was cut because its worker had to be restarted; its return is then incomplete.
+      info: the numbers in the ``info`` of the last step, see :func:`scalars`; empty where there are none.
     """
 
     env: int
@@ -26,6 +28,7 @@ class EpisodeEnd(NamedTuple):
     length: int
     terminated: bool
     crashed: bool
+    info: Mapping[str, float] = {}
 
 
 class WorkerRestart(NamedTuple):
@@ -66,6 +69,20 @@ class TimeStep(NamedTuple):
     is_last: np.ndarray
     is_terminal: np.ndarray
     events: tuple[Event, ...] = ()
+
+
+def scalars(info: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers and booleans in an ``info``, as floats; those in dicts under ``outer/inner``.
+
+    Arrays, texts, NaN and infinities are left out.
+    """
+    found: dict[str, float] = {}
+    for name, value in info.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
+        elif isinstance(value, bool | int | float | np.number | np.bool_) and np.isfinite(value):
+            found[str(name)] = float(value)
+    return found
 
 
 def episode_seed(seed: int, env: int, episode: int) -> int:

@@ -38,6 +38,7 @@ class VectorEnv:
       action_dim: number of action dimensions or classes, or a dict of them.
       action_type: ``"continuous"`` or ``"discrete"``, or a dict of them.
       action_repeat: environment steps per decision step.
+      time_limit: environment steps after which an episode is truncated, or ``None`` if that is not known.
       episode_length: decision steps after which an episode is truncated, or ``None`` if that is not known.
       seed: root of the episodes' seeds.
       moves: how often the environments were reset, stepped or restored; a caller that compares it with the value after
@@ -62,6 +63,7 @@ class VectorEnv:
         self.obs_shape, self.obs_dtype = observations.shape, observations.dtype
         self.action_dim, self.action_type = actions.dim, actions.type
         self.action_repeat, self.settings = action_repeat, dict(settings or {})
+        self.time_limit = backend.time_limit
         # Rounded up: an episode is truncated within its last decision step.
         self.episode_length = None if backend.time_limit is None else -(-backend.time_limit // action_repeat)
         self.seed = _check_seed(seed)
@@ -250,6 +252,7 @@ class VectorEnv:
                 length=int(self._action_log.lengths[env]),
                 terminated=bool(result.is_terminal[env]),
                 crashed=int(env) in crashed,
+                info=result.infos.get(int(env), {}),
             )
             for env in np.flatnonzero(result.is_last)
         ]

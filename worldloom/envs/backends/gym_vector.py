@@ -18,7 +18,7 @@ So the last two modes cost an extra step and reset per episode. Resets of some e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -27,6 +27,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from worldloom.envs.backends.base import BatchedStepResult
 from worldloom.envs.observations import ObservationSpec
+from worldloom.envs.time_step import scalars
 from worldloom.errors import ConfigError, EnvError
 
 
@@ -79,7 +80,10 @@ class GymVectorBackend:
             for env in np.flatnonzero(is_last):
                 for name, value in self._observations.flatten(info["final_obs"][env]).items():
                     obs[name][env] = value
-        return BatchedStepResult(obs, np.where(reset_mask, 0, reward).astype(np.float32), is_last, is_terminal)
+            info = info.get("final_info", {})
+        infos = {int(env): _info_of(info, int(env)) for env in np.flatnonzero(is_last)}
+        rewards = np.where(reset_mask, 0, reward).astype(np.float32)
+        return BatchedStepResult(obs, rewards, is_last, is_terminal, infos=infos)
 
     def replay_actions(self, seeds: Sequence[int], actions: Sequence[Any], lengths: np.ndarray) -> None:
         """Not supported: the environments can only be stepped all at once, and their episodes differ in length."""
@@ -123,3 +127,18 @@ class GymVectorBackend:
                 "build it with AutoresetMode.NEXT_STEP, or give make_env an id or a function instead."
             )
         return after
+
+
+def _info_of(info: Any, env: int) -> dict[str, float]:
+    """The numbers of one environment in the ``info`` of a vector: arrays [N], with masks [N] under ``_name``."""
+    if not isinstance(info, Mapping):
+        return {}
+    mine = {}
+    for name, value in info.items():
+        if name.startswith("_") or not np.all(np.asarray(info.get(f"_{name}", True)).ravel()[env : env + 1]):
+            continue
+        if isinstance(value, Mapping):
+            mine[name] = _info_of(value, env)
+        elif isinstance(value, np.ndarray) and value.ndim and len(value) > env:
+            mine[name] = value[env]
+    return scalars(mine)

@@ -9,6 +9,7 @@ import gymnasium as gym
 
 from worldloom.envs.backends.base import StepResult, index_nested
 from worldloom.envs.observations import ObservationSpec
+from worldloom.envs.time_step import scalars
 
 
 class SingleEnv:
@@ -35,9 +36,9 @@ class SingleEnv:
 
         Only ``terminated`` makes the last row terminal; it takes precedence when ``truncated`` is set too.
         """
-        obs, reward, terminated, truncated, _ = self.env.step(action)
-        flat = self._observations.flatten(obs)
-        return StepResult(flat, float(reward), bool(terminated or truncated), bool(terminated))
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        flat, over = self._observations.flatten(obs), bool(terminated or truncated)
+        return StepResult(flat, float(reward), over, bool(terminated), scalars(info) if over else {})
 
     def replay_actions(self, seed: int, actions: Any, length: int) -> StepResult:
         """Start an episode and take the ``length`` actions on the leading axis of ``actions``."""
