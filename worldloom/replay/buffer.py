@@ -260,40 +260,42 @@ class ReplayBuffer:
         cross_episodes: bool = False,
         latents: bool = False,
     ) -> Batch:
-        """A batch of ``batch_size`` windows of ``sequence_length`` rows: ``take(draw(...))``.
+        """A batch of windows, ``take(draw(...))``: a dict of arrays [B, T, ...], see :meth:`take`.
 
         Args:
           batch_size: windows, B.
           sequence_length: rows per window, T.
-          seed: seed of the run.
-          update: number of the update that the batch is for.
-          cross_episodes: see :meth:`draw`.
+          seed, update, cross_episodes: see :meth:`draw`.
           latents: add the stored latents of row 0 as ``context``.
-
-        Returns:
-          See :meth:`take`; arrays [B, T, ...].
 
         Raises:
           DataError: nothing held is long enough for such a window.
         """
-        ids = self.draw(batch_size, sequence_length, seed=seed, update=update, cross_episodes=cross_episodes)
-        return self.take(ids, latents=latents)
+        options: Any = {"seed": seed, "update": update, "cross_episodes": cross_episodes}
+        return self.take(self.draw(batch_size, sequence_length, **options), latents=latents)
 
     def draw(
-        self, batch_size: int, sequence_length: int, *, seed: int = 0, update: int = 0, cross_episodes: bool = False
+        self,
+        batch_size: int,
+        sequence_length: int,
+        *,
+        seed: int = 0,
+        update: int = 0,
+        cross_episodes: bool = False,
+        finished: bool = False,
     ) -> np.ndarray:
         """Row numbers of random windows, int64 [B, T]: a pure function of ``seed``, ``update`` and the content.
 
         Without ``cross_episodes``, an episode is drawn uniformly among those with at least T rows, then a start
         uniformly in it (TD-MPC2); no window spans two episodes. With it, every window of T successive rows of a stream
-        is equally likely, whatever episodes it spans (DreamerV3); ``is_first`` marks where the next episode begins.
+        is equally likely, whatever it spans (DreamerV3); ``is_first`` marks where the next episode begins. ``finished``
+        leaves out the episodes in progress, unless nothing else is long enough.
 
         Raises:
           DataError: nothing held is long enough for such a window.
         """
-        return sampling.draw_windows(
-            self._storage.index, batch_size, sequence_length, seed=seed, update=update, cross_episodes=cross_episodes
-        )
+        options: Any = {"seed": seed, "update": update, "cross_episodes": cross_episodes, "finished": finished}
+        return sampling.draw_windows(self._storage.index, batch_size, sequence_length, **options)
 
     def take(self, row_ids: np.ndarray, *, latents: bool = False, observations: bool = True) -> Batch:
         """The rows ``row_ids`` [..., T] as a dict of new arrays [..., T, ...].
