@@ -22,6 +22,7 @@ from worldloom.algorithm import TrainState
 from worldloom.config import read_json_object
 from worldloom.errors import ConfigError, FileFormatError
 from worldloom.files import write_atomically
+from worldloom.training.config import TrainingConfig
 
 FORMAT = 1
 """Version of the checkpoint layout."""
@@ -33,6 +34,10 @@ _MAY_CHANGE = frozenset(
         "env_steps",
         "log_interval",
         "eval_interval",
+        "eval_episodes",
+        "eval_at_start",
+        "eval_at_end",
+        "eval_greedy",
         "save_interval",
         "device",
         "updates_per_call",
@@ -106,7 +111,9 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
     if record.get("format") != FORMAT:
         raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
     check_config(path, "model", record.get("config"), identity["config"])
-    check_config(path, "training", record.get("training"), identity["training"], _MAY_CHANGE)
+    # Fields that the version which wrote it did not have are at their defaults.
+    saved = {**TrainingConfig().to_dict(), **(record.get("training") or {})}
+    check_config(path, "training", saved, identity["training"], _MAY_CHANGE)
     _check_class(path, record.get("model_class"), identity["model_class"])
     arrays = _load_arrays(path, _tree(template), extra=True)
     extra = {name.removeprefix(_EXTRA): value for name, value in arrays.items() if name.startswith(_EXTRA)}

@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from worldloom.algorithm import Params, Policy, TrainState
 from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
+from worldloom.envs.make import usual_options
 from worldloom.envs.native import check_config_fits
 from worldloom.errors import ConfigError
+from worldloom.replay import ReplayBuffer
+from worldloom.replay.online import OnlineQueue
 from worldloom.spaces import ACTION
 from worldloom.training.config import TrainingConfig
+from worldloom.training.rewards_seen import RewardsSeen
 from worldloom.training.train_ratio import TrainRatio
 from worldloom.training.writeback import strip_prefix
 
@@ -23,6 +27,26 @@ _log = logging.getLogger("worldloom")
 
 _ACTING = 0xFFFFFFFF
 """Folded into the root key to derive the keys for acting; no update has this number."""
+
+
+_PERSISTENCE = 0.9
+"""Probability that correlated random actions keep the previous action: for ten decision steps on average."""
+
+
+class EpisodeRecord(NamedTuple):
+    """A training episode that ended.
+
+    Attributes:
+      number: it is the run's ``number``-th, counted from 0.
+      env_steps: environment steps of the run at its end.
+      prefill: whether it ended before the first update.
+      end: return, length and what else the environments report of it.
+    """
+
+    number: int
+    env_steps: int
+    prefill: bool
+    end: EpisodeEnd
 
 
 class Collector:
@@ -45,7 +69,10 @@ class Collector:
     Attributes:
       updates_before: see above.
       decisions: decision steps taken so far, summed over all environments.
-      ends: episodes that ended since ``EpisodesCallback`` last cleared the list.
+      episodes: training episodes that ended so far.
+      ends: those that ended since ``EpisodesCallback`` last cleared the list.
+      seen: what rewards and returns there have been so far.
+      queue: which rows have been replayed at least once.
       restarts: number of environment processes replaced so far.
     """
 
@@ -67,13 +94,18 @@ class Collector:
         )
         self._validate_data = algorithm.validate_data
         self._carry = algorithm.initial_carry(model.config, env.num_envs)
-        self._random_prefill, self._random_steps = algorithm.random_prefill, config.prefill
+        self._prefill, self._prefill_policy = config.prefill, config.prefill_policy
+        if self._prefill_policy == "auto":
+            self._prefill_policy = "random" if algorithm.random_prefill else "initial"
         self._time_step: TimeStep | None = None
         # Actions and latents for the newest time step, possibly still being computed.
         self._pending: tuple[Any, Mapping[str, Any]] | None = None
         self._calls = self._moves = 0
-        self.decisions = self.restarts = 0
-        self.ends: list[EpisodeEnd] = []
+        self.decisions = self.restarts = self.episodes = 0
+        self.ends: list[EpisodeRecord] = []
+        self.seen = RewardsSeen()
+        # Rows that are there before were not collected by this run.
+        self.queue = OnlineQueue(_newest_row(replay))
 
     @property
     def env_steps(self) -> int:
@@ -86,7 +118,7 @@ class Collector:
 
     def count_from(self, updates: int, ratio: TrainRatio) -> None:
         """Switch to a new ``ratio`` when ``updates`` updates are done."""
-        self._random_steps = ratio.prefill
+        self._prefill = ratio.prefill
         self.updates_before = updates - ratio.updates(self.decisions)
 
     def step(self, state: TrainState) -> None:
@@ -94,11 +126,13 @@ class Collector:
         if self._time_step is not None and self.env.moves != self._moves:
             _log.warning("The environments were reset or stepped outside of training: all of them begin new episodes.")
             self._time_step = self._pending = None
+        executed = None
         if self._pending is not None:
-            self._execute(*jax.device_get(self._pending))
+            executed, latents = jax.device_get(self._pending)
+            self._execute(executed, latents)
         elif self._time_step is None:
             self._receive(self.env.reset())
-        self._choose_actions(state)
+        self._choose_actions(state, executed)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The state for a checkpoint: JSON-serializable values, and arrays by name."""
@@ -107,7 +141,10 @@ class Collector:
             "decisions": self.decisions,
             "calls": self._calls,
             "restarts": self.restarts,
-            "ends": [list(end) for end in self.ends],
+            "episodes": self.episodes,
+            "ends": [[*record[:-1], list(record.end)] for record in self.ends],
+            "seen": self.seen.to_dict(),
+            "drawn": self.queue.drawn,
             "env": env_identity(self.env),
         }
         if self._pending is None:
@@ -128,7 +165,18 @@ class Collector:
         """
         self.updates_before = int(counts["trained"])
         self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
-        self.restarts, self.ends = int(counts["restarts"]), [EpisodeEnd(*end) for end in counts["ends"]]
+        self.restarts = int(counts["restarts"])
+        # Checkpoints of earlier versions do not number episodes, and say nothing of rewards and of fresh rows.
+        numbered = "episodes" in counts
+        self.episodes = int(counts.get("episodes", len(counts["ends"])))
+        self.ends = [
+            EpisodeRecord(record[0], record[1], record[2], EpisodeEnd(*record[3]))
+            if numbered
+            else EpisodeRecord(number, self.env_steps, False, EpisodeEnd(*record))
+            for number, record in enumerate(counts["ends"])
+        ]
+        self.seen = RewardsSeen(**counts.get("seen", {}))
+        self.queue = OnlineQueue(int(counts.get("drawn", _newest_row(self.replay))))
         if not arrays:
             return
         saved = strip_prefix(arrays, "env/")
@@ -150,8 +198,11 @@ class Collector:
         assert now is not None
         stored = jax.tree.map(lambda action: _executed(now.is_last, action), actions)
         self.replay.add_rows(now.obs, stored, now.reward, now.is_first, now.is_last, now.is_terminal, latents=latents)
+        prefill = self.decisions < self._prefill
         self.decisions += int((~now.is_last).sum())
-        self._receive(self.env.step(actions))
+        following = self.env.step(actions)
+        self.seen.add_rewards(following.reward[~now.is_last], prefill=prefill)
+        self._receive(following)
 
     def _receive(self, time_step: TimeStep) -> None:
         """Hold a new time step; check its data and note ended episodes and replaced processes."""
@@ -160,24 +211,48 @@ class Collector:
             self._validate_data(self._model_config, has_terminals=True, online=True)
         for event in time_step.events:
             if isinstance(event, EpisodeEnd):
-                self.ends.append(event)
+                prefill = self.decisions <= self._prefill
+                self.ends.append(EpisodeRecord(self.episodes, self.env_steps, prefill, event))
+                self.episodes += 1
+                if not event.crashed:
+                    self.seen.add_return(event.episode_return)
             else:
                 self.restarts += 1
                 _log.warning("%s It was replaced, its episode closed as truncated.", event.reason)
 
-    def _choose_actions(self, state: TrainState) -> None:
-        """Start choosing the actions for the current time step; they are random during a random prefill."""
+    def _choose_actions(self, state: TrainState, executed: Any) -> None:
+        """Start choosing the actions for the current time step; ``executed`` are those that led to it, or None."""
         now = self._time_step
         assert now is not None
         self._calls += 1
-        if self._random_prefill and self.decisions < self._random_steps:
-            seed = np.random.SeedSequence(self._seed, spawn_key=(_ACTING, self._calls))
-            self._pending = self.env.sample_actions(np.random.Generator(np.random.Philox(seed))), {}
+        if self._prefill_policy != "initial" and self.decisions < self._prefill:
+            self._pending = self._random_actions(now.is_first, executed), {}
         else:
             self._carry, actions, latents = self._policy(
                 state.params, state.key, self._carry, now.obs, now.is_first, self._calls
             )
             self._pending = actions, latents
+
+    def _random_actions(self, is_first: np.ndarray, executed: Any) -> Any:
+        """Random actions for all environments; correlated ones are mostly the ``executed`` ones again."""
+        seed = np.random.SeedSequence(self._seed, spawn_key=(_ACTING, self._calls))
+        rng = np.random.Generator(np.random.Philox(seed))
+        actions = self.env.sample_actions(rng)
+        if self._prefill_policy != "correlated" or executed is None:
+            return actions
+        kept = (rng.random(self.env.num_envs) < _PERSISTENCE) & ~is_first
+
+        def keep(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+            if new.shape != np.shape(old):  # one-hots of a policy that acted before
+                return new
+            return np.where(kept.reshape(-1, *[1] * (new.ndim - 1)), old, new).astype(new.dtype)
+
+        return jax.tree.map(keep, actions, executed)
+
+
+def _newest_row(replay: Any) -> int:
+    """Number of the newest row of a buffer; -1 if it is empty or does not number its rows."""
+    return replay.state_dict()["next_row"] - 1 if isinstance(replay, ReplayBuffer) else -1
 
 
 def compiled_policy(
@@ -226,6 +301,8 @@ def env_identity(env: VectorEnv) -> dict[str, Any]:
     """The settings of ``env`` that determine its episodes, as JSON values; not those that say where and how it runs."""
     plain = {name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)}
     may_change = ("seed", "num_envs", "parallel", "worker_timeout", "action_repeat", "time_limit")
+    usual = usual_options(env.settings.get("spec"))
+    plain |= {name: value for name, value in usual.items() if plain.get(name) is None}
     # The repeat and time limit in effect: the arguments may be None for the suite's own.
     effective = {"action_repeat": env.action_repeat, "episode_length": env.episode_length}
     return {name: value for name, value in plain.items() if name not in may_change} | effective
@@ -233,13 +310,25 @@ def env_identity(env: VectorEnv) -> dict[str, Any]:
 
 def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
     """Raise ``ConfigError`` if ``saved``, the identity of a run's environments, is not that of ``env``."""
-    for name, value in env_identity(env).items():
+    if not saved:
+        return
+    usual, identity = usual_options(env.settings.get("spec")), env_identity(env)
+    # An option that was not given is the suite's usual one, and the same as giving that.
+    before, now = {**usual, **_given(saved)}, {**usual, **_given(identity)}
+    for name in {**saved, **now}:
         # Environments made from a function or an object have no spec to compare.
-        if name in saved and saved[name] != value:
+        if name in ("spec", "action_repeat", "episode_length") and not (name in saved and name in identity):
+            continue
+        if before.get(name) != now.get(name):
             raise ConfigError(
-                f"The run was collected from environments with {name}={saved[name]!r}, these have {value!r}. Resume "
-                "with the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
+                f"The run was collected from environments with {name}={before.get(name)!r}, these have "
+                f"{now.get(name)!r}. Resume with the saved value, or begin a new run from its weights: "
+                "worldloom.training.checkpoint.load_weights."
             )
+
+
+def _given(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if value is not None}
 
 
 def _executed(over: np.ndarray, actions: np.ndarray) -> np.ndarray:

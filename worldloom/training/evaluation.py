@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +54,7 @@ def play(
     episodes: int = 10,
     seed: int = 0,
     explore: bool = False,
+    greedy: bool = False,
     frames: list[np.ndarray] | None = None,
 ) -> list[EpisodeEnd]:
     """Play whole episodes with the evaluation policy; returns their returns and lengths as :class:`EpisodeEnd`.
@@ -66,6 +69,7 @@ def play(
       episodes: number of episodes in total.
       seed: seed of environments, latents and actions.
       explore: use the policy that collects data instead of the evaluation policy.
+      greedy: let every draw of the policy take its mode.
       frames: list to which images of environment 0 are appended, one per observation of its first episode; requires an
         ``env`` made with ``render=True``.
 
@@ -77,6 +81,7 @@ def play(
     check_env_fits(env, model)
     algorithm = model.algorithm
     policy = algorithm.policy if explore else algorithm.evaluation_policy
+    policy = _greedy(policy) if greedy else policy
     act = compiled_policy(policy, model.__class__, model.config)
     params, key = model.params, root_key(seed)
     carry = algorithm.initial_carry(model.config, env.num_envs)
@@ -96,3 +101,60 @@ def play(
                 remaining[event.env] -= 1
                 ends.append(event)
     return ends
+
+
+def measure_returns(
+    model: Any,
+    env: VectorEnv,
+    config: TrainingConfig,
+    *,
+    episodes: int | None = None,
+    seed: int = 0,
+    frames: list[np.ndarray] | None = None,
+    recorder: Callable[[VectorEnv], Any] = lambda env: env,
+) -> dict[str, float]:
+    """What an evaluation publishes: ``eval/return`` (the mean), ``eval/return_std`` and ``eval/length``.
+
+    ``eval/success`` is added where all episodes report one in their ``info``, and ``eval/greedy_return`` with its
+    standard deviation as ``TrainingConfig.eval_greedy`` says.
+
+    Args:
+      model: see :func:`play`.
+      env: see :func:`play`.
+      config: number of episodes and greedy episodes.
+      episodes: number of episodes in place of ``config.eval_episodes``.
+      seed: see :func:`play`; greedy episodes are those of the same seed.
+      frames: see :func:`play`.
+      recorder: wraps ``env`` for the first episodes.
+    """
+    count = config.eval_episodes if episodes is None else episodes
+    measured = _summary(play(model, recorder(env), episodes=count, seed=seed, frames=frames))
+    greedy = model.algorithm.samples_in_evaluation if config.eval_greedy is None else config.eval_greedy
+    if greedy:
+        ends = play(model, env, episodes=count, seed=seed, greedy=True)
+        measured |= {f"eval/greedy_{name}": value for name, value in _mean_and_std(ends).items()}
+    return measured
+
+
+def _summary(ends: Sequence[EpisodeEnd]) -> dict[str, float]:
+    summary = {f"eval/{name}": value for name, value in _mean_and_std(ends).items()}
+    summary["eval/length"] = float(np.mean([end.length for end in ends]))
+    for name in ("success", "is_success"):
+        if all(name in end.info for end in ends):
+            summary["eval/success"] = float(np.mean([end.info[name] for end in ends]))
+    return summary
+
+
+def _mean_and_std(ends: Sequence[EpisodeEnd]) -> dict[str, float]:
+    returns = np.array([end.episode_return for end in ends])
+    return {"return": float(returns.mean()), "return_std": float(returns.std())}
+
+
+@functools.cache
+def _greedy(policy: Any) -> Any:
+    """``policy`` without a key, the same function for the same policy."""
+
+    def greedy(model: Any, carry: Any, obs: Any, key: Any, *, is_first: Any = None) -> Any:
+        return policy(model, carry, obs, None, is_first=is_first)
+
+    return greedy

@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 
+from worldloom.algorithm import Curve
 from worldloom.config import read_json_object
 from worldloom.envs import EnvSpaces, VectorEnv, make_env
+from worldloom.envs.make import effective_defaults
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
-from worldloom.families import class_name
+from worldloom.families import class_name, get_family
 from worldloom.files import write_atomically
 from worldloom.training.callbacks import (
     Callback,
@@ -29,8 +31,10 @@ from worldloom.training.callbacks import (
     ProgressCallback,
     StepInfo,
 )
-from worldloom.training.callbacks.reports import CurveCallback, EvalPrinter, EvalReportCallback, FinalEvaluation
+from worldloom.training.callbacks.episodes import EpisodeLog
+from worldloom.training.callbacks.reports import CurveCallback, EndEvaluation, EvalPrinter, EvalReportCallback
 from worldloom.training.config import TrainingConfig
+from worldloom.training.protocols import Experiment, protocol
 from worldloom.training.run_info import versions
 
 _log = logging.getLogger("worldloom")
@@ -49,6 +53,7 @@ class RunFolder:
           config.json           model, training and environment: everything needed to repeat the run
           versions.json         a record per start: packages, git revision, device, command
           metrics.jsonl         see LoggingCallback; next to it, TensorBoard's event files
+          episodes.jsonl        a line for each training episode, see EpisodeLog
           checkpoints/          see CheckpointCallback
           model/                the final weights, for create_world_model
           learning_curve.png    returns, or losses if there is no environment
@@ -77,6 +82,10 @@ class RunFolder:
 
     def settings(self) -> dict[str, Any]:
         """``config.json``: ``run_id``, and dicts ``model``, ``training``, ``env``, ``spaces`` (None without any).
+
+        ``env`` holds the arguments of ``make_env`` that were given, ``env_defaults`` what the others came to.
+        ``protocol`` is None, or the ``name`` of the published experiment and what was ``changed`` of it: [its value,
+        the run's] by name.
 
         Raises ``FileFormatError`` if the file is missing, damaged or of another format.
         """
@@ -129,9 +138,32 @@ class RunFolder:
                 "evaluation.play."
             )
         options = {name: value for name, value in settings.items() if name not in ("spec", "made_of")}
-        return make_env(spec, **{**options, **changes})
+        # What the defaults came to is of that environment, and says nothing of another one.
+        defaults = self.settings().get("env_defaults") or {} if spec == settings["spec"] else {}
+        return make_env(spec, **{**defaults, **options, **changes})
 
-    def callbacks(self, source: Any = None, *, episodes: int = 10, progress: bool = True) -> list[Callback]:
+    def experiment(self) -> Experiment | None:
+        """The published experiment that the run follows, or None."""
+        settings = self.settings() if self.exists else {}
+        followed, env = settings.get("protocol"), settings.get("env") or {}
+        return protocol(followed["name"], env.get("spec") or "") if followed else None
+
+    def published_curve(self) -> Curve | None:
+        """The published curve of the run's protocol in its environment, or None."""
+        found = self.experiment()
+        if found is None or not found.protocol.curve:
+            return None
+        family = get_family(found.model.partition(":")[0])
+        return family.algorithm.published_curve(found.protocol.curve, found.env)
+
+    def callbacks(
+        self,
+        source: Any = None,
+        *,
+        episodes: int | None = None,
+        progress: bool = True,
+        experiment: Experiment | None = None,
+    ) -> list[Callback]:
         """Callbacks that write all files of the run, for one trainer.
 
         If an environment cannot render, there is no video; if it cannot be recreated, there is no evaluation. Either is
@@ -140,30 +172,33 @@ class RunFolder:
         Args:
           source: the environments to train in (evaluations use separate ones made in the same way), a ``ReplayBuffer``
             of held-out episodes, or None for no evaluation.
-          episodes: number of episodes per evaluation.
+          episodes: number of episodes per evaluation; None follows ``TrainingConfig.eval_episodes``.
           progress: whether to show a progress bar and print a line per evaluation.
+          experiment: the published experiment that the run follows, see :func:`worldloom.training.protocol`; what
+            differs from it is recorded. None is that of the run being resumed.
         """
         output: list[Callback] = [ProgressCallback("training"), EvalPrinter()] if progress else []
         online = isinstance(source, VectorEnv)
         evaluation = self._evaluation(source, episodes) if online else None
         evaluations: list[Callback] = [evaluation] if evaluation else []
         if evaluation:
-            output.append(FinalEvaluation(evaluation))
+            output.append(EndEvaluation(evaluation))
         elif source is not None and not online:
             evaluations = [EvalCallback(source)]
         monitor = "eval/return" if evaluation else "eval/loss" if evaluations else "loss"
         return [
-            _RunRecorder(self, source if online else None),
+            _RunRecorder(self, source if online else None, experiment or self.experiment()),
+            *([EpisodeLog(self.path)] if online else []),
             *evaluations,
             LoggingCallback(str(self.path), log_to_console=False, log_to_tensorboard=True),
             *output,
             CheckpointCallback(str(self.checkpoints), monitor=monitor),
-            CurveCallback(self.path, self.title, None if online else source),
+            CurveCallback(self.path, self.title, None if online else source, published=self.published_curve),
         ]
 
-    def _evaluation(self, env: VectorEnv, episodes: int) -> EvalReportCallback | None:
+    def _evaluation(self, env: VectorEnv, episodes: int | None) -> EvalReportCallback | None:
         """The evaluation in separate environments; without video if they cannot render, None if there are none."""
-        count, seed = min(episodes, _MAX_EVAL_ENVS), env.seed + 1
+        count, seed = min(episodes or _MAX_EVAL_ENVS, _MAX_EVAL_ENVS), env.seed + 1
         try:
             try:
                 eval_env = env.another(count, seed, render=True)
@@ -184,8 +219,10 @@ class _RunRecorder(Callback):
     every = 0
     order = -2
 
-    def __init__(self, run: RunFolder, env: VectorEnv | None):
+    def __init__(self, run: RunFolder, env: VectorEnv | None, experiment: Experiment | None):
         self.run, self.env = run, None if env is None else _json_settings(env.settings)
+        self.env_defaults = None if env is None else effective_defaults(env)
+        self.experiment, self._envs = experiment, env
         self.spaces = None if env is None else EnvSpaces.underneath(env).to_json()
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
@@ -202,12 +239,20 @@ class _RunRecorder(Callback):
             "model": info.model_config.to_dict(),
             "training": info.config.to_dict(),
             "env": self.env,
+            "env_defaults": self.env_defaults,
+            "protocol": self._protocol(info),
             "spaces": self.spaces,
         }
         _write_json(path / "config.json", settings)
         earlier_starts = _read_starts(path / "versions.json") if info.step else []
         _write_json(path / "versions.json", [*earlier_starts, _start_record(info)])
         return None
+
+    def _protocol(self, info: StepInfo) -> dict[str, Any] | None:
+        if self.experiment is None or self._envs is None:
+            return None
+        changed = self.experiment.changes(info.model_config, info.config, self._envs)
+        return {"name": self.experiment.name, "changed": changed}
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
         model = info.model()

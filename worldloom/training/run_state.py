@@ -177,7 +177,7 @@ class Run:
         self._update = compiled_update(
             self.model.algorithm.make_update,
             self.model.config,
-            self.config.of_update(),
+            self.config.of_update(total_steps),
             self.model.__class__,
             self.loss_terms,
             self.config.skip_nonfinite,
@@ -272,6 +272,8 @@ class Run:
             read_state=read_state,
             model=lambda: with_params(self.model, read_state().params),
             snapshot=lambda: self.snapshot(read_state(), callback_state()),
+            episodes=lambda: list(self.collector.ends) if self.collector else [],
+            episodes_ended=self.collector.episodes if self.collector else 0,
             **runner_fields,
         )
 
@@ -313,6 +315,9 @@ class Run:
         """
         state, record, arrays, replay = snapshot
         assert self.sampler is not None
+        saved, now = record["training"], self.config.to_dict()
+        if now["lr_schedule"] != "constant" and any(saved[end] != now[end] for end in ("total_steps", "env_steps")):
+            _log.warning("The run now ends elsewhere: its learning rate falls to 0 there (lr_schedule).")
         if (self.collector is None) != ("collector" not in record):
             kinds = ("recorded episodes", "environments")
             saved, given = kinds if self.collector else kinds[::-1]

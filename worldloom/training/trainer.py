@@ -38,8 +38,9 @@ class Trainer:
       model: a world model of any family, or of a subclass.
       config: the training config; None means the defaults.
       callbacks: :class:`~worldloom.training.callbacks.Callback` objects, functions of a ``StepInfo``, or pairs
-        ``(updates, function)``. None adds a progress bar, a console log and, online, an evaluation of 10 episodes every
-        ``eval_interval`` updates, an empty list nothing. Only callbacks given here write to disk.
+        ``(updates, function)``. None adds a progress bar, a console log and, online, an evaluation of
+        ``eval_episodes`` episodes every ``eval_interval`` updates, an empty list nothing. Only callbacks given here
+        write to disk.
 
     Raises:
       DeviceError: ``config.device`` is a numbered device that does not exist.
@@ -153,7 +154,7 @@ class Trainer:
         """Collect in ``env``; a new collector also needs new callbacks."""
         if self.run.use_env(env, replay):
             given = [callback for callback in self._callbacks.callbacks if not isinstance(callback, EpisodesCallback)]
-            given += default_evaluation(env) if self._add_evaluation else []
+            given += default_evaluation(env, self.config.eval_episodes) if self._add_evaluation else []
             self._add_evaluation = False
             self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
 

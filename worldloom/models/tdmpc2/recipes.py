@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from worldloom.algorithm import Recipe, env_shapes, window_prefill
 
-_REFERENCE: dict[str, Any] = {"batch_size": 256, "sequence_length": 4, "learning_rate": 3e-4, "grad_clip": 20.0}
+_log = logging.getLogger("worldloom")
+
+FRAME_STACK = 3
+"""Images that the reference stacks, since one shows no velocities."""
+REFERENCE_TRAINING: dict[str, Any] = {
+    "batch_size": 256,
+    "sequence_length": 4,
+    "learning_rate": 3e-4,
+    "grad_clip": 20.0,
+}
+"""The reference's settings in every suite."""
+REFERENCE_GYM: dict[str, Any] = {"discount_max": 0.99, "rho": 0.7}
+"""What the reference's wrapper of Gymnasium tasks sets."""
 _TINY: dict[str, Any] = {
     "batch_size": 64,
     "sequence_length": 4,
@@ -38,7 +51,7 @@ _ONLY_TIME_LIMIT_IDS = ("Pendulum", "HalfCheetah", "Swimmer", "Reacher", "Pusher
 
 def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     """See :class:`worldloom.algorithm.Algorithm`."""
-    training = {"device": "auto", **(_TINY if size == "tiny" else _REFERENCE)}
+    training = {"device": "auto", **(_TINY if size == "tiny" else REFERENCE_TRAINING)}
     if env is None:
         return Recipe({}, training, {}).override(given)
     model: dict[str, Any] = env_shapes(env)
@@ -53,12 +66,24 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     if isinstance(env.obs_shape, tuple) and len(env.obs_shape) == 3:
         model["latent_dim"] = 512
         reasons["latent_dim"] = "where the image encoder ends"
+        if not env.settings.get("frame_stack"):
+            _log.warning(
+                "TD-MPC2 sees one image at a time, which shows no velocities; the reference stacks %d: "
+                "make_env(…, frame_stack=%d).",
+                FRAME_STACK,
+                FRAME_STACK,
+            )
     if env.episode_length:
         model["episode_length"] = env.episode_length
         reasons["episode_length"] = "of the environment, in decision steps"
-    # Where episodes can terminate, random actions end them early: five of them may be a handful of steps.
+    gym = not str(env.settings.get("spec")).startswith(_ONLY_TIME_LIMITS)
+    if gym and size != "tiny":
+        model |= REFERENCE_GYM
+        reasons |= dict.fromkeys(REFERENCE_GYM, "the reference's for Gymnasium tasks")
     length = given.get("episode_length", env.episode_length) or 0
-    training["prefill"] = max(_LEAST_PREFILL, _PREFILL_EPISODES * length if endless else 0)
+    # The reference takes five times the longest episode. Random actions may end episodes long before; the tiny size,
+    # which has learned such tasks with the least prefill, does without.
+    training["prefill"] = max(_LEAST_PREFILL, _PREFILL_EPISODES * length if endless or size != "tiny" else 0)
     reasons |= {"prefill": "random actions first", "prefill_updates": "as many as prefill"}
     reasons |= window_prefill(training, env, given)
     training["prefill_updates"] = given.get("prefill", training["prefill"])

@@ -44,6 +44,8 @@ class StepInfo:
       read_state: function () → the :class:`TrainState`.
       model: function () → a copy of the world model with the weights of this step.
       snapshot: function () → the content of a checkpoint.
+      episodes: function () → the training episodes that ended since the last log record, as ``EpisodeRecord``.
+      episodes_ended: number of training episodes that ended so far.
     """
 
     step: int
@@ -63,6 +65,8 @@ class StepInfo:
     read_state: Callable[[], TrainState] = dataclasses.field(repr=False)
     model: Callable[[], Any] = dataclasses.field(repr=False)
     snapshot: Callable[[], Snapshot] = dataclasses.field(repr=False)
+    episodes: Callable[[], list[Any]] = dataclasses.field(default=list, repr=False)
+    episodes_ended: int = 0
 
     @property
     def lr(self) -> float:

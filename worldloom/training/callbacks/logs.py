@@ -169,13 +169,18 @@ def _print(line: str) -> None:
 def _truncate_or_rename(path: Path, step: int) -> None:
     """For a resumed run, remove the records after ``step``; for a new one (step 0), rename the existing file."""
     if step == 0:
-        number = 1
-        while (renamed := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(renamed)
+        rename_old(path)
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
     write_atomically(path, "".join(kept))
+
+
+def rename_old(path: Path) -> None:
+    """Rename a file of an earlier run to ``name.<n>.jsonl``."""
+    number = 1
+    while (renamed := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(renamed)
 
 
 def _step_of(line: str) -> float:
