@@ -19,9 +19,13 @@ COMMANDS = {
     "train": ("worldloom.cli.train:train", "train an agent in an environment, or resume a run"),
     "eval": ("worldloom.cli.runs:evaluate", "evaluate the policy of a run and print its returns"),
     "play": ("worldloom.cli.runs:play_video", "write a video of the evaluation policy of a run"),
-    "list": ("worldloom.cli.about:names", "list model names and kinds of environments"),
+    "score": ("worldloom.cli.score:score", "print the published statistic of runs, with its spread over seeds"),
+    "list": ("worldloom.cli.about:names", "list model names, kinds of environments, and published experiments"),
     "info": ("worldloom.cli.about:info", "show parameters of a model and the memory that training needs"),
-    "doctor": ("worldloom.cli.about:doctor", "check devices, GPU support, versions and extras"),
+    "doctor": (
+        "worldloom.cli.about:doctor",
+        "check devices, versions and extras, or what a run has seen of rewards",
+    ),
 }
 
 USAGE = """usage: worldloom COMMAND [options]

@@ -93,9 +93,19 @@ class FlagParser:
       about: description above the help.
       argument: name of the positional argument; empty for none. ``argument_help`` describes it.
       epilog: text below the help.
+      many: whether there may be several positional arguments, which become a list.
     """
 
-    def __init__(self, command: str, about: str, *, argument: str = "", argument_help: str = "", epilog: str = ""):
+    def __init__(
+        self,
+        command: str,
+        about: str,
+        *,
+        argument: str = "",
+        argument_help: str = "",
+        epilog: str = "",
+        many: bool = False,
+    ):
         self.command = command
         self._parser = _Parser(
             prog=f"worldloom {command}",
@@ -107,7 +117,7 @@ class FlagParser:
         )
         self._flags: dict[str, Flag] = {}
         if argument:
-            self._parser.add_argument(argument, help=argument_help)
+            self._parser.add_argument(argument, help=argument_help, nargs="+" if many else None)
 
     def group(self, title: str, flags: Sequence[Flag]) -> None:
         """Add flags under a heading. Raises ``ValueError`` for a name that exists already."""
@@ -120,7 +130,9 @@ class FlagParser:
             note = flag.note.replace("`", "").replace("%", "%%") + (
                 "" if flag.default is None else f" [{flag.default}]"
             )
-            if flag.kind is bool:
+            if flag.kind is list:
+                group.add_argument(*flag.options, dest=flag.name, action="append", metavar="NAME=VALUE", help=note)
+            elif flag.kind is bool:
                 group.add_argument(*flag.options, dest=flag.name, nargs="?", const="true", metavar="BOOL", help=note)
                 no = f"--no-{flag.name.replace('_', '-')}"
                 group.add_argument(no, dest=flag.name, action="store_const", const="false", help=argparse.SUPPRESS)
@@ -147,8 +159,12 @@ class FlagParser:
         given = {name: value for name, value in vars(values).items() if value is not None}
         return {name: self._convert(name, value) for name, value in given.items()}
 
-    def _convert(self, name: str, text: str) -> Any:
-        return parse_value(self._flags[name], text) if name in self._flags else text
+    def _convert(self, name: str, text: Any) -> Any:
+        if name not in self._flags:
+            return text
+        if self._flags[name].kind is list:
+            return dict(parse_assignment(self._flags[name], each) for each in text)
+        return parse_value(self._flags[name], text)
 
 
 def peek_option(words: Sequence[str], option: str) -> str | None:
@@ -158,6 +174,25 @@ def peek_option(words: Sequence[str], option: str) -> str | None:
         if name == option:
             return value if equals else following
     return None
+
+
+def parse_assignment(flag: Flag, text: str) -> tuple[str, Any]:
+    """Name and value of ``noops=30``, a name alone meaning True; values are read as JSON, and else as texts.
+
+    Raises ``ConfigError`` if it is no assignment.
+    """
+    name, equals, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not name.isidentifier():
+        raise ConfigError(f"{flag.options[0]} takes NAME=VALUE, as in {flag.options[0]} noops=30, not '{text}'.")
+    if not equals or value.lower() in ("true", "false"):
+        return name, value.lower() != "false"
+    if value.lower() == "none":
+        return name, None
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def parse_value(flag: Flag, text: str) -> Any:

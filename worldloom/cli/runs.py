@@ -24,6 +24,7 @@ _FLAGS = [
     Flag("seed", int, "Seed of the episodes and of the policy.", 0),
     Flag("num_envs", int, "Environments stepped together; by default as many as episodes, at most 10."),
     Flag("explore", bool, "Act as during collection, with exploration."),
+    Flag("greedy", bool, "Let every draw of the policy take its mode."),
     Flag("env", str, "Another environment with the same shapes."),
     Flag("device", str, "auto, cpu, cuda, gpu or tpu, or a numbered one such as cuda:1.", "auto"),
     FAMILY_FLAG,
@@ -39,7 +40,7 @@ def evaluate(words: Sequence[str]) -> int:
     given = flags.parse(words)
     episodes, seed = given.get("episodes", 10), given.get("seed", 0)
     with _open_run(given, given.get("num_envs", min(episodes, 10))) as (model, env, step):
-        ends = play(model, env, episodes=episodes, seed=seed, explore=given.get("explore", False))
+        ends = play(model, env, episodes=episodes, seed=seed, **_acting(given))
     returns = np.array([end.episode_return for end in ends])
     lengths = np.array([end.length for end in ends])
     print(
@@ -70,7 +71,7 @@ def play_video(words: Sequence[str]) -> int:
         for episode in range(given.get("episodes", 1)):
             pictures: list[np.ndarray] = []
             seed = given.get("seed", 0) + episode
-            (end,) = play(model, env, episodes=1, seed=seed, explore=given.get("explore", False), frames=pictures)
+            (end,) = play(model, env, episodes=1, seed=seed, **_acting(given), frames=pictures)
             frames += pictures
             print(f"return {end.episode_return:.1f}, length {end.length}; weights after {step:,} updates")
     print(f"{save_gif(frames, path, fps=given.get('fps', 25.0))}: {len(frames)} pictures")
@@ -89,6 +90,11 @@ def _open_run(given: Mapping[str, Any], num_envs: int, *, render: bool = False) 
     with run.make_env(num_envs=num_envs, seed=given.get("seed", 0), render=render, **parallel, **changes) as env:
         model = cls(cls.config_class.from_dict(settings["model"]), device=device)
         yield model, env, load_weights(model, run.checkpoints, _parse_checkpoint(given.get("checkpoint", "latest")))
+
+
+def _acting(given: Mapping[str, Any]) -> dict[str, Any]:
+    """How to act, as arguments of ``play``."""
+    return {name: given.get(name, False) for name in ("explore", "greedy")}
 
 
 def _parse_checkpoint(text: str) -> str | int:

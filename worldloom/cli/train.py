@@ -17,10 +17,13 @@ from worldloom.families import Family, get_family, imported_modules
 from worldloom.models.registry import config_from_dict, create_world_model, get_config, saved_class, split_name
 from worldloom.training.config import TrainingConfig
 from worldloom.training.run_folder import RunFolder
+from worldloom.training.train_ratio import TrainRatio
 
 RUN_FLAGS = [
     Flag("model", str, "Preset, as worldloom list shows them."),
+    Flag("protocol", str, "Published experiment with all its settings, as worldloom list protocols shows them."),
     Flag("env", str, "Gymnasium id, or dmc:, dmc_vision:, atari:, atari100k: or crafter: and a task."),
+    Flag("env_option", list, "Option of the suite or of gymnasium.make, such as noops=30; may be repeated."),
     Flag("run", str, "Folder of the run.", "runs/<env>-<model>-<time>"),
     Flag("resume", bool, "Continue the run in --run (then --model and --env are known), or begin it."),
     FAMILY_FLAG,
@@ -47,6 +50,7 @@ class Plan(NamedTuple):
       env: the environments.
       run: the run's folder.
       settings: lines that list the settings other than the defaults, with reasons.
+      experiment: the published experiment that the run follows, or None.
     """
 
     model: Any
@@ -54,6 +58,7 @@ class Plan(NamedTuple):
     env: Any
     run: RunFolder
     settings: list[str]
+    experiment: Any = None
 
 
 def train(words: Sequence[str]) -> int:
@@ -64,20 +69,25 @@ def train(words: Sequence[str]) -> int:
     resume = _flag_given(words, "--resume")
     folder = peek_option(words, "--run")
     existing = RunFolder(folder) if folder and resume and RunFolder(folder).exists else None
-    name = peek_option(words, "--model")
+    name = peek_option(words, "--model") or _preset_of(peek_option(words, "--protocol"))
     family = split_name(name)[0] if name else _family_of(existing) if existing else None
     given = _flags(family).parse(words)
     # This setting only works before JAX computes anything.
     if family is None or not family.algorithm.short_updates(_config_before_env(name, existing, family, given)):
         keep_freed_memory()
-    plan = _resumed_run(existing, given) if existing and not name else _new_run(given)
+    plan = _resumed_run(existing, given) if existing and not name else _new_run(given, name)
     print(
-        _headline(plan), *(f"  {line}" for line in plan.settings), f"run folder {plan.run.path}", sep="\n", flush=True
+        _headline(plan),
+        *(f"  {line}" for line in plan.settings),
+        _budget(plan),
+        f"run folder {plan.run.path}",
+        sep="\n",
+        flush=True,
     )
     module_flags = "".join(f" --family-module {name}" for name in imported_modules)
     with plan.env:
         start = time.perf_counter()
-        trainer = Trainer(plan.model, plan.config, plan.run.callbacks(plan.env))
+        trainer = Trainer(plan.model, plan.config, plan.run.callbacks(plan.env, experiment=plan.experiment))
         try:
             trainer.train(plan.env, resume="auto" if given.get("resume") else False)
         except (KeyboardInterrupt, SystemExit):
@@ -113,28 +123,34 @@ def _flags(family: Family | None) -> FlagParser:
     return flags
 
 
-def _new_run(given: Mapping[str, Any]) -> Plan:
-    """A new run with the preset and its recipe in this environment, overridden by the ``given`` flags."""
-    from worldloom.envs import make_env
+def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
+    """A new run of the preset ``name`` with the settings of its protocol or recipe; the ``given`` flags win."""
+    from worldloom.training.protocols import protocol
     from worldloom.training.recipes import recipe
 
     run = RunFolder(given["run"]) if "run" in given else None
     if run and run.exists and not given.get("resume"):
         raise ConfigError(f"{run.path} holds a run; add --resume to continue it, or choose another folder by --run.")
-    if "model" not in given or "env" not in given:
+    experiment = protocol(given["protocol"], given.get("env")) if "protocol" in given else None
+    spec = experiment.env if experiment else given.get("env")
+    if name is None or spec is None:
         raise ConfigError(
             "A new run needs --model and --env, for example: "
             "worldloom train --model tdmpc2:tiny --env Pendulum-v1 --steps 10000."
         )
-    name, (model_given, training_given, env_given) = given["model"], _split_given(given)
+    model_given, training_given, env_given = _split_given(given)
+    if experiment and split_name(name)[0].name != experiment.model.partition(":")[0]:
+        raise ConfigError(f"The protocol '{experiment.name}' is of another family than the model '{name}'.")
     seed = training_given.get("seed", TrainingConfig.seed)
     if given.get("resume") and "run" not in given:
-        newest = max(Path("runs").glob(f"{_slug(given['env'], name)}-*"), default=Path("runs/FOLDER"))
+        newest = max(Path("runs").glob(f"{_slug(spec, name)}-*"), default=Path("runs/FOLDER"))
         raise ConfigError(f"--resume needs the folder of the run, for example --run {newest}.")
     # Environment, recipe, model.
-    env = make_env(given["env"], seed=seed, **env_given)
+    env_fixed = dict(experiment.protocol.env_options) if experiment else {}
+    env, env_chosen = _make_env(spec, split_name(name)[0], {**env_fixed, **env_given}, seed)
     try:
-        recommended = recipe(name, env, {**model_given, **training_given})
+        fixed = {**model_given, **training_given}
+        recommended = experiment._replace(model=name).recipe(env, fixed) if experiment else recipe(name, env, fixed)
         config = TrainingConfig(**{**recommended.training, **training_given})
         model = create_world_model(name, **{**recommended.model, **model_given}, seed=seed, device=config.device)
     except BaseException:
@@ -142,10 +158,68 @@ def _new_run(given: Mapping[str, Any]) -> Plan:
         raise
     # The settings to print, with reasons.
     reasons = {**dict.fromkeys([*recommended.model, *recommended.training], "recipe"), **recommended.reasons}
+    reasons |= {**dict.fromkeys(env_fixed, "protocol"), **env_chosen}
     reasons |= dict.fromkeys({**model_given, **training_given, **env_given}, "given")
-    values = {**env_given, **recommended.model, **model_given, **recommended.training, **training_given}
-    lines = [_as_flag(field, value, reasons[field]) for field, value in values.items() if field not in SHAPES]
-    return Plan(model, config, env, run or RunFolder(_new_folder(given["env"], name)), lines)
+    values = {**_env_values(env), **recommended.model, **model_given, **recommended.training, **training_given}
+    lines = [
+        _as_flag(field, value, reasons.get(field, "usual")) for field, value in values.items() if field not in SHAPES
+    ]
+    if experiment:
+        lines = [*_protocol_lines(experiment, model, config, env), *lines]
+    return Plan(model, config, env, run or RunFolder(_new_folder(spec, name)), lines, experiment)
+
+
+def _make_env(spec: str, family: Family, options: dict[str, Any], seed: int) -> tuple[Any, dict[str, str]]:
+    """Environments; of images, with as many frames stacked as the family needs unless ``options`` say how many.
+
+    Returns the environments, and reasons for arguments that were chosen here.
+    """
+    from worldloom.envs import make_env
+
+    try:
+        env = make_env(spec, seed=seed, **options)
+        frames = family.algorithm.frame_stack
+        if frames and "frame_stack" not in options and isinstance(env.obs_shape, tuple) and len(env.obs_shape) == 3:
+            env.close()
+            return make_env(spec, seed=seed, frame_stack=frames, **options), {
+                "frame_stack": "one image shows no motion"
+            }
+        return env, {}
+    except TypeError as error:
+        # What a simulator's constructor says of an option that it does not have.
+        raise ConfigError(f"{spec} cannot be made with {_option_flags(options)}: {error}") from error
+
+
+def _option_flags(options: Mapping[str, Any]) -> str:
+    own = {flag.name for flag in ENV_FLAGS}
+    flags = [f"--env-option {name}={value}" for name, value in options.items() if name not in own]
+    return " ".join(flags) or "these options"
+
+
+def _env_values(env: Any) -> dict[str, Any]:
+    """Number of environments, action repeat, and the options of the environments in effect."""
+    from worldloom.envs.make import effective_defaults
+
+    hidden = ("spec", "seed", "time_limit", "worker_timeout", "parallel")
+    defaults = {name: value for name, value in effective_defaults(env).items() if name not in hidden}
+    given = {n: v for n, v in env.settings.items() if v is not None and n not in ("spec", "seed", "worker_timeout")}
+    if given.get("parallel") == "sync":
+        given.pop("parallel")
+    return {"num_envs": env.num_envs, "action_repeat": env.action_repeat, **given, **defaults}
+
+
+def _protocol_lines(experiment: Any, model: Any, config: TrainingConfig, env: Any) -> list[str]:
+    """The protocol, and what of it was changed."""
+    changes = experiment.changes(model.config, config, env)
+    lines = [f"protocol {experiment.name}; score: {experiment.protocol.score.text}"]
+    if changes:
+        told = ", ".join(f"{name} {_short(new)} (published {_short(old)})" for name, (old, new) in changes.items())
+        lines.append(f"CHANGED, not the published experiment: {told}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    return "default" if value is None else str(value)
 
 
 def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
@@ -158,6 +232,7 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     end = {"env_steps": 0} if "total_steps" in training_given else {}
     config = run.training_config(**{**end, **training_given})
     env = run.make_env(**env_given)
+    experiment = run.experiment()
     try:
         cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
         model_config = cls.config_class.from_dict({**settings["model"], **model_given})
@@ -166,7 +241,10 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
         env.close()
         raise
     changed = {**model_given, **training_given, **env_given}
-    return Plan(model, config, env, run, [_as_flag(name, value, "given") for name, value in changed.items()])
+    lines = [_as_flag(name, value, "given") for name, value in changed.items()]
+    if experiment:
+        lines = [*_protocol_lines(experiment, model, config, env), *lines]
+    return Plan(model, config, env, run, lines, experiment)
 
 
 def _split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -175,6 +253,10 @@ def _split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     run_names = {flag.name for flag in RUN_FLAGS}
     training_names = TrainingConfig.__dataclass_fields__  # type: ignore[attr-defined]
     env = {name: value for name, value in given.items() if name in env_names}
+    for name, value in given.get("env_option", {}).items():
+        if name in env_names | {"seed", "render", "spec"}:
+            raise ConfigError(f"--env-option {name}={value}: write --{name.replace('_', '-')} {value} instead.")
+        env[name] = value
     training = {name: value for name, value in given.items() if name in training_names}
     if training.get("total_steps") and training.get("env_steps"):
         raise ConfigError("--steps (environment steps) and --total-steps (updates) both set the end; give one.")
@@ -190,6 +272,20 @@ def _headline(plan: Plan) -> str:
         f"{plan.model.num_parameters():,} parameters of {config.model_type} on "
         f"{env.settings['spec']}: observations {env.obs_shape}, {env.action_dim} {env.action_type} actions{episodes}"
     )
+
+
+def _budget(plan: Plan) -> str:
+    """At how many environment steps and updates the run ends."""
+    algorithm, config = plan.model.algorithm, plan.config
+    spec = algorithm.replay_spec(plan.model.config, config)
+    ratio = TrainRatio.of(config, spec.rows - bool(spec.latents))
+    repeat = plan.env.action_repeat
+    if config.env_steps:
+        return (
+            f"ends after {config.env_steps:,} environment steps, {ratio.updates(config.env_steps // repeat):,} updates"
+        )
+    steps = ratio.decisions(config.total_steps) * repeat
+    return f"ends after {config.total_steps:,} updates, {steps:,} environment steps (--steps sets another end)"
 
 
 def _as_flag(name: str, value: Any, reason: str) -> str:
@@ -215,6 +311,15 @@ def _new_folder(env: str, model: str) -> Path:
 def _slug(env: str, model: str) -> str:
     """Environment and model as a part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", f"{env}-{model}").strip("-").lower()
+
+
+def _preset_of(name: str | None) -> str | None:
+    """The model of a protocol, before the environment is known."""
+    if name is None:
+        return None
+    from worldloom.training.protocols import find_protocol
+
+    return f"{name.partition('/')[0]}:{find_protocol(name).size}"
 
 
 def _family_of(run: RunFolder) -> Family:
