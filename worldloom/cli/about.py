@@ -255,7 +255,8 @@ def rewards_seen(run: RunFolder) -> Iterator[str]:
         if returns:
             newest = "" if when != "since" else f"; mean of the last {len(returns[-20:])}: {fmean(returns[-20:]):.6g}"
             yield f"  returns of {len(returns):,} episodes {when}: best {max(returns):.6g}{newest}"
-    yield f"  {seen.nothing_new() or 'nothing conspicuous'}"
+    if seen.low is not None:
+        yield f"  {seen.nothing_new() or 'nothing conspicuous'}"
 
 
 def _number(value: float | None) -> str:

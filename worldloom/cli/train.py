@@ -34,7 +34,9 @@ ENV_FLAGS = [
     Flag("action_repeat", int, "Environment steps per action; the suite's usual if not given."),
     Flag("time_limit", int, "Environment steps after which an episode is cut."),
     Flag("image_size", int, "Side to which images are resized."),
-    Flag("frame_stack", int, "Last images stacked, channels first; the tdmpc2 family from pixels usually takes 3."),
+    Flag(
+        "frame_stack", int, "Last images stacked, channels first; the tdmpc2 family from pixels takes 3 if not given."
+    ),
     Flag("worker_timeout", float, "Seconds after which a silent environment process is replaced.", 60.0),
 ]
 SHAPES = ("obs_shape", "action_dim", "action_type", "model_type")
@@ -87,7 +89,9 @@ def train(words: Sequence[str]) -> int:
     module_flags = "".join(f" --family-module {name}" for name in imported_modules)
     with plan.env:
         start = time.perf_counter()
-        trainer = Trainer(plan.model, plan.config, plan.run.callbacks(plan.env, experiment=plan.experiment))
+        # The number of episodes is given here, so that no more environments are made than there are episodes.
+        callbacks = plan.run.callbacks(plan.env, episodes=plan.config.eval_episodes, experiment=plan.experiment)
+        trainer = Trainer(plan.model, plan.config, callbacks)
         try:
             trainer.train(plan.env, resume="auto" if given.get("resume") else False)
         except (KeyboardInterrupt, SystemExit):
