@@ -3,6 +3,9 @@
 Each run of ``runs.py`` is done once without interruption, then again with ``kill -9`` at random moments during training
 and saving, resumed each time by the same command. Weights, optimizer, key, replay and log must be equal bit for bit;
 otherwise the exit code is 1.
+
+With ``--cli`` the same is done to ``worldloom train`` with all it does in a run folder, by more signals, and from its
+first moment on: see ``kill_cli.py``.
 """
 
 import argparse
@@ -107,6 +110,7 @@ def survive(name, folder, kills, options, rng):
 
 
 def main():
+    import kill_cli
     from runs import RUNS
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -116,17 +120,21 @@ def main():
     parser.add_argument("--save-every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     parser.add_argument("--folder", help="folder of the runs; temporary by default")
+    parser.add_argument("--cli", action="store_true", help="stop the command line; --runs are tdmpc2, dreamerv3, toy")
     parser.add_argument("--live", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.live:
         live(options.live, Path(options.folder), options.steps, options.save_every)
         return
+    if options.cli and options.runs == ",".join(RUNS):
+        options.runs = "tdmpc2,dreamerv3"
     names, rng, report = options.runs.split(","), random.Random(options.seed), {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for number, name in enumerate(names):
             kills = options.kills * (number + 1) // len(names) - options.kills * number // len(names)
-            report[name] = survive(name, Path(folder) / name, kills, options, rng)
-    equal = not any(entry["different"] for entry in report.values())
+            test = kill_cli.survive if options.cli else survive
+            report[name] = test(name, Path(folder) / name, kills, options, rng)
+    equal = not any(entry["different"] or entry.get("wrong") for entry in report.values())
     report |= {"kills": options.kills, "equal": equal, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     print(json.dumps(report, indent=1))
     raise SystemExit(0 if equal else 1)

@@ -21,7 +21,7 @@ from worldloom import WorldModel, create_world_model, register_family
 from worldloom.algorithm import Algorithm, ReplaySpec, TrainState
 from worldloom.config import BaseConfig, Ge, OneOf, check, config_dataclass
 from worldloom.models.base import compiled, merge
-from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
+from worldloom.optim import clip_by_norm, decay_kernels, learning_rate_schedule
 
 
 @config_dataclass
@@ -135,7 +135,7 @@ def optimizer(training):
         clip_by_norm(training.grad_clip),
         optax.scale_by_adam(),
         decay_kernels(training.weight_decay),
-        optax.scale_by_learning_rate(warmup_schedule(training.learning_rate, training.warmup_steps)),
+        optax.scale_by_learning_rate(learning_rate_schedule(training)),
     )
 
 
@@ -153,7 +153,7 @@ def make_update(config, training, *, model_class):
         grads, terms = jax.grad(objective, has_aux=True)(state.params)
         steps, opt_state = optimizer(training).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, steps)
-        lr = jnp.asarray(warmup_schedule(training.learning_rate, training.warmup_steps)(state.step))
+        lr = jnp.asarray(learning_rate_schedule(training)(state.step))
         metrics: dict[str, Any] = {**terms, "grad_norm": optax.tree.norm(grads), "lr": lr}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

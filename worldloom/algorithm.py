@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from worldloom.config import FrozenMapping
+
 Params = dict[str, Any]
 """All weights of a model: a nested dict of arrays, by part and layer."""
 Batch = Mapping[str, Any]
@@ -22,6 +24,8 @@ Update = Callable[["TrainState", Batch, jax.Array | None], tuple["TrainState", d
 """``update(state, batch, key) -> (state, metrics)``: pure, jitted by the caller; with ``key=None`` every random draw is
 replaced by the mode of its distribution. Metrics are float scalars by name, including the loss terms; the optional
 entry :data:`LATENTS` holds fresh latents [B, T, ...] by name, which are written back to replay."""
+
+_NOTHING = FrozenMapping({})
 
 LATENTS = "replay"
 """Name of the metrics entry that holds the latents to be written back to replay."""
@@ -56,11 +60,17 @@ class ReplaySpec(NamedTuple):
       rows: rows per window: those that gradients flow through, plus context rows.
       cross_episodes: whether a window may extend across an episode's end (``is_first`` marks the next one's start).
       latents: shape, without batch axes, of each latent stored with a row; empty for none.
+      open_episodes: online, whether windows may hold rows of an episode in progress. If not, an episode is replayed
+        once it is over, or while no finished one is long enough for a window.
+      fresh_first: online, whether every run of ``rows`` successive new rows of an environment is replayed once, as soon
+        as it is complete, before windows are drawn at random.
     """
 
     rows: int
     cross_episodes: bool = False
     latents: Mapping[str, tuple[int, ...]] = {}
+    open_episodes: bool = True
+    fresh_first: bool = False
 
 
 class Recipe(NamedTuple):
@@ -83,6 +93,59 @@ class Recipe(NamedTuple):
             {field: given.get(field, value) for field, value in self.training.items()},
             {field: reason for field, reason in self.reasons.items() if field not in given},
         )
+
+
+class ScoreRule(NamedTuple):
+    """How a published score is computed from a run.
+
+    Attributes:
+      source: ``"training"``: the mean return of training episodes; ``"evaluation"``: the mean return of the newest
+        evaluation; ``"achievements"``: success rates over all training episodes, and their geometric mean.
+      window: environment steps (from, to) in which training episodes must end, or up to which evaluations count; None
+        is the last twentieth of the budget, for evaluations the whole of it.
+      text: the rule in words.
+    """
+
+    source: str
+    window: tuple[int, int] | None
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentProtocol:
+    """A published experiment of a family: everything around the losses that its curves depend on.
+
+    Attributes:
+      size: preset of the model.
+      envs: environments that it is run in, as patterns: ``"dmc:*"``.
+      score: how its score is computed.
+      env_options: arguments of ``make_env``, options of the suite included.
+      model_fields: fields of the model's config that differ from the preset.
+      training: fields of ``TrainingConfig``; ``env_steps`` is the budget.
+      curve: name of the published curves, see :attr:`Algorithm.published_curve`; empty for none.
+      data: for an experiment with recorded episodes, what they are; empty for one in environments.
+    """
+
+    size: str
+    envs: tuple[str, ...]
+    score: ScoreRule
+    env_options: FrozenMapping = _NOTHING
+    model_fields: FrozenMapping = _NOTHING
+    training: FrozenMapping = _NOTHING
+    curve: str = ""
+    data: str = ""
+
+
+class Curve(NamedTuple):
+    """A published learning curve: returns after ``steps`` environment steps; lists of equal lengths.
+
+    ``low`` and ``high`` are the worst and the best seed; equal to ``mean`` where only the mean was published.
+    """
+
+    steps: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
 
 
 class MakeUpdate(Protocol):
@@ -130,6 +193,11 @@ def no_short_updates(config: Any) -> bool:
 def no_plans(config: Any) -> list[dict[str, Any]]:
     """For algorithms that do not plan: there is nothing to make smaller."""
     return [{}]
+
+
+def no_curve(name: str, env: str) -> Curve | None:
+    """For algorithms without published curves."""
+    return None
 
 
 def env_shapes(env: Any) -> dict[str, Any]:
@@ -183,7 +251,10 @@ class Algorithm:
       recipe: ``(size, env, given) -> Recipe``: recommended settings for the preset ``size`` (empty for the config's
         defaults) in ``env`` (a ``VectorEnv``; None gives only what does not depend on one). Fields in ``given`` are
         fixed; recommendations that depend on them are derived from their values.
-      random_prefill: whether online training begins with uniformly random actions instead of the untrained policy's.
+      random_prefill: whether online training begins with uniformly random actions instead of the untrained policy's;
+        ``TrainingConfig.prefill_policy`` may choose otherwise.
+      samples_in_evaluation: whether ``eval_policy`` samples its actions, so that a greedy evaluation beside it says
+        something else; ``TrainingConfig.eval_greedy`` may choose otherwise.
       short_updates: ``config -> bool``, whether an update on a CPU takes no longer than a step of the environments; the
         command line then lets the two overlap, instead of keeping freed memory (``devices.keep_freed_memory``).
       planner_fields: fields of the config that change how the model plans when it acts, and neither weights nor their
@@ -203,9 +274,13 @@ class Algorithm:
     validate_data: Callable[..., None] = accept_data
     recipe: Callable[[str, Any, Mapping[str, Any]], Recipe] = plain_recipe
     random_prefill: bool = True
+    samples_in_evaluation: bool = False
     short_updates: Callable[[Any], bool] = no_short_updates
     planner_fields: tuple[str, ...] = ()
     smaller_plans: Callable[[Any], list[dict[str, Any]]] = no_plans
+    frame_stack: int | None = None
+    protocols: Mapping[str, ExperimentProtocol] = _NOTHING
+    published_curve: Callable[[str, str], Curve | None] = no_curve
 
     @property
     def evaluation_policy(self) -> Policy:

@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import numbers
+import operator
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 from worldloom.errors import ConfigError, FileFormatError, UnknownFieldError
-from worldloom.files import write_atomically
+from worldloom.files import absolute_path, write_atomically
 
 T = TypeVar("T")
 
@@ -142,17 +143,29 @@ class FrozenMapping(Mapping[str, Any]):
 def freeze(value: Any) -> Any:
     """Make a JSON-like value hashable: lists become tuples, dicts become :class:`FrozenMapping`, recursively.
 
-    Numbers of NumPy become Python's, so that ``env.action_space.n`` or ``np.array([4])`` are as good as 2 or (4,).
+    Numbers of NumPy, JAX and the like become Python's, so that ``env.action_space.n`` or ``np.array([4])`` are as good
+    as 2 or (4,): equal configs then hash alike and are written alike.
     """
-    if hasattr(value, "dtype"):
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        # Python itself refuses to print a little more than that.
+        raise ConfigError(f"A setting, or one side of a shape, is {shown(value)}; 64 bits are the most.")
+    if value is None or isinstance(value, bool | int | str) or type(value) is float:
+        return value
+    if hasattr(value, "dtype") and hasattr(value, "__array__"):
         import numpy as np  # here, because `worldloom --help` need not load it
 
-        if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biuf":
-            return freeze(value.tolist())
+        array = np.asarray(value)
+        if array.dtype.kind in "biuf":
+            # Wider floats than Python's have no counterpart there, and would stay NumPy's.
+            return freeze((array.astype(np.float64) if array.dtype.itemsize > 8 else array).tolist())
     if isinstance(value, Mapping):
         return FrozenMapping({str(k): freeze(v) for k, v in value.items()})
     if isinstance(value, list | tuple):
         return tuple(freeze(v) for v in value)
+    if isinstance(value, numbers.Integral):
+        return operator.index(value)
+    if is_number(value):
+        return float(value)
     return value
 
 
@@ -177,16 +190,39 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+MAX_INTEGER = 2**63 - 1
+"""Integers beyond this, or below its negative, are no setting: no array has such a size."""
+
+
 def is_integer(value: object) -> bool:
-    """Whether ``value`` is an integer, of Python or NumPy, and not a ``bool``."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    """Whether ``value`` is an integer, of Python or NumPy, that fits 64 bits, and not a ``bool``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return False
+    return abs(int(value)) <= MAX_INTEGER
 
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is a real number, of Python or NumPy, that fits a ``float``, and not a ``bool``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return not isinstance(value, numbers.Integral) or abs(int(value)) < 2**1023
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def as_integer(name: str, value: Any, least: int = 1) -> int:
+    """``value`` of the argument ``name`` as Python's integer; raises ``ConfigError`` unless it is one ≥ ``least``."""
+    check(is_integer(value) and value >= least, f"{name} must be an integer ≥ {least}, not {shown(value)}.")
+    return operator.index(value)
+
+
+def shown(value: Any) -> str:
+    """``repr`` for messages; an integer too long to be read is described."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of about {value.bit_length() * math.log10(2):.0f} digits"
+    return repr(value)
 
 
 class _FieldRule(NamedTuple):
@@ -194,6 +230,11 @@ class _FieldRule(NamedTuple):
 
     kinds: tuple[type, ...]
     limits: tuple[Any, ...]
+
+    @property
+    def stores_float(self) -> bool:
+        """Whether a number is stored as a float."""
+        return float in self.kinds and int not in self.kinds
 
     def allows(self, value: Any) -> bool:
         """Whether ``value`` is of an admitted type and within the limits."""
@@ -244,7 +285,9 @@ def check_fields(cls: type, values: Mapping[str, Any]) -> None:
     rules = _field_rules(cls)
     for name, value in values.items():
         if name in rules and not rules[name].allows(value):
-            raise ConfigError(f"{name} must be {rules[name]}, not {value!r}.")
+            too_long = type(value) is int and abs(value) > MAX_INTEGER and not rules[name].stores_float
+            beyond = ", below 2^63" if too_long else ""
+            raise ConfigError(f"{name} must be {rules[name]}{beyond}, not {shown(value)}.")
 
 
 @dataclass_transform(frozen_default=True)
@@ -282,8 +325,13 @@ def config_dataclass(cls: type[T]) -> type[T]:
             frozen, named = [freeze(value) for value in args], {k: freeze(v) for k, v in kwargs.items()}
         except RecursionError as error:
             raise ConfigError(f"A field of {cls.__name__} is nested too deeply to be one.") from error
-        check_fields(type(self), {**dict(zip(names, frozen, strict=False)), **named})
-        generated(self, *frozen, **named)
+        values = {**dict(zip(names, frozen, strict=False)), **named}
+        check_fields(type(self), values)
+        # 1 for a float is stored as 1.0, so that equal configs are written alike.
+        owner: type = cls
+        rules = _field_rules(owner)
+        floats = {n: float(v) for n, v in values.items() if type(v) is int and n in rules and rules[n].stores_float}
+        generated(self, **{**values, **floats})
 
     new.__init__ = __init__  # type: ignore[method-assign]
     return new
@@ -335,16 +383,26 @@ class BaseConfig:
 def read_json_object(path: str | Path, *, max_bytes: int = 1 << 20) -> dict[str, Any]:
     """Parse a small JSON file that must hold one object.
 
-    Raises ``FileFormatError`` when it is larger than ``max_bytes``, is not UTF-8 JSON, or holds something else.
+    Raises ``FileFormatError`` when it is larger than ``max_bytes``, is not UTF-8 JSON, names a key twice, or holds
+    something else.
     """
-    path = Path(path)
+    path = absolute_path(path)
     size = path.stat().st_size
     if size > max_bytes:
         raise FileFormatError(f"{path} has {size} bytes; a config file of at most {max_bytes} bytes is read.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"{path} holds a {type(value).__name__}; a JSON object with config fields is expected.")
     return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ``ValueError`` if two programs could read different values of a key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.100} is there twice")
+    return found

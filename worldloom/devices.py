@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def compute_dtype(precision: str, device: jax.Device | None = None) -> jnp.dtype
         platform = (device or resolve_device()).platform
         precision = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(precision)
+
+
+def host_memory() -> int | None:
+    """Bytes of the machine's main memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows; systems without these names.
+        return None
 
 
 def keep_compiled_programs(folder: str | Path) -> Path:

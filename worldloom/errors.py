@@ -25,6 +25,10 @@ class DataError(WorldloomError, ValueError):
     """Arrays have a wrong shape, dtype, range or length, or contain NaN; none of them was stored."""
 
 
+class EnvContractError(DataError):
+    """An environment returned what its spaces or Gymnasium's interface exclude; the message says what and where."""
+
+
 class FileFormatError(WorldloomError, ValueError):
     """A file is truncated, damaged, of a size that its header contradicts, or of a kind that is unsafe to read."""
 

@@ -150,6 +150,13 @@ def import_family_module(name: str) -> None:
     imported_modules.append(name)
 
 
+def import_from_current_folder() -> None:
+    """Have modules of the current folder found, after installed ones: ``python -m`` does, a console script does not."""
+    current_folder = str(Path.cwd())
+    if current_folder not in sys.path and "" not in sys.path:
+        sys.path.append(current_folder)
+
+
 def _load_file(path: Path) -> types.ModuleType:
     if not path.is_file():
         raise ConfigError(f"--family-module {path}: there is no such file.")
@@ -168,10 +175,7 @@ def _load_file(path: Path) -> types.ModuleType:
 
 
 def _load_module(name: str) -> types.ModuleType:
-    # "python -m" puts the current folder on sys.path, a console script does not.
-    current_folder = str(Path.cwd())
-    if current_folder not in sys.path:
-        sys.path.insert(0, current_folder)
+    import_from_current_folder()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -5,7 +5,7 @@ DreamerV3's are in ``embodied/jax/opt.py`` of danijar/dreamerv3; TD-MPC2 uses Py
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,21 @@ def warmup_schedule(learning_rate: float, warmup_steps: int) -> optax.Schedule:
     if warmup_steps == 0:
         return optax.constant_schedule(learning_rate)
     return lambda count: learning_rate * jnp.minimum(1.0, count / warmup_steps)
+
+
+def learning_rate_schedule(training: Any) -> optax.Schedule:
+    """Learning rate of update n = 0, 1, … under a ``TrainingConfig``: its warm-up times its ``lr_schedule``.
+
+    ``linear`` and ``cosine`` fall from 1 after the warm-up to 0 after ``total_steps`` updates.
+    """
+    warmup = warmup_schedule(training.learning_rate, training.warmup_steps)
+    if training.lr_schedule == "constant":
+        return warmup
+    steps = max(training.total_steps - training.warmup_steps, 1)
+    decay = optax.linear_schedule(1.0, 0.0, steps)
+    if training.lr_schedule == "cosine":
+        decay = optax.cosine_decay_schedule(1.0, steps)
+    return lambda count: warmup(count) * decay(jnp.maximum(count - training.warmup_steps, 0))
 
 
 def clip_by_agc(clip: float = 0.3, minimum_norm: float = 1e-3) -> optax.GradientTransformation:

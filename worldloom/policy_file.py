@@ -312,17 +312,18 @@ def _to_model(leaf: Mapping[str, Any], value: np.ndarray, count: int) -> np.ndar
         raise ValueError(f"The observation '{name}' has shape {value.shape}; {shape} is needed.")
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"The observation '{name}' is NaN or infinite.")
+    if leaf["whole"] and (value != np.floor(value)).any():
+        raise ValueError(f"The observation '{name}' holds fractions; integers are needed.")
+    if leaf["range"]:
+        low, high = (np.array(bound, np.float64) for bound in leaf["range"])
+        if not ((value.reshape(count, -1) >= low) & (value.reshape(count, -1) <= high)).all():
+            raise ValueError(f"The observation '{name}' holds numbers beyond {leaf['range']}.")
     if leaf["classes"]:
         value = (value - np.reshape(leaf["start"], leaf["shape"])).reshape(count, -1)
         sizes = leaf["classes"]
-        if ((value < 0) | (value >= sizes) | (value != np.floor(value))).any():
+        if ((value < 0) | (value >= sizes) | (value % 1 != 0)).any():
             raise ValueError(f"The observation '{name}' holds a class that there is not.")
         value = np.concatenate([value[:, [i]] == np.arange(size) for i, size in enumerate(sizes)], -1)
-    elif dtype == np.uint8 and value.dtype != np.uint8:
-        if ((value < 0) | (value > 255) | (value != np.floor(value))).any():
-            raise ValueError(f"The image '{name}' has values other than the integers from 0 to 255.")
-    elif dtype != np.uint8 and len(leaf["model_shape"]) == 3 and ((value < 0) | (value > 1)).any():
-        raise ValueError(f"The image '{name}' has values outside of 0 to 1.")
     return np.array(value, dtype).reshape(count, *leaf["model_shape"])
 
 
@@ -333,19 +334,18 @@ def _to_env(leaf: Mapping[str, Any], values: list[np.ndarray]) -> np.ndarray:
         return (np.stack(values, -1).reshape(shape) + np.reshape(leaf["start"], leaf["shape"])).astype(dtype)
     if not np.isfinite(values[0]).all():
         raise ValueError("The action is NaN or infinite.")
-    low, high, offset, span = (np.array(leaf[name], np.float64) for name in ("low", "high", "offset", "span"))
-    free = np.array(leaf["free"], bool)
-    scaled = offset + (np.minimum(np.maximum(values[0], -1), 1) + 1) / 2 * span
+    low, high, span = (np.array(leaf[name], np.float64) for name in ("low", "high", "span"))
+    scaled = low + (np.minimum(np.maximum(values[0], -1), 1) + 1) / 2 * span
     # Clipped again: rounding may leave the bounds.
-    bounded = np.minimum(np.maximum(np.where(free, values[0], scaled), low), high)
+    bounded = np.minimum(np.maximum(np.rint(scaled) if leaf["whole"] else scaled, low), high)
     return bounded.astype(dtype).reshape(shape)
 
 
 def _at(obs: Any, leaf: Mapping[str, Any]) -> np.ndarray:
     for key in leaf["path"]:
         try:
-            obs = obs[key]
-        except (KeyError, IndexError, TypeError):
+            obs = obs[int(key)] if isinstance(obs, tuple) else obs[key]
+        except (LookupError, TypeError, ValueError):
             raise ValueError(f"The observation has no '{leaf['name']}'.") from None
     array = np.asarray(obs)
     if array.dtype.kind not in "biuf":

@@ -113,3 +113,35 @@ def test_peek_option_reads_both_spellings():
     assert peek_option(["--x", "--model=a"], "--model") == "a"
     assert peek_option(["--model"], "--model") is None
     assert peek_option(["--x", "1"], "--model") is None
+
+
+def test_a_flag_may_take_several_words():
+    flags = FlagParser("train", "")
+    flags.group("environment", ENV_FLAGS)
+    given = flags.parse(["--action-bounds", "-2", "3.5", "--drop-keys", "mission", "robot/text", "--join-actions"])
+    assert given == {"action_bounds": (-2.0, 3.5), "drop_keys": ("mission", "robot/text"), "join_actions": True}
+    for words, message in [
+        (["--action-bounds", "-2"], "expected 2 arguments"),
+        (["--action-bounds", "low", "2"], "takes FLOAT, not 'low'"),
+        (["--drop-keys"], "expected at least one"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            flags.parse(words)
+
+
+def test_the_last_of_two_values_counts_in_both_parsers():
+    words = ["--batch-size", "8", "--batch_size=9"]
+    flags = FlagParser("x", "")
+    flags.group("a", config_flags(TrainingConfig))
+    assert flags.parse(words)["batch_size"] == int(peek_option(words, "--batch-size")) == 9
+    words = ["--remat", "--no-remat"]
+    assert flags.parse(words)["remat"] is False
+    assert peek_option(words, "--remat") == "false"
+
+
+def test_a_flag_may_stand_alone_or_take_a_word():
+    flags = FlagParser("x", "")
+    flags.group("a", [Flag("resume", bool | str, "…"), Flag("run", str, "…")])
+    assert flags.parse(["--resume", "--run", "r"]) == {"resume": True, "run": "r"}
+    assert flags.parse(["--resume", "continue"]) == {"resume": "continue"}
+    assert flags.parse(["--no-resume"]) == {"resume": False}

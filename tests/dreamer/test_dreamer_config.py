@@ -1,13 +1,17 @@
 """DreamerV3Config: sizes counted to the last parameter, and which values are refused."""
 
 import warnings
+from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from worldloom.errors import ConfigError, UnknownFieldError
 from worldloom.models.compilation import abstract_params
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
+from worldloom.models.dreamer.networks import Decoder, Encoder
 from worldloom.models.params import count_parameters
 
 PARTS = ("rssm", "encoder", "decoder", "reward", "continuation", "actor", "critic")
@@ -56,6 +60,39 @@ def test_presets_have_the_reference_parameter_counts(size):
     assert counts(size, obs_shape=(3, 64, 64), action_dim=18, action_type="discrete")[0] == IMAGE_DISCRETE[size]
 
 
+# Side: channels of the levels in units of ``cnn_depth``, and the side that images are padded to.
+LEVELS = {
+    5: ((4,), 6), 7: ((4,), 8), 11: ((4,), 12), 12: ((4, 4), 12), 23: ((4, 4), 24), 24: ((3, 4, 4), 24),
+    47: ((3, 4, 4), 48), 48: ((2, 3, 4, 4), 48), 64: ((2, 3, 4, 4), 64), 84: ((2, 3, 4, 4), 96),
+    96: ((2, 3, 4, 4), 96), 255: ((2, 3, 4, 4), 256), 256: ((2, 3, 4, 4), 256),
+}  # fmt: skip
+
+
+def image_networks(config):
+    """Shapes of the weights of encoder and decoder alone, which take a fraction of the model's time."""
+    build = lambda: nnx.Dict(  # noqa: E731
+        encoder=Encoder(config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)), decoder=Decoder(config, rngs=nnx.Rngs(0))
+    )
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(build)))
+
+
+def test_pictures_of_any_side_are_counted():
+    depth = 16
+    for side, (multiples, padded) in LEVELS.items():
+        config = DreamerV3Config.from_size("size12m", obs_shape=(side, side, 3), action_dim=6)
+        channels = tuple(depth * multiple for multiple in multiples)
+        assert (config.image_channels, config.padded_sides) == (channels, (padded, padded))
+        params = image_networks(config)
+        # Encoder: 5×5 convolutions with bias and norm. Decoder: the same backwards, from a map that is made of h (in
+        # 8 blocks) and of z (512 numbers, through 512 hidden units).
+        down = sum(25 * a * b + 2 * b for a, b in pairwise((3, *channels)))
+        assert count_parameters(params["encoder"]) == down
+        size = (padded // 2 ** len(channels)) ** 2 * channels[-1]
+        up = sum(25 * a * b + 2 * b for a, b in pairwise(channels[::-1])) + 25 * channels[0] * 3 + 3 + channels[-1]
+        from_latent = (2048 // 8 + 1) * size + (512 + 2) * 512 + (512 + 1) * size
+        assert count_parameters(params["decoder"]) == from_latent + up
+
+
 def test_num_parameters_leaves_out_slow_critic_and_statistics():
     model = DreamerV3WorldModel(DreamerV3Config.from_size("size1m", obs_shape=(24,), action_dim=6))
     assert model.num_parameters() == 640_867
@@ -94,12 +131,14 @@ def test_several_observations_and_actions():
     [
         ({"deter_dim": 100}, "multiple of blocks=8"),
         ({"stoch_dim": 100}, "multiple of num_categories=32"),
-        ({"obs_shape": (3, 60, 64)}, "multiple of 16"),
-        ({"obs_shape": (3, 32, 32)}, "from 48 to 256"),
+        ({"obs_shape": (3, 4, 64)}, "sides 4 × 64; from 5 × 5 to 256 × 256.*image_size=64.*--image-size 64"),
+        ({"obs_shape": (3, 257, 64)}, "sides 257 × 64"),
         ({"obs_shape": (2, 3, 64, 64)}, "vector like"),
         ({"obs_shape": "pixels"}, "vector like"),
-        ({"obs_shape": {"a": (64, 64, 3), "b": (48, 48, 3)}}, "same sides"),
-        ({"obs_shape": {"a.b": (3,)}}, "must start with a letter"),
+        ({"obs_shape": {"a": (64, 64, 3), "b": (48, 48, 3)}}, "same sides.*--image-size"),
+        ({"obs_shape": {"": (3,)}}, "empty text"),
+        ({"action_dim": {"": 3}}, "empty text"),
+        ({"obs_shape": {"\ud800": (3,)}}, "cannot be written"),
         ({"obs_shape": {}}, "obs_shape is empty"),
         ({"obs_shape": ()}, "obs_shape is empty"),
         ({"obs_shape": 24}, "vector like"),

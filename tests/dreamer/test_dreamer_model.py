@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from worldloom.errors import DataError
 from worldloom.models import dreamer
@@ -12,6 +14,8 @@ from worldloom.models.base import merge
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.dreamer.arrays import prepare_observations
 from worldloom.models.dreamer.losses import LOSS_TERMS
+from worldloom.models.dreamer.networks import Decoder, Encoder
+from worldloom.models.dreamer.rssm import Latent
 from worldloom.models.dreamer.update import optimizer
 from worldloom.training.config import TrainingConfig
 
@@ -529,3 +533,42 @@ def test_optimizer_fields_reach_the_optimizer():
     np.testing.assert_allclose(third_update(config, warmup_steps=4), usual * 2 / 4, rtol=1e-6)
     decayed = third_update(config, weight_decay=0.1) - usual
     np.testing.assert_allclose(decayed, [0, 0, -0.1, -0.1, -0.1, -0.1], atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(5, 256), st.integers(5, 256), st.integers(1, 4), st.booleans())
+def test_pictures_of_any_side_are_decoded_in_their_own_shape(height, width, channels, channels_first):
+    shape = (channels, height, width) if channels_first else (height, width, channels)
+    config = DreamerV3Config(**SMALL, obs_shape=shape, action_dim=2)
+
+    def encode_and_decode():
+        encoder = Encoder(config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
+        decoder = Decoder(config, rngs=nnx.Rngs(0))
+        tokens = encoder(prepare_observations(config, jnp.zeros((B, *shape), jnp.uint8), 1))
+        latent = Latent(jnp.zeros((B, config.deter_dim)), jnp.zeros((B, config.num_latents, config.num_categories)))
+        return tokens, jnp.zeros((B, encoder.output_dim)), decoder(latent)["obs"]
+
+    tokens, expected, decoded = jax.eval_shape(encode_and_decode)
+    assert tokens.shape == expected.shape
+    assert decoded.shape == (B, height, width, channels)
+
+
+def test_a_picture_of_another_side_is_one_with_a_grey_margin():
+    small, large = (make_model(obs_shape=shape, action_dim=2) for shape in ((7, 9, 3), (8, 10, 3)))
+    large.load_params(small.params)
+    obs = random_obs(small.config, (B,), image_dtype=np.float32)
+    padded = np.pad(obs, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=0.5)
+    state = small.encode(obs)
+    assert_trees_close(state, large.encode(padded), rtol=1e-5, atol=1e-6)
+    whole = large.decode(state)["obs"]
+    assert_trees_close(small.decode(state)["obs"], whole[:, :7, :9], rtol=1e-5, atol=1e-6)
+
+
+def test_a_small_picture_has_a_loss_and_survives_saving(tmp_path):
+    model = make_model(obs_shape=(3, 5, 5), action_dim=2)
+    terms = model.compute_loss(random_batch(model.config))
+    assert all(np.isfinite(value) for value in terms.values())
+    same = DreamerV3WorldModel.from_pretrained(model.save_pretrained(tmp_path))
+    obs = random_obs(model.config, (B,))
+    assert_trees_close(same.encode(obs), model.encode(obs), rtol=0, atol=0)
+    assert same.decode(same.encode(obs))["obs"].shape == (B, 3, 5, 5)

@@ -5,6 +5,7 @@ import importlib.util
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.error import DependencyNotInstalled
 from tiny_envs import Corridor, Lamp, Steady, Walk, WalkPicture
 
 from worldloom.envs import make_env
@@ -156,3 +157,47 @@ def test_settings_make_the_same_environments_again():
             assert (again.num_envs, again.action_repeat, again.settings) == (2, 2, env.settings)
         with env.another(5, seed=4) as other:
             assert other.settings == {**env.settings, "num_envs": 5, "seed": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("crafter", "crafter:reward"),
+        ("CrafterReward-v1", "crafter:reward"),
+        ("CrafterNoReward-v1", "crafter:noreward"),
+        ("dmc", "dmc:cartpole_swingup"),
+        ("atari", "atari:pong"),
+        ("dm_control/cartpole-swingup-v0", "dmc:cartpole_swingup"),
+        ("ALE/Pong-v5", "atari:pong"),
+        ("ALE/SpaceInvaders-v5", "atari:space_invaders"),
+        ("PongNoFrameskip-v4", "atari:pong"),
+        ("dm_control:cartpole-swingup", "dmc:cartpole_swingup"),
+        ("Crafter:reward", "crafter:reward"),
+    ],
+)
+def test_names_of_other_packages_get_the_spelling_used_here(name, meant, monkeypatch):
+    for known in [each for each in gym.registry if each.lower().startswith(("ale/", "crafter", "dm_control", "pong"))]:
+        monkeypatch.delitem(gym.registry, known)
+    with pytest.raises(ConfigError, match=f"'{meant}'"):
+        make_env(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("HalfCheetah-v5", "MuJoCo is not installed", "pip install 'gymnasium\\[mujoco\\]'"),
+        ("LunarLander-v3", "Box2D is not installed", "pip install 'gymnasium\\[box2d\\]'"),
+        ("Odd-v0", "no such thing, `pip install odd-things`.", "pip install odd-things"),
+    ],
+)
+def test_a_missing_simulator_is_one_sentence_with_the_line_that_installs_it(name, text, line, monkeypatch):
+    def missing(*args, **options):
+        raise DependencyNotInstalled(text)
+
+    gym.register("Odd-v0", missing)
+    try:
+        monkeypatch.setattr(gym, "make", missing)
+        with pytest.raises(MissingDependencyError, match=f"{name} needs a package.*: {line}"):
+            make_env(name)
+    finally:
+        del gym.registry["Odd-v0"]

@@ -10,9 +10,9 @@ from tiny_envs import Corridor, Steady, Walk, WalkPicture
 
 from worldloom import get_config
 from worldloom.envs import EnvSpaces, make_env
-from worldloom.envs.actions import ActionSpec
-from worldloom.envs.observations import ObservationSpec
 from worldloom.errors import ConfigError, DataError, FileFormatError
+from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.observations import ObservationSpec
 
 SPACES = [
     spaces.Box(-np.inf, np.inf, (3,), np.float32),
@@ -111,7 +111,7 @@ def test_observations_with_missing_names_or_wrong_values_are_named():
     spec = ObservationSpec(WalkPicture.observation_space)
     good = WalkPicture()
     obs, _ = good.reset(seed=0)
-    spec.check_values(obs)
+    spec.check_finite(spec.flatten(obs))
     assert not spec.is_batch(obs)
     with pytest.raises(DataError, match=r"no 'body/position'.*\['parity'\]"):
         spec.flatten({**obs, "body": {"parity": 0}})
@@ -125,5 +125,10 @@ def test_observations_with_missing_names_or_wrong_values_are_named():
         ("body", {**obs["body"], "parity": 0.5}, "not in Discrete"),
     ]:
         with pytest.raises(DataError, match=message):
-            spec.check_values({**obs, name: bad})
-    spec.check_values({**obs, "camera": obs["camera"].astype(np.float64)})
+            spec.check_finite(spec.flatten({**obs, name: bad}))
+    # Whether floats mean 0–255 or 0–1 cannot be told from an image that is black: environments must return integers.
+    floats = {**obs, "camera": obs["camera"].astype(np.float64)}
+    with pytest.raises(DataError, match="integers from 0 to 255"):
+        spec.flatten(floats)
+    np.testing.assert_array_equal(spec.flatten(floats, any_dtype=True)["camera"], obs["camera"])
+    np.testing.assert_array_equal(spec.flatten({**obs, "camera": obs["camera"].astype(int)})["camera"], obs["camera"])

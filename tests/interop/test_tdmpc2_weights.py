@@ -10,6 +10,7 @@ import pytest
 
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop import load_official_tdmpc2, to_official_tdmpc2
+from worldloom.interop.tdmpc2 import _read
 from worldloom.models.params import flatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel, init_state
 from worldloom.training.config import TrainingConfig
@@ -140,6 +141,79 @@ def test_weights_that_do_not_match_are_named(golden):
         load_official_tdmpc2(official | {"_pi.0.bias": np.zeros(3)})
     with pytest.raises(WeightsError, match="not the weights of a TD-MPC2"):
         load_official_tdmpc2({"enc/mlp0/kernel": np.zeros((2, 2))})
+
+
+WRAPPERS = {
+    "compiled": lambda weights: prefixed(weights, "_orig_mod."),
+    "parallel": lambda weights: prefixed(weights, "module."),
+    "both": lambda weights: prefixed(weights, "module._orig_mod.module."),
+    "agent": lambda weights: prefixed(weights, "model."),
+    "params": lambda weights: prefixed(weights, "params/"),
+    "state_dict": lambda weights: {"state_dict": weights, "step": 3},
+    "model": lambda weights: {"model": prefixed(weights, "module.")},
+    "nested": lambda weights: {"state_dict": {"model": {"state_dict": prefixed(weights, "_orig_mod.")}}},
+    "parts": lambda weights: {re.sub(r"^(\w+)\.", r"\1._orig_mod.", name): x for name, x in weights.items()},
+}
+
+
+def prefixed(weights, prefix):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def published(layout):
+    """Names and arrays of a recorded file in one of the three layouts."""
+    if layout == "before the release":
+        return before_release(weights_of(np.load(DATA / "tdmpc2-single-s0.npz")))
+    return _read(DATA / f"tdmpc2-single-s0-{layout}.pt")[0]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_and_nesting_of_wrappers_are_read(wrapper, golden):
+    official = weights_of(golden("tdmpc2-single-s0"))
+    assert_same(load_official_tdmpc2(WRAPPERS[wrapper](official)), load_official_tdmpc2(official))
+
+
+@pytest.mark.parametrize("layout", ["current", "2023", "before the release"])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+def test_what_is_missing_is_named_as_the_file_names_it(layout, prefix):
+    weights = published(layout)
+    names = [name for name in weights if not name.startswith(("log_std", "_action_masks", "_detach"))]
+    for name in names[::5]:
+        rest = prefixed({other: value for other, value in weights.items() if other != name}, prefix)
+        with pytest.raises(WeightsError, match=rf"(^|\s){re.escape(prefix + name)} is missing"):
+            load_official_tdmpc2(rest)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "the names here: none"),
+        ({"module.a": np.zeros(1)}, r"^module\._reward\.0\.weight is missing: .* the names here: module\.a\.$"),
+        ({"state_dict": 3}, "the names here: state_dict"),
+        ({"_reward.0.weight": np.zeros(3)}, r"_reward\.0\.weight has shape \(3,\); 2 axes"),
+        ({"a": np.zeros(1), "module.a": np.zeros(1)}, "there twice"),
+    ],
+)
+def test_files_of_other_programs_are_told_apart(weights, message):
+    with pytest.raises(WeightsError, match=message):
+        load_official_tdmpc2(weights)
+
+
+def test_vectors_by_name_are_one_state_encoder(golden):
+    official = weights_of(golden("tdmpc2-single-s0"))
+    plain = load_official_tdmpc2(official)
+    (width,) = plain.config.obs_shape
+    named = load_official_tdmpc2(official, obs_shape={"b": (width - 1,), "a": (1,)})
+    exported = to_official_tdmpc2(named)
+    assert set(exported) == set(official)
+    np.testing.assert_array_equal(exported["_encoder.state.0.weight"], official["_encoder.state.0.weight"])
+
+
+@pytest.mark.parametrize("shape", [(84, 84, 3), (7, 7, 3), {"cam": (3, 64, 64), "pos": (2,)}])
+def test_encoders_that_the_reference_lacks_are_not_exported(shape):
+    config = TDMPC2Config.from_size("tiny", obs_shape=shape, action_dim=2)
+    with pytest.raises(ConfigError, match=r"has no such encoder: .*save_pretrained"):
+        to_official_tdmpc2(TDMPC2WorldModel(config))
 
 
 def test_a_train_state_exports_its_trained_weights(golden):

@@ -7,15 +7,19 @@ import math
 import re
 import types
 import typing
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import worldloom
 from worldloom import ConfigError, DreamerV3Config, TDMPC2Config, UnknownFieldError
 from worldloom.config import BaseConfig, Between, Ge, Gt, Lt, OneOf, config_dataclass
+from worldloom.envs import make_env
+from worldloom.families import get_family
 from worldloom.training import TrainingConfig
 from worldloom.training.callbacks import CheckpointCallback, EarlyStoppingCallback, LoggingCallback
 
@@ -299,15 +303,78 @@ def test_values_within_their_annotations_are_kept():
         EveryLimit(1, 8)
 
 
+TWO = [np.int64(2), np.uint8(2), np.int32(2), np.array(2), jnp.int32(2)]
+HALF = [np.float32(0.5), np.float16(0.5), np.longdouble(0.5), np.array(0.5), jnp.float32(0.5), Fraction(1, 2)]
+FOUR = [np.array([4]), [np.int64(4)], (np.int32(4),), jnp.array([4]), np.array([4], np.uint8)]
+
+
 @pytest.mark.parametrize("cls", [DreamerV3Config, TDMPC2Config])
 def test_numbers_of_numpy_are_numbers(cls):
-    """``env.action_space.n`` is an np.int64, and shapes come as arrays."""
-    field = "kl_free" if cls is DreamerV3Config else "rho"
-    given = {"obs_shape": np.array([4]), "action_dim": np.int64(2), field: np.float32(0.5)}
-    config = cls(**given)
-    assert config == cls(**{"obs_shape": (4,), "action_dim": 2, field: 0.5})
-    assert config == cls(**json.loads(config.to_json()))
-    assert TrainingConfig(batch_size=np.int32(4), learning_rate=np.float64(1e-3)).batch_size == 4
-    for wrong in (np.int64(0), np.float64(2.5), np.bool_(True)):
+    """``env.action_space.n`` is an np.int64, and shapes come as arrays. All are stored as Python's numbers."""
+    field = "kl_balance" if cls is DreamerV3Config else "rho"
+    plain = cls(obs_shape=(4,), action_dim=2, **{field: 0.5})
+    given = [{"action_dim": n} for n in TWO] + [{field: x} for x in HALF] + [{"obs_shape": s} for s in FOUR]
+    for change in given:
+        config = cls(**{"obs_shape": (4,), "action_dim": 2, field: 0.5} | change)
+        assert config == plain, change
+        assert hash(config) == hash(plain)
+        assert config.to_json() == plain.to_json(), change
+    assert cls(obs_shape={"a": np.array([4])}, action_dim=2) == cls(obs_shape={"a": (4,)}, action_dim=2)
+    for wrong in (np.int64(0), np.float64(2.5), np.bool_(True), True, Fraction(2), "2", np.array([2]), None):
         with pytest.raises(ConfigError, match="action_dim"):
             cls(obs_shape=(4,), action_dim=wrong)
+
+
+def test_an_integer_for_a_float_is_stored_as_a_float():
+    one, other = (DreamerV3Config(obs_shape=(4,), action_dim=2, kl_free=x) for x in (1.0, np.int64(1)))
+    assert one.to_json() == other.to_json()
+    assert one.replace(kl_free=1).to_json() == one.to_json()
+    config = TrainingConfig(batch_size=np.int32(4), learning_rate=np.float64(1e-3), weight_decay=0, seed=np.uint32(3))
+    assert config == TrainingConfig(batch_size=4, learning_rate=1e-3, weight_decay=0.0, seed=3)
+    assert config.to_json() == TrainingConfig(batch_size=4, learning_rate=1e-3, weight_decay=0.0, seed=3).to_json()
+
+
+@pytest.mark.parametrize("huge", [10**30, 10**400, 10**5000, 2**63, 1e30, -(10**400)], ids=range(6))
+def test_no_number_is_too_large_to_be_refused(huge):
+    for build in (
+        lambda: DreamerV3Config(obs_shape=(4,), action_dim=2, units=huge),
+        lambda: DreamerV3Config(obs_shape=(huge,), action_dim=2),
+        lambda: DreamerV3Config(obs_shape=(4,), action_dim={"a": huge}),
+        lambda: TDMPC2Config(obs_shape={"a": (huge,)}, action_dim=2),
+        lambda: TDMPC2Config(obs_shape=(4,), action_dim=huge),
+        lambda: TDMPC2Config(obs_shape=(4,), action_dim=2, rho=huge),
+        lambda: TrainingConfig(batch_size=huge),
+    ):
+        with pytest.raises(ConfigError):
+            build()
+
+
+@pytest.mark.parametrize(
+    ("cls", "sizes"),
+    [
+        (DreamerV3Config, {"units": 2**40}),
+        (DreamerV3Config, {"obs_shape": (2**62,)}),
+        (DreamerV3Config, {"bins": 2**40 + 1}),
+        (TDMPC2Config, {"hidden_dim": 2**62}),
+        (TDMPC2Config, {"latent_dim": 2**40}),
+        (TDMPC2Config, {"hidden_dim": 2**20}),
+    ],
+)
+def test_a_model_that_no_memory_holds_is_refused(cls, sizes):
+    config = cls(**{"obs_shape": (4,), "action_dim": 2} | sizes)
+    with pytest.raises(ConfigError, match=r"WorldModel of this config is too large: .*Choose smaller sizes"):
+        get_family(config.model_type).model_class(config)
+    with pytest.raises(ConfigError, match="rows are too many for one batch"):
+        TrainingConfig(batch_size=2**40)
+
+
+def test_arguments_that_count_take_numbers_of_numpy(tmp_path):
+    assert CheckpointCallback(str(tmp_path), save_every=np.int64(5)).save_every == 5
+    assert EarlyStoppingCallback(patience=np.int32(5)).patience == 5
+    with make_env("CartPole-v1", num_envs=np.int64(2), time_limit=np.int64(9)) as env:
+        assert (env.num_envs, type(env.num_envs)) == (2, int)
+    for wrong in (True, 0, 2.0, np.float64(2), 10**400):
+        with pytest.raises(ConfigError, match="save_every must be an integer ≥ 1, not"):
+            CheckpointCallback(str(tmp_path), save_every=wrong)
+        with pytest.raises(ConfigError, match="num_envs must be an integer ≥ 1, not"):
+            make_env("CartPole-v1", num_envs=wrong)

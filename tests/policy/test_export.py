@@ -25,12 +25,12 @@ from worlds import Arm, Buttons, Robot, World, equal, small
 import worldloom
 from worldloom import cli, policy_file
 from worldloom.envs import EnvSpaces
-from worldloom.envs.actions import ActionSpec
-from worldloom.envs.observations import ObservationSpec
 from worldloom.errors import ConfigError, FileFormatError
 from worldloom.export import export_policy
 from worldloom.export.writer import _action_leaves, _observation_leaves
 from worldloom.policy_file import PolicyFileError, load_policy
+from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.observations import ObservationSpec
 
 PAIRS = {"dreamerv3-Robot": ("dreamerv3", Robot), "tdmpc2-Arm": ("tdmpc2", Arm), "tdmpc2-Buttons": ("tdmpc2", Buttons)}
 
@@ -196,7 +196,7 @@ def test_a_file_translates_spaces_as_the_library_does(data):
     own.observation.seed(seed)
     obs, spec = own.observation.sample(), ObservationSpec(own.observation)
     expected = spec.flatten(obs)
-    for leaf in json.loads(json.dumps(_observation_leaves(own))):
+    for leaf in json.loads(json.dumps(_observation_leaves(own), allow_nan=False)):
         value = policy_file._to_model(leaf, policy_file._at(obs, leaf)[None], 1)[0]
         assert value.dtype == expected[leaf["name"]].dtype
         assert np.array_equal(value, expected[leaf["name"]])
@@ -204,7 +204,7 @@ def test_a_file_translates_spaces_as_the_library_does(data):
     drawn = worldloom.spaces.named(actions.sample(np.random.default_rng(seed), count), "action")
     drawn = {name: value * 1.5 if value.dtype == np.float32 else value for name, value in drawn.items()}
     native = {}
-    for leaf in json.loads(json.dumps(_action_leaves(own))):
+    for leaf in json.loads(json.dumps(_action_leaves(own), allow_nan=False)):
         value = policy_file._to_env(leaf, [list(drawn.values())[i] for i in leaf["outputs"]])
         native = policy_file._set(native, leaf["path"], value)
     checked = actions.check(worldloom.spaces.unnamed(drawn, actions.is_dict), np.zeros(count, bool))
@@ -224,15 +224,23 @@ OBSERVATIONS = [
     spaces.MultiDiscrete([[2, 3], [4, 2]]),
     spaces.MultiBinary(3),
     spaces.MultiBinary((2, 2)),
+    spaces.Tuple([spaces.Discrete(2), spaces.Box(-1, 1, (2,))]),
+    spaces.Box(0, 255, (6, 6, 3), np.int64),
+    spaces.Box(np.int16([-4, 0]), np.int16([0, 9]), dtype=np.int16),
 ]
 ACTIONS = [
     spaces.Box(-3, 5, (2,)),
     spaces.Box(np.float32([0, -7]), np.float32([1e-3, 40])),
     spaces.Box(-1, 2, (2, 2), np.float64),
+    spaces.Box(-1, 9, (2,), np.int64),
+    spaces.Box(np.float32([0, 3]), np.float32([2, 3])),
     spaces.Discrete(3),
     spaces.Discrete(2, start=5),
     spaces.MultiDiscrete([2, 3]),
     spaces.MultiBinary(2),
+    spaces.Tuple([spaces.Discrete(2), spaces.Box(-1, 1, (2,))]),
+    spaces.Box(-2, 5, (2,), np.int32),
+    spaces.Box(np.float32([1, -1]), np.float32([1, 2])),
 ]
 
 
@@ -240,7 +248,8 @@ def space_of(kinds):
     single = st.sampled_from(kinds)
     inner = st.dictionaries(st.sampled_from("abcd"), single, min_size=1, max_size=3).map(spaces.Dict)
     nested = st.dictionaries(st.sampled_from("efg"), st.one_of(single, inner), min_size=1, max_size=3).map(spaces.Dict)
-    return st.one_of(single, inner, nested)
+    tuples = st.lists(st.one_of(single, inner), min_size=1, max_size=3).map(spaces.Tuple)
+    return st.one_of(single, inner, nested, tuples)
 
 
 # ---- doors ---------------------------------------------------------------------------------------------------------

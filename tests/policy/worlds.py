@@ -6,8 +6,8 @@ from gymnasium import spaces
 
 from worldloom import create_world_model
 from worldloom.envs import EnvSpaces
-from worldloom.envs.actions import ActionSpec
-from worldloom.envs.observations import ObservationSpec
+from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.observations import ObservationSpec
 
 TDMPC2 = {"latent_dim": 8, "hidden_dim": 8, "encoder_dim": 8, "num_bins": 11, "num_samples": 16, "num_elites": 4}
 TDMPC2 |= {"num_pi_trajs": 2, "iterations": 2, "num_q": 2, "episode_length": 10, "precision": "float32"}
@@ -82,7 +82,9 @@ def small(family, env=Arm, seed=0, **overrides):
 
 
 def equal(one, other):
-    """Whether actions are equal, in nested dicts too."""
+    """Whether actions are equal, in nested dicts and tuples too."""
+    if isinstance(one, tuple):
+        return isinstance(other, tuple) and len(one) == len(other) and all(map(equal, one, other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
     return np.array_equal(one, other)

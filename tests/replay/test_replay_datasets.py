@@ -3,29 +3,37 @@
 import sys
 from types import SimpleNamespace
 
-import gymnasium
+import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium import spaces
 
-from worldloom.errors import DataError, FileFormatError, MissingDependencyError
+from worldloom.errors import ConfigError, DataError, FileFormatError, MissingDependencyError
 from worldloom.replay import from_hdf5, from_minari
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.datasets import flat_episodes
 
+PLANE = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 
-def minari_dataset(space, actions):
+
+def minari_dataset(action_space, actions, observation_space=PLANE, observations=None):
     episode = SimpleNamespace(
-        observations=np.arange(6.0).reshape(3, 2),
-        actions=np.asarray(actions),
+        id=7,
+        observations=np.arange(6.0).reshape(3, 2) if observations is None else observations,
+        actions=np.asarray(actions) if isinstance(actions, list) else actions,
         rewards=np.array([1.0, 2.0]),
         terminations=np.array([False, False]),
         truncations=np.array([False, True]),
     )
-    return SimpleNamespace(action_space=space, iterate_episodes=lambda: iter([episode, episode]))
+    return SimpleNamespace(
+        observation_space=observation_space,
+        action_space=action_space,
+        iterate_episodes=lambda: iter([episode, episode]),
+    )
 
 
 def test_minari_scales_bounded_actions():
-    space = gymnasium.spaces.Box(np.array([-2.0, 0.0]), np.array([2.0, 1.0]), dtype=np.float64)
+    space = spaces.Box(np.array([-2.0, 0.0]), np.array([2.0, 1.0]), dtype=np.float64)
     buffer = from_minari(minari_dataset(space, [[2.0, 0.25], [-1.0, 1.0]]))
     assert (buffer.num_episodes, len(buffer), buffer.capacity) == (2, 6, 6)
     first = next(buffer.episodes())
@@ -35,18 +43,113 @@ def test_minari_scales_bounded_actions():
 
 
 def test_minari_counts_discrete_actions_from_zero():
-    buffer = from_minari(minari_dataset(gymnasium.spaces.Discrete(4, start=1), [1, 3]), capacity=100)
+    buffer = from_minari(minari_dataset(spaces.Discrete(4, start=1), [1, 3]), capacity=100)
     assert (buffer.action_dim, buffer.capacity) == (4, 100)
     assert next(buffer.episodes())["actions"].argmax(axis=1)[:2].tolist() == [0, 2]
 
 
-def test_minari_refuses_actions_it_cannot_scale():
-    box = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
-    assert len(from_minari(minari_dataset(box, [[0.5], [0.5]]))) == 6
-    with pytest.raises(DataError, match="Scale"):
-        from_minari(minari_dataset(box, [[3.0], [0.5]]))
-    with pytest.raises(DataError, match="space"):
-        from_minari(minari_dataset(gymnasium.spaces.MultiDiscrete([2, 2]), [[0, 0], [1, 1]]))
+def test_minari_needs_bounds_of_actions():
+    box = spaces.Box(-np.inf, np.inf, (1,))
+    with pytest.raises(ConfigError, match="action_bounds"):
+        from_minari(minari_dataset(box, [[0.5], [0.5]]))
+    buffer = from_minari(minari_dataset(box, [[0.5], [-4.0]]), action_bounds=(-4, 4))
+    np.testing.assert_allclose(next(buffer.episodes())["actions"], [[0.125], [-1], [0]])
+    with pytest.raises(DataError, match=r"Episode 7 .*'action'\[0, 0\] is 3; its space says \[-1, 1\]"):
+        from_minari(minari_dataset(box, [[3.0], [0.5]]), action_bounds=(-1, 1))
+
+
+def test_minari_gives_a_fixed_action_the_value_zero():
+    space = spaces.Box(np.array([-1.0, 3.0]), np.array([1.0, 3.0]), dtype=np.float64)
+    first = next(from_minari(minari_dataset(space, [[0.5, 3.0], [1.0, 3.0]])).episodes())
+    np.testing.assert_allclose(first["actions"], [[0.5, 0], [1, 0], [0, 0]])
+
+
+def test_minari_spaces_of_all_kinds_are_translated_as_those_of_environments():
+    observation_space = spaces.Dict(
+        cell=spaces.Discrete(4, start=1),
+        arm=spaces.Dict(pose=spaces.Box(-1, 1, (2, 2)), say=spaces.Text(4)),
+        pair=spaces.Tuple([spaces.MultiBinary(2), spaces.Box(0, 255, (4, 4, 3), np.uint8)]),
+    )
+    observations = {
+        "cell": np.array([1, 4, 2]),
+        "arm": {"pose": np.arange(12.0).reshape(3, 2, 2) / 12, "say": ["a", "b", "c"]},
+        "pair": (np.array([[0, 1], [1, 1], [0, 0]], np.int8), np.full((3, 4, 4, 3), 9, np.uint8)),
+    }
+    action_space = spaces.Dict(push=spaces.Box(-2, 2, (1, 2)), keys=spaces.MultiDiscrete([2, 3], start=[0, 5]))
+    actions = {"push": np.array([[[2.0, 0]], [[-1, 1]]]), "keys": np.array([[0, 7], [1, 5]])}
+    dataset = minari_dataset(action_space, actions, observation_space, observations)
+    with pytest.raises(ConfigError, match=r"'arm/say'.*drop_keys=\['arm/say'\]"):
+        from_minari(dataset)
+    buffer = from_minari(dataset, drop_keys=["arm/say"])
+    assert buffer.obs_shape == {"arm/pose": (4,), "cell": (4,), "pair/0": (2,), "pair/1": (4, 4, 3)}
+    assert buffer.action_dim == {"keys0": 2, "keys1": 3, "push": 2}
+    rows = next(buffer.episodes())
+    assert rows["obs"]["cell"].argmax(-1).tolist() == [0, 3, 1]
+    assert rows["obs"]["pair/1"].dtype == np.uint8
+    np.testing.assert_allclose(rows["obs"]["arm/pose"][2], np.arange(8.0, 12) / 12, rtol=1e-6)
+    assert rows["actions"]["keys1"][:2].argmax(-1).tolist() == [2, 0]
+    np.testing.assert_allclose(rows["actions"]["push"], [[1, 0], [-0.5, 0.5], [0, 0]])
+
+
+def test_minari_actions_become_one_if_asked_to():
+    dataset = minari_dataset(spaces.MultiDiscrete([2, 3], start=[0, 5]), [[0, 7], [1, 5]])
+    buffer = from_minari(dataset, join_actions=True)
+    assert (buffer.action_dim, buffer.action_type) == (6, "discrete")
+    assert next(buffer.episodes())["actions"][:2].argmax(-1).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "observations", "words"),
+    [
+        (PLANE, np.zeros((2, 2)), "2 observations and as many rewards"),
+        (PLANE, np.zeros((4, 2)), r"has shape \(4, 2\); its space says \(3, 2\)"),
+        (spaces.Discrete(3), np.array([0, 1, 3]), "holds 3, which is not in Discrete"),
+        (spaces.Box(0, 255, (4, 4, 3), np.uint8), np.zeros((3, 4, 4, 3)), "float64.*integers from 0 to 255"),
+        (spaces.Dict(a=PLANE), {"b": np.zeros((3, 2))}, "no 'a'"),
+    ],
+)
+def test_minari_episodes_that_are_not_as_declared_are_refused(observation_space, observations, words):
+    dataset = minari_dataset(spaces.Discrete(2), [0, 1], observation_space, observations)
+    with pytest.raises(DataError, match=f"Episode 7 of the dataset cannot be read. .*{words}"):
+        from_minari(dataset)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dataset_recorded_by_minari_is_read(tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+
+    class Talking(gym.Env):
+        observation_space = spaces.Dict(
+            {
+                "arm": spaces.Dict(pose=spaces.Box(-1, 1, (2, 3)), mode=spaces.Discrete(3, start=1)),
+                "say": spaces.Text(8),
+            }
+        )
+        action_space = spaces.Tuple([spaces.Discrete(3, start=1), spaces.Box(-2, 2, (2,))])
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.steps = 0
+            return self.observation_space.sample(), {}
+
+        def step(self, action):
+            self.steps += 1
+            return self.observation_space.sample(), float(self.steps), False, self.steps == 4, {}
+
+    collector = minari.DataCollector(Talking(), record_infos=False)
+    for _ in range(3):
+        collector.reset()
+        while not collector.step(collector.action_space.sample())[3]:
+            pass
+    collector.create_dataset(
+        "tiny/talking-v0", author="a", author_email="a@b.c", code_permalink="x", algorithm_name="r"
+    )
+    buffer = from_minari("tiny/talking-v0", download=False, drop_keys=["say"])
+    assert (buffer.num_episodes, len(buffer)) == (3, 15)
+    assert buffer.obs_shape == {"arm/mode": (3,), "arm/pose": (6,)}
+    assert buffer.action_dim == {"0": 3, "1": 2}
+    assert next(buffer.episodes())["rewards"].tolist() == [0, 1, 2, 3, 4]
 
 
 def flat(**more):

@@ -61,7 +61,7 @@ def test_both_layouts_agree():
 def test_equal_lengths_are_stored_as_given():
     episode = gymnasium_episode(steps=6)
     buffer = ReplayBuffer()
-    buffer.add_episode(episode["obs"][1:], episode["actions"], episode["rewards"], np.zeros(6))
+    buffer.add_episode(episode["obs"][1:], episode["actions"], episode["rewards"], np.zeros(6), layout="arrival")
     row = only_episode(buffer)
     np.testing.assert_array_equal(row["actions"], episode["actions"].astype(np.float32))
     np.testing.assert_array_equal(row["rewards"], episode["rewards"].astype(np.float32))

@@ -1,6 +1,7 @@
 """Small models of every variant, and data for them."""
 
 import functools
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ VARIANTS = {
     "discrete": {"action_type": "discrete", "action_dim": 3},
     "multitask": {"num_tasks": 3, "task_dim": 4, "action_dims": (2, 1, 2), "episode_lengths": (500, 100, 250)},
     "image": {"obs_shape": (3, 64, 64), "latent_dim": 512},
+    "joint": {"obs_shape": {"pos": (3,), "cam": (7, 7, 3), "vel": (2,)}},
 }
 
 
@@ -29,9 +31,14 @@ def make(variant="vector", **fields):
 
 def observations(config, *lead, seed=0):
     draw = np.random.default_rng(seed)
-    if config.is_image:
-        return draw.integers(0, 256, size=(*lead, *config.obs_shape)).astype(np.uint8)
-    return draw.normal(size=(*lead, *config.obs_shape)).astype(np.float32)
+
+    def each(shape):
+        if len(shape) == 3:
+            return draw.integers(0, 256, size=(*lead, *shape)).astype(np.uint8)
+        return draw.normal(size=(*lead, *shape)).astype(np.float32)
+
+    shapes = config.obs_shape
+    return {name: each(s) for name, s in shapes.items()} if isinstance(shapes, Mapping) else each(shapes)
 
 
 def random_batch(config, size=4, rows=6, seed=0):

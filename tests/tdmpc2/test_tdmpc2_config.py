@@ -3,12 +3,26 @@
 import json
 import warnings
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from worldloom.errors import ConfigError, UnknownFieldError
 from worldloom.models.compilation import abstract_params
 from worldloom.models.params import count_parameters
+from worldloom.models.pictures import picture_layout
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
+from worldloom.models.tdmpc2.config import picture_convolutions, picture_features
+from worldloom.models.tdmpc2.encoders import make_encoder
+
+
+def encoder_params(config):
+    """Shapes of the encoder's weights alone, which take a fraction of the model's time."""
+    build = lambda: make_encoder(config, jnp.dtype(jnp.float32), nnx.Rngs(0))  # noqa: E731
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(build)))
 
 
 def make(**fields):
@@ -60,6 +74,79 @@ def test_other_counts_of_the_reference():
         assert count(TDMPC2Config.from_size("5m", obs_shape=shape, action_dim=6)) == 4_879_370
     episodic = TDMPC2Config.from_size("5m", obs_shape=(24,), action_dim=6, episodic=True)
     assert count(episodic) - SINGLE["5m"] == 527_873
+
+
+# Side: convolutions, side of the last feature map.
+FEATURES = {
+    5: (1, 3), 7: (1, 5), 10: (1, 8), 11: (2, 3), 24: (2, 9), 25: (3, 3), 54: (3, 10), 55: (4, 3), 64: (4, 4),
+    84: (4, 6), 96: (4, 8), 102: (4, 8), 103: (5, 3), 128: (5, 4), 198: (5, 8), 199: (6, 3), 256: (6, 4),
+}  # fmt: skip
+
+
+def test_pictures_of_any_side_are_counted():
+    """Beside the reference's at 64 × 64: convolutions, then affine map and LayerNorm from their features to 512."""
+    for side, (stages, last) in FEATURES.items():
+        shape = (side, side, 3)
+        assert (len(picture_convolutions(shape)), picture_features(shape)) == (stages, (last, last))
+        params = encoder_params(TDMPC2Config.from_size("5m", obs_shape=shape, action_dim=6))
+        kernels = [7, 5, 3, 3][-stages:] if stages <= 4 else [7, 5, *[3] * (stages - 2)]
+        convolutions = sum(k * k * c * 32 + 32 for k, c in zip(kernels, [3] + [32] * 5, strict=False))
+        features = 32 * last * last
+        head = 0 if features == 512 else (features + 1) * 512 + 2 * 512
+        assert count_parameters(params) == convolutions + head
+    assert picture_features((3, 30, 200)) == (4, 46)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(5, 256), st.integers(5, 256), st.integers(1, 4), st.booleans())
+def test_pictures_of_any_side_become_latents(height, width, channels, channels_first):
+    shape = (channels, height, width) if channels_first else (height, width, channels)
+    config = make(obs_shape=shape)
+    least, _ = sorted(picture_features(shape))
+    assert least >= 3
+
+    def encode(key):
+        encoder = make_encoder(config, jnp.dtype(jnp.float32), nnx.Rngs(0))
+        return encoder(jnp.zeros((2, *shape), jnp.uint8), jnp.zeros((2, 0)), key)
+
+    assert jax.eval_shape(encode, jax.random.key(0)).shape == (2, 512)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((3, 64, 64), (64, 64, 3, True)),
+        ((64, 64, 3), (64, 64, 3, False)),
+        ((7, 7, 20), (7, 7, 20, False)),
+        ((20, 7, 7), (7, 7, 20, True)),
+        ((64, 96, 1), (64, 96, 1, False)),
+        ((9, 64, 96), (64, 96, 9, True)),
+        ((5, 5, 5), (5, 5, 5, False)),
+    ],
+)
+def test_channels_are_the_odd_axis_out(shape, layout):
+    assert picture_layout(shape) == layout
+
+
+def test_only_the_features_of_the_reference_are_the_latent():
+    for side in (63, 64, 70):
+        assert "head" not in encoder_params(make(obs_shape=(side, side, 3)))
+    for fields in ({"obs_shape": (64, 64, 3), "latent_dim": 64}, {"obs_shape": (84, 84, 3)}):
+        assert "head" in encoder_params(make(**fields))
+
+
+def test_dicts_keep_their_order_and_round_trip():
+    config = make(obs_shape={"b": [3], "cam": [9, 7, 3], "a": [2, 2]}, encoder_dim=16)
+    assert (config.image_keys, config.vector_keys, config.vector_dim) == (("cam",), ("b", "a"), 7)
+    again = TDMPC2Config(**json.loads(config.to_json()))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert config != config.replace(obs_shape={"a": [2, 2], "b": [3], "cam": [9, 7, 3]})
+    params = encoder_params(config)
+    # Convolution 3×3×3 → 5×7×32 → 16; vectors 7 → 16 → 16; joined, 32 → 512. Two numbers a unit for each LayerNorm.
+    assert count_parameters(params["images"]) == 27 * 32 + 32 + (5 * 7 * 32 + 3) * 16
+    assert count_parameters(params["mlp"]) == (7 + 3) * 16 + (16 + 3) * 16
+    assert count_parameters(params["head"]) == (32 + 3) * 512
 
 
 def test_plain_constructor_is_the_reference_5m():
@@ -127,11 +214,16 @@ def test_unknown_field_names_the_nearest():
         ({"action_type": "both"}, "'continuous' or 'discrete'"),
         ({"precision": "float16"}, "bfloat16"),
         ({"model_type": "dreamerv3"}, "tdmpc2"),
-        ({"obs_shape": (3, 84, 84)}, "64×64"),
-        ({"obs_shape": (3, 64, 64), "latent_dim": 128}, "512"),
-        ({"obs_shape": (4, 4)}, "obs_shape"),
-        ({"obs_shape": {"image": (3, 64, 64)}}, "obs_shape"),
+        ({"obs_shape": (3, 4, 84)}, "sides 4 × 84; from 5 × 5 to 256 × 256.*image_size=64.*--image-size 64"),
+        ({"obs_shape": (64, 257, 3)}, "sides 64 × 257"),
+        ({"obs_shape": {"cam": (3, 3, 3)}}, r"obs_shape\['cam'\]=\(3, 3, 3\) has sides 3 × 3"),
+        ({"obs_shape": (4, 4, 4, 4)}, "not a shape"),
+        ({"obs_shape": (4, 4)}, "not a shape"),
+        ({"obs_shape": {"a": (0,)}}, r"obs_shape\['a'\]"),
+        ({"obs_shape": {}}, "obs_shape is empty"),
+        ({"obs_shape": 24}, "not a shape"),
         ({"obs_shape": (9, 64, 64), "num_tasks": 2}, "vector"),
+        ({"obs_shape": {"a": (3,), "cam": (9, 64, 64)}, "num_tasks": 2}, "vector"),
         ({"obs_shape": (9, 64, 64), "symlog_obs": True}, "vector"),
         ({"num_tasks": 2, "episodic": True}, "terminations"),
         ({"num_tasks": 2, "action_dims": (6,)}, "2 tasks"),

@@ -86,6 +86,59 @@ def test_channel_last_images_are_the_same_images():
     np.testing.assert_allclose(first.encode(obs).z, first.encode(obs.astype(np.float32) / 255).z, atol=1e-6)
 
 
+def test_a_dict_of_vectors_is_the_vectors_side_by_side():
+    by_name = lambda model: TDMPC2WorldModel(model.config.replace(obs_shape={"b": (3,), "a": (2,)}))  # noqa: E731
+    plain = make()
+    named = by_name(plain)
+    obs = observations(plain.config, 4)
+    jax.tree.map(np.testing.assert_array_equal, plain.params, named.params)
+    # In the config's order, whatever that of the dict.
+    apart = {"a": obs[:, 3:], "b": obs[:, :3]}
+    np.testing.assert_array_equal(named.encode(apart).z, plain.encode(obs).z)
+    multitask, task = make("multitask"), jnp.array([0, 1, 2, 0])
+    np.testing.assert_array_equal(by_name(multitask).encode(apart, task=task).z, multitask.encode(obs, task=task).z)
+
+
+def test_every_entry_of_a_dict_counts():
+    model = make("joint")
+    obs = observations(model.config, 3)
+    before = np.asarray(model.encode(obs).z)
+    for name in obs:
+        assert not np.allclose(model.encode(obs | {name: obs[name] // 2}).z, before, atol=1e-5), name
+
+
+def test_a_dict_that_does_not_fit_is_refused_by_name():
+    model = make("joint")
+    obs = observations(model.config, 3)
+    for change, message in (
+        ({name: obs[name] for name in ("pos", "cam")}, r"dict with the names pos, cam, vel, not one of cam, pos\."),
+        (obs["pos"], "not a .*Tracer"),
+        (obs | {"pos": obs["pos"][:, :2]}, r"'pos' have shape \(3, 2\); the model takes \[\.\.\., 3\]"),
+        (obs | {"pos": obs["pos"][:2]}, "different leading axes"),
+        (obs | {"cam": obs["cam"].astype(np.int32)}, "'cam' are images of dtype int32; use uint8"),
+    ):
+        with pytest.raises(DataError, match=message):
+            model.encode(change)
+    with pytest.raises(DataError, match=r"act takes those of B environments, \[B, 3\]"):
+        model.act(None, {name: x[0] for name, x in obs.items()})
+    with pytest.raises(DataError, match="one array for this config, not a dict of a"):
+        make().encode({"a": obs["pos"]})
+    batch = random_batch(model.config)
+    with pytest.raises(DataError, match=r"obs\['vel'\] has shape"):
+        model.compute_loss(batch | {"obs": batch["obs"] | {"vel": batch["obs"]["vel"][:, :3]}})
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 1), (3, 7, 12), (31, 70, 1), (84, 84, 4)])
+def test_pictures_of_other_sides_are_encoded_and_shifted_in_proportion(shape):
+    model = make(obs_shape=shape, latent_dim=16)
+    obs = observations(model.config, 2)
+    state = model.encode(obs)
+    np.testing.assert_allclose(state.z.reshape(2, -1, 8).sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(model.encode(obs / np.float32(255)).z, state.z, atol=1e-6)
+    small = max(shape) < 64 and min(s for s in shape if s > 4) <= 10
+    assert np.array_equal(model.encode(obs, jax.random.key(0)).z, state.z) == small
+
+
 def test_images_are_shifted_by_a_key_only():
     model = make("image")
     obs = observations(model.config, 2)
@@ -176,12 +229,13 @@ def test_fused_dynamics_and_reward_are_each_alone(variant):
     assert isinstance(model.fused_dynamics_reward(task), FusedDynamicsReward)
 
 
-def test_saved_model_predicts_the_same(tmp_path):
-    model = make("multitask")
+@pytest.mark.parametrize("variant", ["multitask", "joint"])
+def test_saved_model_predicts_the_same(variant, tmp_path):
+    model = make(variant)
     same = TDMPC2WorldModel.from_pretrained(model.save_pretrained(tmp_path / "model"))
     assert same.config == model.config
-    obs, task = observations(model.config, 3), jnp.arange(3)
-    for a, b in zip(model.act(None, obs, task=task), same.act(None, obs, task=task), strict=True):
+    obs, task = observations(model.config, 3), tasks(model.config, 3)
+    for a, b in zip(model.act(None, obs, **task), same.act(None, obs, **task), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

@@ -20,6 +20,9 @@ from toy_family import *
 from worldloom.training import *
 from worldloom.training.callbacks import *
 folder, number, times = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+signal.signal(number, signal.SIG_DFL)  # nohup has SIGHUP ignored
+if number == signal.SIGINT:
+    signal.signal(number, signal.default_int_handler)
 
 def interrupt(info):
     if info.step == 7:
@@ -46,9 +49,10 @@ def run(folder, number, times):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
 
 
-def test_sigterm_saves_and_exits_with_143(tmp_path):
-    ended = run(tmp_path, signal.SIGTERM, 1)
-    assert ended.returncode == 143
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_sigterm_and_sighup_save_and_exit_with_their_codes(tmp_path, number, code):
+    ended = run(tmp_path, number, 1)
+    assert ended.returncode == code
     assert "Stopping once this update is done" in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["7"]
 

@@ -21,7 +21,7 @@ from tiny_envs import Walk
 from toy_family import PrefillingToy, ToyConfig, ToyWorldModel
 
 from worldloom.envs import episode_seed, make_env
-from worldloom.errors import ConfigError, DataError, EnvError
+from worldloom.errors import ConfigError, DataError, EnvContractError, EnvError
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer
@@ -212,3 +212,62 @@ def test_a_killed_worker_loses_its_episode_and_nothing_else(config, caplog):
         )
         begun += 1
     assert begun > int(victim_rows["is_first"][: before + 1].sum())
+
+
+class SometimesNan(Glide):
+    """Returns NaN at the third step of every episode that began left of 0."""
+
+    def reset(self, *, seed=None, options=None):
+        answer = super().reset(seed=seed)
+        self.began_left = self.position < 0
+        return answer
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return (obs * np.nan if self.began_left and self.steps == 3 else obs), *rest
+
+
+def test_steps_that_return_nan_cut_their_episodes_are_counted_and_do_not_end_the_run(config, tmp_path, caplog):
+    config, recorder = config.replace(log_interval=1), MeasurementRecorder()
+    saves = CheckpointCallback(str(tmp_path), save_every=1, keep_last=99, save_best=False)
+    env = make_env(SometimesNan, 2, seed=3, on_bad_step="restart")
+    trainer = Trainer(toy(env), config, [saves, recorder])
+    trainer.train(env, total_steps=12)
+    rows = every_row(trainer.replay)
+    assert all(np.isfinite(rows[name]).all() for name in ("obs", "rewards"))
+    cut = rows["is_last"] & ~rows["is_terminal"] & (rows["rewards"] == 0)
+    counted = [values["collect/bad_steps"] for _, _, values in recorder.records if "collect/bad_steps" in values]
+    assert counted[-1] == cut.sum() > 2
+    assert "returned 'obs' NaN or infinite: its episode is closed as truncated" in caplog.text
+    # Exactly resumable, whether or not an episode was just cut.
+    for step in range(1, 12, 2):
+        again = make_env(SometimesNan, 2, seed=3, on_bad_step="restart")
+        resumed = Trainer(toy(again), config, [])
+        resumed.train(again, total_steps=12, resume=tmp_path / str(step))
+        assert_equal(flatten_state(on_host(trainer.state)), flatten_state(on_host(resumed.state)))
+        assert_equal(rows, every_row(resumed.replay))
+
+
+def test_a_run_that_nan_has_stopped_goes_on_from_its_checkpoint_by_restarting(config, tmp_path):
+    saves = CheckpointCallback(str(tmp_path), save_every=1, keep_last=99, save_best=False)
+    env = make_env(SometimesNan, seed=6)
+    trainer = Trainer(toy(env), config.replace(prefill=4), [saves])
+    with pytest.raises(DataError, match="--on-bad-step restart"):
+        trainer.train(env, total_steps=60)
+    again = make_env(SometimesNan, seed=6, on_bad_step="restart")
+    resumed = Trainer(toy(again), config.replace(prefill=4), [CheckpointCallback(str(tmp_path), save_every=50)])
+    resumed.train(again, total_steps=60, resume="auto")
+    assert resumed.step == 60
+
+
+def test_an_environment_that_breaks_its_contract_ends_the_run_with_the_sentence(config):
+    class Broken(Glide):
+        def step(self, action):
+            obs, reward, terminated, truncated, info = super().step(action)
+            return obs, reward, ("False" if self.steps == 3 else terminated), truncated, info
+
+    for parallel in ("sync", "subprocess"):
+        with make_env(Broken, 2, parallel=parallel) as env:
+            trainer = Trainer(toy(env), config, [])
+            with pytest.raises(EnvContractError, match="terminated is 'False'"):
+                trainer.train(env, total_steps=5)

@@ -304,6 +304,7 @@ SOME = {
     "total_steps": 6,
     "env_steps": 9,
     "eval_interval": 1,
+    "max_episode_steps": 100,
     "prefill": 3,
     "prefill_updates": 5,
     "train_ratio": 3.0,

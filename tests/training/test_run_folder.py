@@ -81,8 +81,8 @@ def records(run):
 def test_a_finished_run_has_all_files(finished):
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith("events.")}
     assert names == {
-        "config.json", "versions.json", "metrics.jsonl", "checkpoints", "model", "learning_curve.png", "eval.gif",
-        "horizon.png", "trust.png",
+        "config.json", "versions.json", "metrics.jsonl", "episodes.jsonl", "checkpoints", "model", "learning_curve.png",
+        "eval.gif", "horizon.png", "trust.png",
     }  # fmt: skip
     assert any(path.name.startswith("events.") for path in finished.path.iterdir())
     with Image.open(finished.path / "eval.gif") as gif:

@@ -17,7 +17,7 @@ from worldloom.algorithm import Algorithm, ReplaySpec, TrainState
 from worldloom.config import BaseConfig, config_dataclass
 from worldloom.families import register_family
 from worldloom.models.base import WorldModel, compiled, merge
-from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
+from worldloom.optim import clip_by_norm, decay_kernels, learning_rate_schedule
 
 LOSS_TERMS = ("loss", "prediction", "reward")
 MATRIX = np.array([[0.9, 0.2], [-0.2, 0.9]], np.float32)
@@ -67,7 +67,7 @@ def optimizer(training: Any) -> optax.GradientTransformation:
         clip_by_norm(training.grad_clip),
         optax.scale_by_adam(),
         decay_kernels(training.weight_decay),
-        optax.scale_by_learning_rate(warmup_schedule(training.learning_rate, training.warmup_steps)),
+        optax.scale_by_learning_rate(learning_rate_schedule(training)),
     )
 
 
@@ -87,7 +87,7 @@ def make_update(config, training, *, model_class):
         metrics = {
             **terms,
             "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(warmup_schedule(training.learning_rate, training.warmup_steps)(state.step)),
+            "lr": jnp.asarray(learning_rate_schedule(training)(state.step)),
             "update_norm": optax.tree.norm(steps),
             "first_row": features(batch["obs"])[0, 0, 0],
         }

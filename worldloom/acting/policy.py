@@ -13,18 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from gymnasium import spaces
 
 from worldloom.acting.budget import largest_plan
 from worldloom.algorithm import TrainState
 from worldloom.config import check, is_integer, is_number, nearest
 from worldloom.devices import compute_dtype, resolve_device
-from worldloom.envs.actions import ActionSpec
 from worldloom.envs.backends.base import index_nested
 from worldloom.envs.native import EnvSpaces
-from worldloom.envs.observations import ObservationSpec
 from worldloom.errors import DataError, WeightsError
 from worldloom.models.base import WorldModel, abstract_params, graphdef
 from worldloom.models.live_weights import live_weights
+from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.observations import ObservationSpec
 
 _log = logging.getLogger("worldloom")
 _MEASURED_CALLS = 20
@@ -300,7 +301,8 @@ class Policy:
 
     def _read(self, obs: Any) -> tuple[Any, bool]:
         """Observations as the model takes them, [N, ...], and whether they were of one environment without batch."""
-        if isinstance(obs, tuple) and len(obs) in (2, 5) and isinstance(obs[-1], Mapping):
+        is_answer = isinstance(obs, tuple) and len(obs) in (2, 5) and isinstance(obs[-1], Mapping)
+        if is_answer and not isinstance(self.spaces.observation, spaces.Tuple):
             raise DataError("These are an observation and more, as reset and step return them; give only the first.")
         spec = self._observations
         if self._float_images is not None and _has_float_images(obs, self._float_images):
@@ -311,8 +313,11 @@ class Policy:
                 f"The observation is of one environment; this policy acts in {self.num_envs}, and takes a leading axis "
                 "of that length. Make one for each with num_envs=1."
             )
-        spec.check_values(obs)
-        flat = spec.flatten(obs, () if alone else (self.num_envs,))
+        flat = spec.flatten(obs, () if alone else (self.num_envs,), any_dtype=True)
+        try:
+            spec.check_finite(flat)
+        except DataError as error:
+            raise DataError(f"{error} Nothing was computed; the state of the policy is as before.") from None
         if alone:
             flat = {name: value[None] for name, value in flat.items()}
         return spec.unwrap(flat), alone
@@ -407,5 +412,7 @@ def _of_one(native: Any) -> Any:
     """The action of the only environment; Python integers for ``Discrete``."""
     if isinstance(native, dict):
         return {name: _of_one(inner) for name, inner in native.items()}
+    if isinstance(native, tuple):
+        return tuple(map(_of_one, native))
     action = index_nested(native, 0)
     return int(action) if np.ndim(action) == 0 and np.issubdtype(action.dtype, np.integer) else action

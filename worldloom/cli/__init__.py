@@ -6,7 +6,9 @@ both once training has saved a checkpoint. Commands are imported when they are c
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -20,9 +22,13 @@ COMMANDS = {
     "eval": ("worldloom.cli.runs:evaluate", "evaluate the policy of a run and print its returns"),
     "play": ("worldloom.cli.runs:play_video", "write a video of the evaluation policy of a run"),
     "export": ("worldloom.cli.export:export", "write the policy of a run to a file that acts without worldloom"),
-    "list": ("worldloom.cli.about:names", "list model names and kinds of environments"),
+    "score": ("worldloom.cli.score:score", "print the published statistic of runs, with its spread over seeds"),
+    "list": ("worldloom.cli.about:names", "list model names, kinds of environments, and published experiments"),
     "info": ("worldloom.cli.about:info", "show parameters of a model and the memory that training needs"),
-    "doctor": ("worldloom.cli.about:doctor", "check devices, GPU support, versions and extras"),
+    "doctor": (
+        "worldloom.cli.about:doctor",
+        "check devices, versions and extras, or what a run has seen of rewards",
+    ),
 }
 
 USAGE = """usage: worldloom COMMAND [options]
@@ -77,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _configure_process() -> None:
     """Process-wide settings that a program may make and a library may not."""
+    # Names of files and environments may hold what the terminal's encoding does not.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Gymnasium's classic environments render with pygame, which prints a greeting and needs a display.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
@@ -101,7 +110,9 @@ class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm.auto import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        # A terminal that was closed must not end training; nothing is left to say so on.
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _fail(sentence: str, code: int = 2) -> int:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -21,14 +22,22 @@ from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser, config_flags
 from worldloom.cli.train import ENV_FLAGS
 from worldloom.config import check
 from worldloom.devices import compiled_programs
-from worldloom.errors import UnknownModelError
+from worldloom.errors import CheckpointError, UnknownModelError
 from worldloom.families import find_family, get_family
+from worldloom.files import absolute_path
 from worldloom.models.base import merge
 from worldloom.models.params import count_parameters
-from worldloom.models.pretrained import default_cache_dir
-from worldloom.models.registry import get_config, list_models
+from worldloom.models.pretrained import WEIGHTS_FILE, default_cache_dir, read_model
+from worldloom.models.registry import config_from_dict, get_config, list_models
+from worldloom.report.curves import read_records
+from worldloom.training.callbacks.episodes import EPISODES_FILE
+from worldloom.training.checkpoint import Checkpointer
+from worldloom.training.checkpoint_files import read_summary
 from worldloom.training.config import TrainingConfig
 from worldloom.training.recipes import recipe
+from worldloom.training.rewards_seen import RewardsSeen
+from worldloom.training.run_folder import RunFolder
+from worldloom.training.run_lock import RunLock
 
 EXTRAS = {
     "envs": ("dm_control", "mujoco", "ale_py", "crafter"),
@@ -46,10 +55,29 @@ def names(words: Sequence[str]) -> int:
     """Print the names of models and kinds of environments."""
     from worldloom.envs import SUITES
 
-    FlagParser("list", "Names of models and kinds of environments.").parse(words)
+    if words[:1] == ["protocols"]:
+        return _list_protocols(words[1:])
+    about = "Names of models and kinds of environments; with 'protocols', the published experiments and their settings."
+    FlagParser("list", about).parse(words)
     print("models (details: worldloom info NAME):", *(f"  {name}" for name in list_models()), sep="\n")
     print("environments: any Gymnasium id (Pendulum-v1, module:Id), or a suite and a task:")
     print(*(f"  {prefix}:…" for prefix in SUITES), sep="\n")
+    print("published experiments: worldloom list protocols")
+    return 0
+
+
+def _list_protocols(words: Sequence[str]) -> int:
+    """Print the published experiments with their settings."""
+    from worldloom.training.protocols import find_protocol, protocol_names
+
+    FlagParser("list protocols", "Published experiments, for worldloom train --protocol NAME --env ENV.").parse(words)
+    for name in protocol_names():
+        found = find_protocol(name)
+        envs = " | ".join(found.envs) or f"recorded data, not --env: {found.data}"
+        print(f"{name}: {name.partition('/')[0]}:{found.size} on {envs}")
+        fields = {**found.env_options, **found.model_fields, **found.training}
+        print(f"  {', '.join(f'{field}={value}' for field, value in fields.items())}")
+        print(f"  score: {found.score.text}" + (f"; published curves: {found.curve}" if found.curve else ""))
     return 0
 
 
@@ -59,9 +87,11 @@ def names(words: Sequence[str]) -> int:
 def info(words: Sequence[str]) -> int:
     """Print parameters of a model, and memory for training it."""
     name = next((word for word in words if not word.startswith("-")), "")
+    if absolute_path(name).is_dir() and not find_family(name.partition(":")[0]):
+        return _info_of_folder(words)
     family = find_family(name.partition(":")[0]) if name else None
     about = "Parameters of a model, and memory for training it. No weights are allocated."
-    flags = FlagParser("info", about, argument="name", argument_help="preset, as worldloom list shows them")
+    flags = FlagParser("info", about, argument="name", argument_help="preset, as worldloom list shows them, or folder")
     flags.group(
         "options",
         [
@@ -77,7 +107,9 @@ def info(words: Sequence[str]) -> int:
         flags.group(f"model ({config_class.__name__})", config_flags(config_class, exclude=("model_type",)))
     given = flags.parse(words)
     if family is None:
-        raise UnknownModelError(f"There is no model '{given['name']}'. Known: {', '.join(list_models())}.")
+        raise UnknownModelError(
+            f"There is no model '{given['name']}', and no folder. Known: {', '.join(list_models())}."
+        )
     changes: dict[str, Any] = {field: given.pop(field) for field in ("batch_size", "sequence_length") if field in given}
     training = TrainingConfig(**{**recipe(given["name"], None).training, **changes})
     exact, env_id = given.pop("exact", False), given.pop("env", None)
@@ -88,6 +120,41 @@ def info(words: Sequence[str]) -> int:
     print(f"{name} for observations {config.obs_shape} and {config.action_dim} {config.action_type} actions")
     print(*_memory_report(config, training, exact), sep="\n")
     return 0
+
+
+def _info_of_folder(words: Sequence[str]) -> int:
+    """Print what the folder of a run or of a saved model holds. Nothing that it names is imported."""
+    flags = FlagParser("info", "What a folder holds.", argument="folder", argument_help="folder of a run or a model")
+    flags.group("options", [FAMILY_FLAG])
+    path = absolute_path(flags.parse(words)["folder"])
+    run = RunFolder(path)
+    if (path / "checkpoints").is_dir() or (run.exists and not (path / WEIGHTS_FILE).exists()):
+        print(*_run_report(run), sep="\n")
+        return 0
+    saved = read_model(path)
+    config = config_from_dict(saved.config)
+    print(f"{path} holds a saved model of {config.model_type} ({saved.class_name or 'no class named'})")
+    print(f"  observations {config.obs_shape}, {config.action_dim} {config.action_type} actions")
+    print(f"  {sum(math.prod(array.shape) for array in saved.arrays.values()):,} numbers in {len(saved.arrays)} arrays")
+    return 0
+
+
+def _run_report(run: RunFolder) -> Iterator[str]:
+    """Lines about a run: model, environment, checkpoints, what to do next."""
+    settings, training = run.settings(), run.training_config()
+    config = config_from_dict(settings["model"])
+    steps = Checkpointer(run.checkpoints).steps()
+    yield f"{run.path} holds a run: {run.title()}"
+    yield f"  model          {config.model_type} ({settings.get('model_class', 'no class named')})"
+    yield f"  observations   {config.obs_shape}, {config.action_dim} {config.action_type} actions"
+    end = f"{training.env_steps:,} environment steps" if training.env_steps else f"{training.total_steps:,} updates"
+    yield f"  training       until {end}, seed {training.seed}, batches of {training.batch_size}"
+    yield f"  checkpoints    {', '.join(f'{step:,}' for step in steps) or 'none yet'}"
+    yield f"  final weights  {run.path / 'model' if (run.path / 'model').is_dir() else 'not yet'}"
+    try:
+        RunLock(run.path).check()
+    except CheckpointError as error:
+        yield f"  {error}"
 
 
 def _shapes_of(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,12 +252,56 @@ def _megabytes(size: int) -> str:
 
 def doctor(words: Sequence[str]) -> int:
     """Print versions, devices, GPU support, extras and folders; returns 1 if there is a problem."""
-    FlagParser("doctor", "Versions, devices, GPU support, extras and folders.").parse(words)
+    if words and not words[0].startswith("-"):
+        return _diagnose(words)
+    about = "Versions, devices, GPU support, extras and folders; with the folder of a run, what it has seen of rewards."
+    FlagParser("doctor", about).parse(words)
     problems = list(_problems())
     for section in (_versions(), _devices(), _extras(), _folders()):
         print(*section, sep="\n")
     print("problems:" if problems else "no problems found", *(f"  {problem}" for problem in problems), sep="\n")
     return 1 if problems else 0
+
+
+def _diagnose(words: Sequence[str]) -> int:
+    """Print what a run has seen of rewards and returns."""
+    flags = FlagParser("doctor", "What a run has seen of rewards.", argument="folder", argument_help="folder of a run")
+    run = RunFolder(flags.parse(words)["folder"])
+    print(*rewards_seen(run), sep="\n")
+    return 0
+
+
+def rewards_seen(run: RunFolder) -> Iterator[str]:
+    """Lines about the rewards and returns of a run: of its prefill, and since.
+
+    Raises ``FileFormatError`` if ``run`` is not the folder of a run.
+    """
+    yield run.title()
+    # Rewards of single steps, from the newest checkpoint.
+    steps = Checkpointer(run.checkpoints).steps()
+    collector = read_summary(run.checkpoints / str(steps[-1])).get("collector", {}) if steps else {}
+    seen = RewardsSeen(**collector.get("seen", {}))
+    if seen.low is None:
+        yield "  no checkpoint of a run in environments says yet which rewards it has met"
+    else:
+        range_ = f"{_number(seen.low)} to {_number(seen.high)}, mean {_number(seen.mean)}"
+        yield f"  rewards of a step: {range_} in the prefill, at most {_number(seen.since)} since"
+    # Returns of episodes.
+    path = run.path / EPISODES_FILE
+    lines = [line for line in read_records(path) if not line.get("crashed")] if path.exists() else []
+    for when, returns in (
+        ("in the prefill", [line["return"] for line in lines if line.get("prefill")]),
+        ("since", [line["return"] for line in lines if not line.get("prefill")]),
+    ):
+        if returns:
+            newest = "" if when != "since" else f"; mean of the last {len(returns[-20:])}: {fmean(returns[-20:]):.6g}"
+            yield f"  returns of {len(returns):,} episodes {when}: best {max(returns):.6g}{newest}"
+    if seen.low is not None:
+        yield f"  {seen.nothing_new() or 'nothing conspicuous'}"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"
 
 
 def _versions() -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from worldloom.config import nearest
 from worldloom.errors import ConfigError, UnknownFieldError
 
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 class Flag(NamedTuple):
@@ -29,6 +29,7 @@ class Flag(NamedTuple):
       note: help text, a sentence or two.
       default: default shown in the help; None shows none.
       aliases: additional names.
+      words: how many words follow, each of type ``kind``: None is one value, a number that many, ``"+"`` one or more.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Flag(NamedTuple):
     note: str
     default: Any = None
     aliases: tuple[str, ...] = ()
+    words: int | str | None = None
 
     @property
     def options(self) -> list[str]:
@@ -93,9 +95,19 @@ class FlagParser:
       about: description above the help.
       argument: name of the positional argument; empty for none. ``argument_help`` describes it.
       epilog: text below the help.
+      many: whether there may be several positional arguments, which become a list.
     """
 
-    def __init__(self, command: str, about: str, *, argument: str = "", argument_help: str = "", epilog: str = ""):
+    def __init__(
+        self,
+        command: str,
+        about: str,
+        *,
+        argument: str = "",
+        argument_help: str = "",
+        epilog: str = "",
+        many: bool = False,
+    ):
         self.command = command
         self._parser = _Parser(
             prog=f"worldloom {command}",
@@ -107,7 +119,7 @@ class FlagParser:
         )
         self._flags: dict[str, Flag] = {}
         if argument:
-            self._parser.add_argument(argument, help=argument_help)
+            self._parser.add_argument(argument, help=argument_help, nargs="+" if many else None)
 
     def group(self, title: str, flags: Sequence[Flag]) -> None:
         """Add flags under a heading. Raises ``ValueError`` for a name that exists already."""
@@ -120,12 +132,18 @@ class FlagParser:
             note = flag.note.replace("`", "").replace("%", "%%") + (
                 "" if flag.default is None else f" [{flag.default}]"
             )
-            if flag.kind is bool:
-                group.add_argument(*flag.options, dest=flag.name, nargs="?", const="true", metavar="BOOL", help=note)
+            if flag.kind is list:
+                group.add_argument(*flag.options, dest=flag.name, action="append", metavar="NAME=VALUE", help=note)
+            elif flag.kind is bool or bool in typing.get_args(flag.kind):
+                group.add_argument(
+                    *flag.options, dest=flag.name, nargs="?", const="true", metavar=_metavar(flag.kind), help=note
+                )
                 no = f"--no-{flag.name.replace('_', '-')}"
                 group.add_argument(no, dest=flag.name, action="store_const", const="false", help=argparse.SUPPRESS)
             else:
-                group.add_argument(*flag.options, dest=flag.name, metavar=_metavar(flag.kind), help=note)
+                group.add_argument(
+                    *flag.options, dest=flag.name, metavar=_metavar(flag.kind), help=note, nargs=flag.words
+                )
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
         """Values of the given arguments by name; ``--batch_size`` works like ``--batch-size``.
@@ -147,17 +165,48 @@ class FlagParser:
         given = {name: value for name, value in vars(values).items() if value is not None}
         return {name: self._convert(name, value) for name, value in given.items()}
 
-    def _convert(self, name: str, text: str) -> Any:
-        return parse_value(self._flags[name], text) if name in self._flags else text
+    def _convert(self, name: str, text: Any) -> Any:
+        if name not in self._flags:
+            return text
+        if self._flags[name].kind is list:
+            return dict(parse_assignment(self._flags[name], each) for each in text)
+        if isinstance(text, list):
+            return tuple(parse_value(self._flags[name], word) for word in text)
+        return parse_value(self._flags[name], text)
 
 
 def peek_option(words: Sequence[str], option: str) -> str | None:
-    """The value of ``option`` in ``words``, or None; used before the set of flags is known."""
+    """The value of ``option`` in ``words``, or None; used before the set of flags is known. The last one counts.
+
+    Of an option that may stand without a value, the value is then "true", and "false" for ``--no-…``.
+    """
+    found = None
     for word, following in itertools.zip_longest(words, words[1:]):
         name, equals, value = _dashes(word).partition("=")
         if name == option:
-            return value if equals else following
-    return None
+            found = value if equals else following
+        elif name == f"--no-{option[2:]}":
+            found = "false"
+    return found
+
+
+def parse_assignment(flag: Flag, text: str) -> tuple[str, Any]:
+    """Name and value of ``noops=30``, a name alone meaning True; values are read as JSON, and else as texts.
+
+    Raises ``ConfigError`` if it is no assignment.
+    """
+    name, equals, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not name.isidentifier():
+        raise ConfigError(f"{flag.options[0]} takes NAME=VALUE, as in {flag.options[0]} noops=30, not '{text}'.")
+    if not equals or value.lower() in ("true", "false"):
+        return name, value.lower() != "false"
+    if value.lower() == "none":
+        return name, None
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def parse_value(flag: Flag, text: str) -> Any:
@@ -179,8 +228,8 @@ def parse_value(flag: Flag, text: str) -> Any:
 def _parse_as(text: str, kind: Any) -> Any:
     """``text`` as a value of type ``kind``; raises ``ValueError`` if it is none."""
     if kind is bool:
-        if text.lower() in _TRUE + _FALSE:
-            return text.lower() in _TRUE
+        if text.lower() in TRUE + FALSE:
+            return text.lower() in TRUE
         raise ValueError(text)
     if kind is int:
         try:

@@ -9,22 +9,30 @@ from typing import Any
 
 import numpy as np
 
+from worldloom.acting.loading import load_run_model
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser
+from worldloom.cli.train import ENV_FLAGS
 from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError
-from worldloom.models.registry import saved_class
+from worldloom.families import import_from_current_folder
+from worldloom.files import absolute_path
 from worldloom.report.video import save_gif
-from worldloom.training.checkpoint import load_weights
 from worldloom.training.evaluation import play
 from worldloom.training.run_folder import RunFolder
 
+_TRANSLATION = ("action_bounds", "drop_keys", "join_actions", "on_bad_step")
+"""Flags of ``worldloom train`` about the environment's spaces; runs of earlier versions do not have them."""
 _FLAGS = [
     Flag("episodes", int, "How many to play.", 10),
     Flag("checkpoint", str, "latest, best (by evaluation return), or a number of updates.", "latest"),
     Flag("seed", int, "Seed of the episodes and of the policy.", 0),
     Flag("num_envs", int, "Environments stepped together; by default as many as episodes, at most 10."),
     Flag("explore", bool, "Act as during collection, with exploration."),
+    Flag("greedy", bool, "Let every draw of the policy take its mode."),
     Flag("env", str, "Another environment with the same shapes."),
+    *(flag for flag in ENV_FLAGS if flag.name in _TRANSLATION),
+    Flag("trust", bool, "Import the module of the run's environment (module:Id), which runs its code."),
+    Flag("max_steps", int, "Decision steps at which an episode is cut, if the environment has no limit itself."),
     Flag("device", str, "auto, cpu, cuda, gpu or tpu, or a numbered one such as cuda:1.", "auto"),
     FAMILY_FLAG,
 ]
@@ -38,8 +46,8 @@ def evaluate(words: Sequence[str]) -> int:
     flags.group("options", _FLAGS)
     given = flags.parse(words)
     episodes, seed = given.get("episodes", 10), given.get("seed", 0)
-    with _open_run(given, given.get("num_envs", min(episodes, 10))) as (model, env, step):
-        ends = play(model, env, episodes=episodes, seed=seed, explore=given.get("explore", False))
+    with _open_run(given, given.get("num_envs", min(episodes, 10))) as (model, env, step, limit):
+        ends = play(model, env, episodes=episodes, seed=seed, **_acting(given), max_steps=limit)
     returns = np.array([end.episode_return for end in ends])
     lengths = np.array([end.length for end in ends])
     print(
@@ -62,15 +70,16 @@ def play_video(words: Sequence[str]) -> int:
     kept = [flag for flag in _FLAGS if flag.name not in ("episodes", "num_envs")]
     flags.group("options", [*video, Flag("episodes", int, "How many to play, one after another.", 1), *kept])
     given = flags.parse(words)
-    path = Path(given.get("video") or Path(given["folder"]) / "play.gif")
+    path = absolute_path(given.get("video") or Path(given["folder"]) / "play.gif")
     if path.suffix.lower() != ".gif":
-        raise ConfigError(f"--video writes a GIF: {path.with_suffix('.gif')}, not {path}.")
+        raise ConfigError(f"--video writes a GIF: {path.with_suffix('.gif').name}, not {path.name}.")
     frames: list[np.ndarray] = []
-    with _open_run(given, 1, render=True) as (model, env, step):
+    with _open_run(given, 1, render=True) as (model, env, step, limit):
+        options = {**_acting(given), "max_steps": limit}
         for episode in range(given.get("episodes", 1)):
             pictures: list[np.ndarray] = []
             seed = given.get("seed", 0) + episode
-            (end,) = play(model, env, episodes=1, seed=seed, explore=given.get("explore", False), frames=pictures)
+            (end,) = play(model, env, episodes=1, seed=seed, frames=pictures, **options)
             frames += pictures
             print(f"return {end.episode_return:.1f}, length {end.length}; weights after {step:,} updates")
     print(f"{save_gif(frames, path, fps=given.get('fps', 25.0))}: {len(frames)} pictures")
@@ -78,17 +87,26 @@ def play_video(words: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _open_run(given: Mapping[str, Any], num_envs: int, *, render: bool = False) -> Iterator[tuple[Any, Any, int]]:
-    """Open a run: the model with weights of a checkpoint, new environments, and the number of updates behind them."""
+def _open_run(given: Mapping[str, Any], num_envs: int, *, render: bool = False) -> Iterator[tuple[Any, Any, int, int]]:
+    """Open a run: the model with weights of a checkpoint, new environments, the number of updates behind the weights,
+    and the decision steps at which an episode is cut."""
     run, device = RunFolder(given["folder"]), given.get("device", "auto")
-    settings = run.settings()
-    cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
+    if "env" in given or given.get("trust"):
+        import_from_current_folder()
     keep_freed_memory()
     changes = {"spec": given["env"]} if "env" in given else {}
+    changes |= {name: given[name] for name in _TRANSLATION if name in given}
     parallel = {"parallel": "sync"} if num_envs == 1 else {}
-    with run.make_env(num_envs=num_envs, seed=given.get("seed", 0), render=render, **parallel, **changes) as env:
-        model = cls(cls.config_class.from_dict(settings["model"]), device=device)
-        yield model, env, load_weights(model, run.checkpoints, _parse_checkpoint(given.get("checkpoint", "latest")))
+    options = {"num_envs": num_envs, "seed": given.get("seed", 0), "render": render, **parallel, **changes}
+    with run.make_env(trust=given.get("trust", False), **options) as env:
+        model, step = load_run_model(run, _parse_checkpoint(given.get("checkpoint", "latest")), device)
+        limit = given.get("max_steps") or env.episode_length or run.training_config().max_episode_steps
+        yield model, env, step, limit
+
+
+def _acting(given: Mapping[str, Any]) -> dict[str, Any]:
+    """How to act, as arguments of ``play``."""
+    return {name: given.get(name, False) for name in ("explore", "greedy")}
 
 
 def _parse_checkpoint(text: str) -> str | int:

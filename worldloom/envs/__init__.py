@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from worldloom.envs.make import SUITES, is_env, make_env
 from worldloom.envs.native import EnvSpaces
-from worldloom.envs.time_step import EpisodeEnd, Event, TimeStep, WorkerRestart, episode_seed
+from worldloom.envs.time_step import BadStep, EpisodeEnd, Event, TimeStep, WorkerRestart, episode_seed
 from worldloom.envs.vector import VectorEnv
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _LAZY = {
 
 __all__ = [
     "SUITES",
+    "BadStep",
     "EnvSpaces",
     "EpisodeEnd",
     "Event",

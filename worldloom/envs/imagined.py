@@ -14,9 +14,10 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from worldloom.envs.actions import ActionSpec
+from worldloom.config import as_integer
 from worldloom.envs.imagined_world import ImaginedWorld
 from worldloom.errors import ConfigError, EnvError
+from worldloom.spaces.actions import ActionSpec
 
 _ID, _KEYS = "worldloom/Imagined-v0", 2**32
 
@@ -93,8 +94,7 @@ class ImaginedVectorEnv(gym.vector.VectorEnv[Any, Any, Any]):
     """
 
     def __init__(self, model: Any, start: Any = None, num_envs: int = 1, **options: Any):
-        if not isinstance(num_envs, int) or isinstance(num_envs, bool) or num_envs < 1:
-            raise ConfigError(f"num_envs must be an integer ≥ 1, not {num_envs!r}.")
+        num_envs = as_integer("num_envs", num_envs)
         self.world, self.num_envs = _world(model, start, options), num_envs
         self.spec = EnvSpec(_ID, max_episode_steps=self.world.horizon)
         self.metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}

@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from worldloom.algorithm import Params
+from worldloom.config import as_integer
 from worldloom.errors import ConfigError, DataError
 from worldloom.models.base import WorldModel, merge
 from worldloom.models.rollout import observe_sequence
@@ -345,7 +346,6 @@ def _check_arguments(model: Any, horizon: int, observation: str, context: int, n
     if missing:
         raise TypeError(f"{type(model).__name__} is no environment: it has no method {' or '.join(missing)}.")
     for name, value in {"horizon": horizon, "context": context, "num_starts": num_starts}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} must be an integer ≥ 1, not {value!r}.")
+        as_integer(name, value)
     if observation not in ("auto", "decoded", "latent"):
         raise ConfigError(f"observation must be 'auto', 'decoded' or 'latent', not {observation!r}.")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 
-from worldloom.config import nearest
+from worldloom.config import as_integer, check, nearest
 from worldloom.envs.backends.base import Backend
 from worldloom.envs.backends.gym_vector import GymVectorBackend
 from worldloom.envs.backends.sync import SyncBackend
+from worldloom.envs.hints import install_line, suggestion
 from worldloom.envs.vector import VectorEnv
-from worldloom.envs.wrappers import ActionRepeat, FrameStack, ResizeImages
+from worldloom.envs.wrappers import ActionRepeat, BoundActions, DropKeys, FrameStack, JoinActions, ResizeImages
 from worldloom.errors import ConfigError, MissingDependencyError
+from worldloom.spaces.narrow import check_action_bounds, check_drop_keys
 
 EnvLike = str | Callable[..., "gym.Env[Any, Any]"] | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]
 
@@ -57,6 +59,10 @@ def make_env(
     time_limit: int | None = None,
     image_size: int | None = None,
     frame_stack: int | None = None,
+    action_bounds: tuple[float, float] | None = None,
+    drop_keys: Sequence[str] | None = None,
+    join_actions: bool | None = None,
+    on_bad_step: Literal["stop", "restart"] | None = None,
     render: bool = False,
     worker_timeout: float = 60.0,
     **options: Any,
@@ -78,6 +84,13 @@ def make_env(
         ids and suites it replaces that limit, for functions and objects it is an additional one.
       image_size: side of the images in pixels: Gymnasium environments are resized, suites render at this size.
       frame_stack: number of last images stacked channel-first (TD-MPC2 from pixels uses 3).
+      action_bounds: ``(low, high)``: continuous actions are scaled to what of their bounds lies between; needed where
+        an environment declares no bounds, only one, or more than ±10⁶.
+      drop_keys: names of observations to leave out, ``"robot/arm"`` or ``"robot"`` for all in it; texts, for instance.
+      join_actions: whether several actions become one: continuous ones side by side, discrete ones as one choice of
+        their combinations. For models that take one action, such as TD-MPC2.
+      on_bad_step: what a step that returns NaN or infinity does: ``"stop"``, the default, raises ``DataError``;
+        ``"restart"`` closes its episode as truncated, without that step's values, and begins the next.
       render: whether :meth:`VectorEnv.render` will be called; functions and objects must enable rendering themselves.
       worker_timeout: seconds after which a worker that does not answer is replaced.
       options: passed to the function, to ``gymnasium.make``, or to the suite.
@@ -85,10 +98,26 @@ def make_env(
     Raises ``ConfigError`` for arguments that are invalid, unsupported or do not fit together,
     ``MissingDependencyError`` when an extra is needed, and whatever building the environment raises.
     """
-    _check_arguments(num_envs, parallel, action_repeat, time_limit, image_size, frame_stack)
+    if parallel not in ("sync", "subprocess"):
+        raise ConfigError(f"parallel must be 'sync' or 'subprocess', not {parallel!r}.")
+    num_envs = as_integer("num_envs", num_envs)
+    action_repeat, time_limit, image_size, frame_stack = (
+        None if value is None else as_integer(name, value)
+        for name, value in zip(_COUNTS, (action_repeat, time_limit, image_size, frame_stack), strict=True)
+    )
+    check(on_bad_step in (None, "stop", "restart"), f"on_bad_step must be 'stop' or 'restart', not {on_bad_step!r}.")
+    bounds, dropped = check_action_bounds(action_bounds), check_drop_keys(drop_keys)
+    check(join_actions in (None, True, False), f"join_actions must be True or False, not {join_actions!r}.")
+    translation = {"action_bounds": bounds, "drop_keys": dropped or None, "join_actions": join_actions or None}
     if isinstance(spec, gym.vector.VectorEnv):
         _check_unchanged(spec, parallel, num_envs, action_repeat, time_limit, image_size, frame_stack, options)
-        return VectorEnv(GymVectorBackend(spec), seed=seed, settings={"spec": spec, "seed": seed})
+        check(
+            on_bad_step != "restart",
+            "on_bad_step='restart' is for environments that make_env builds itself: those of a Gymnasium vector "
+            "environment cannot be restarted one by one. Give make_env an id or a function.",
+        )
+        backend = GymVectorBackend(spec, action_bounds=bounds, drop_keys=dropped, join_actions=bool(join_actions))
+        return VectorEnv(backend, seed=seed, settings={"spec": spec, "seed": seed, **translation})
     if isinstance(spec, gym.Env) and (num_envs != 1 or parallel != "sync" or options):
         raise ConfigError(
             "A gymnasium.Env object is one environment in this process, already configured; give make_env its id or "
@@ -100,11 +129,15 @@ def make_env(
         "time_limit": time_limit,
         "image_size": image_size,
         "frame_stack": frame_stack,
+        **translation,
+        "on_bad_step": None if on_bad_step == "stop" else on_bad_step,
         "worker_timeout": worker_timeout,
     }
 
     def make(num_envs: int, seed: int, render: bool) -> VectorEnv:
-        changes = _Changes(action_repeat, time_limit, image_size, frame_stack, render)
+        changes = _Changes(
+            action_repeat, time_limit, image_size, frame_stack, bounds, dropped, bool(join_actions), render
+        )
         build, repeat = _builder(spec, changes, options)
         backend: Backend
         if parallel == "subprocess":
@@ -117,7 +150,14 @@ def make_env(
         remake = None if isinstance(spec, gym.Env) else make
         settings = {"spec": spec, "num_envs": num_envs, "parallel": parallel, "seed": seed, **per_env, **options}
         try:
-            return VectorEnv(backend, seed=seed, action_repeat=repeat, remake=remake, settings=settings)
+            return VectorEnv(
+                backend,
+                seed=seed,
+                action_repeat=repeat,
+                restart_bad=on_bad_step == "restart",
+                remake=remake,
+                settings=settings,
+            )
         except BaseException:
             backend.close()
             raise
@@ -125,9 +165,38 @@ def make_env(
     return make(num_envs, seed, render)
 
 
+def usual_options(spec: Any) -> dict[str, Any]:
+    """The options that a suite takes unless others are given; empty for other environments."""
+    prefix = spec.partition(":")[0] if isinstance(spec, str) else ""
+    if prefix not in SUITES:
+        return {}
+    module = importlib.import_module(SUITES[prefix].adapter.partition(":")[0])
+    return dict(getattr(module, "USUAL", {}).get(prefix, {}))
+
+
+def effective_defaults(env: VectorEnv) -> dict[str, Any]:
+    """What the arguments of :func:`make_env` that ``env`` was made without came to, and the suite's usual options.
+
+    Empty for environments that were not made from an id.
+    """
+    spec = env.settings.get("spec")
+    if not isinstance(spec, str):
+        return {}
+    suite = spec.partition(":")[0] in SUITES
+    time_limit = env.time_limit if suite else _gym_spec(spec).max_episode_steps
+    found = {"action_repeat": env.action_repeat, "time_limit": time_limit, **usual_options(spec)}
+    return {name: value for name, value in found.items() if env.settings.get(name) is None and value is not None}
+
+
 def is_env(value: Any) -> bool:
     """Whether ``value`` can be given to :func:`make_env` as ``spec``, or is a :class:`VectorEnv` already."""
     return isinstance(value, str | gym.Env | gym.vector.VectorEnv | VectorEnv) or callable(value)
+
+
+def module_of(spec: str) -> str:
+    """The module that making the environment ``spec`` imports first, as ``module:Id`` says; empty for none."""
+    prefix, _, task = spec.partition(":")
+    return "" if prefix in SUITES and task else spec.rpartition(":")[0]
 
 
 def require_package(package: str) -> None:
@@ -138,6 +207,10 @@ def require_package(package: str) -> None:
         )
 
 
+_COUNTS = ("action_repeat", "time_limit", "image_size", "frame_stack")
+"""Arguments of :func:`make_env` that are integers or None."""
+
+
 class _Changes(NamedTuple):
     """The arguments of ``make_env`` that change a single environment; ``None`` changes nothing."""
 
@@ -145,6 +218,9 @@ class _Changes(NamedTuple):
     time_limit: int | None
     image_size: int | None
     frame_stack: int | None
+    action_bounds: tuple[float, float] | None
+    drop_keys: tuple[str, ...]
+    join_actions: bool
     render: bool
 
 
@@ -160,7 +236,7 @@ def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Cal
         rendering = {"render": True} if suite.render_option and changes.render else {}
         arguments = {"action_repeat": repeat, "time_limit": changes.time_limit, **size, **rendering, **options}
         base = functools.partial(_call_adapter, suite.adapter, task, **arguments)
-        return functools.partial(_build, base, 1, None, None, changes.frame_stack), repeat
+        return functools.partial(_build, base, changes._replace(image_size=None), 1, None), repeat
 
     repeat = 1 if changes.action_repeat is None else changes.action_repeat
     limit = changes.time_limit
@@ -175,25 +251,29 @@ def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Cal
         limit = None
     else:
         raise ConfigError(f"An environment is an id, a function or a Gymnasium object, not {type(spec).__name__}.")
-    return functools.partial(_build, base, repeat, limit, changes.image_size, changes.frame_stack), repeat
+    return functools.partial(_build, base, changes, repeat, limit), repeat
 
 
-def _build(
-    base: Callable[[], Any], repeat: int, time_limit: int | None, image_size: int | None, frame_stack: int | None
-) -> gym.Env[Any, Any]:
-    """The environment that ``base`` returns, in its wrappers."""
+def _build(base: Callable[[], Any], changes: _Changes, action_repeat: int, time_limit: int | None) -> gym.Env[Any, Any]:
+    """The environment that ``base`` returns, in its wrappers; repeat and limit are those not in effect already."""
     env = base()
     if not isinstance(env, gym.Env):
         raise ConfigError(f"The function given to make_env returned a {type(env).__name__}; a gymnasium.Env is needed.")
+    if changes.drop_keys:
+        env = DropKeys(env, changes.drop_keys)
+    if changes.action_bounds is not None:
+        env = BoundActions(env, changes.action_bounds)
+    if changes.join_actions:
+        env = JoinActions(env)
     if time_limit is not None:
         # Inside of ActionRepeat: it counts environment steps.
         env = gym.wrappers.TimeLimit(env, time_limit)
-    if repeat > 1:
-        env = ActionRepeat(env, repeat)
-    if image_size is not None:
-        env = ResizeImages(env, image_size)
-    if frame_stack is not None:
-        env = FrameStack(env, frame_stack)
+    if action_repeat > 1:
+        env = ActionRepeat(env, action_repeat)
+    if changes.image_size is not None:
+        env = ResizeImages(env, changes.image_size)
+    if changes.frame_stack is not None:
+        env = FrameStack(env, changes.frame_stack)
     return env
 
 
@@ -209,17 +289,27 @@ def _gym_spec(name: str) -> Any:
                 raise
             raise ConfigError(
                 f"'{name}' names neither a suite ({', '.join(SUITES)}) nor a module that can be imported."
-                f"{nearest(module, SUITES)}"
+                f"{suggestion(module, SUITES) or nearest(module, SUITES)}"
             ) from None
     try:
         return gym.spec(env_id)
     except gym.error.Error as error:
-        raise ConfigError(f"{error} ({name!r} was given to make_env; 'module:id' imports a module first.)") from error
+        hint = suggestion(name, SUITES) or " 'module:id' imports a module first."
+        about = str(error) if str(error).endswith((".", "?")) else f"{error}."
+        raise ConfigError(f"{about} {name!r} was given to make_env.{hint}") from error
 
 
 def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym.Env[Any, Any]:
     # Gymnasium's checker warns of float64 observations and the like, which are converted here.
-    return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **options)
+    try:
+        return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **options)
+    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
+        about = " ".join(str(error).split()).rstrip(".")
+        raise MissingDependencyError(
+            f"{spec.id} needs a package that is not installed ({about}): {install_line(spec.id, error)}."
+        ) from error
+    except gym.error.Error as error:
+        raise ConfigError(f"{spec.id} cannot be made: {' '.join(str(error).split())}") from error
 
 
 def _call_adapter(adapter: str, task: str, **arguments: Any) -> gym.Env[Any, Any]:
@@ -230,16 +320,6 @@ def _call_adapter(adapter: str, task: str, **arguments: Any) -> gym.Env[Any, Any
 
 def _identity(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     return env
-
-
-def _check_arguments(num_envs: int, parallel: str, *optional: int | None) -> None:
-    if not isinstance(num_envs, int) or num_envs < 1:
-        raise ConfigError(f"num_envs must be an integer ≥ 1, not {num_envs!r}.")
-    if parallel not in ("sync", "subprocess"):
-        raise ConfigError(f"parallel must be 'sync' or 'subprocess', not {parallel!r}.")
-    for name, value in zip(("action_repeat", "time_limit", "image_size", "frame_stack"), optional, strict=True):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name} must be an integer ≥ 1 or None, not {value!r}.")
 
 
 def _check_unchanged(vector: Any, parallel: str, num_envs: int, *changes: Any) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from worldloom.envs.actions import ActionSpec
-from worldloom.envs.observations import ObservationSpec
 from worldloom.envs.vector import VectorEnv
 from worldloom.errors import ConfigError, FileFormatError
+from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.narrow import bound_actions, check_action_bounds, check_drop_keys, drop_observations
+from worldloom.spaces.observations import ObservationSpec
 
 _MOST_ELEMENTS = 1 << 24
 """Elements of a space that are read from a file: 16 million numbers are more than any observation has."""
@@ -33,20 +34,32 @@ class EnvSpaces(NamedTuple):
     action: spaces.Space[Any]
 
     @classmethod
-    def of_env(cls, env: Any) -> Self:
+    def of_env(
+        cls, env: Any, *, action_bounds: tuple[float, float] | None = None, drop_keys: Sequence[str] = ()
+    ) -> Self:
         """The spaces of a ``gymnasium.Env``, of one environment of a Gymnasium ``VectorEnv``, or of a ``VectorEnv``.
 
         What the library's own ``VectorEnv`` returns and takes is translated already: its observations are the arrays
         that models take, its continuous actions lie in [−1, 1]. :meth:`underneath` gives those of its environments.
 
+        Args:
+          env: see above.
+          action_bounds: as in ``make_env``: the part of the bounds of continuous actions that is used.
+          drop_keys: as in ``make_env``: names of observations to leave out.
+
         Raises ``ConfigError`` for anything else.
         """
         if isinstance(env, VectorEnv):
-            return cls(_observation_space(env.obs_shape, env.obs_dtype), _action_space(env.action_dim, env.action_type))
-        if isinstance(env, gym.vector.VectorEnv):
-            return cls(env.single_observation_space, env.single_action_space)
-        if isinstance(env, gym.Env):
-            return cls(env.observation_space, env.action_space)
+            found = _observation_space(env.obs_shape, env.obs_dtype), _action_space(env.action_dim, env.action_type)
+        elif isinstance(env, gym.vector.VectorEnv):
+            found = env.single_observation_space, env.single_action_space
+        elif isinstance(env, gym.Env):
+            found = env.observation_space, env.action_space
+        else:
+            found = None
+        if found is not None:
+            observation = drop_observations(found[0], check_drop_keys(drop_keys))
+            return cls(observation, bound_actions(found[1], check_action_bounds(action_bounds)))
         raise ConfigError(
             f"env must be a gymnasium.Env, a gymnasium.vector.VectorEnv, what make_env returns, or EnvSpaces, not a "
             f"{type(env).__name__}."
@@ -141,6 +154,8 @@ def _dict_space(inner: dict[str, spaces.Space[Any]]) -> spaces.Dict:
 def _example(space: spaces.Space[Any], count: int) -> Any:
     if isinstance(space, spaces.Dict):
         return {name: _example(inner, count) for name, inner in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_example(inner, count) for inner in space.spaces)
     zeros = np.zeros((count, *(space.shape or ())), space.dtype)
     return zeros + space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else zeros
 
@@ -152,6 +167,8 @@ def _to_json(space: spaces.Space[Any]) -> dict[str, Any]:
     if isinstance(space, spaces.Dict):
         # Pairs, because the order of names counts and JSON objects promise none.
         return {"type": "Dict", "spaces": [[str(name), _to_json(inner)] for name, inner in space.spaces.items()]}
+    if isinstance(space, spaces.Tuple):
+        return {"type": "Tuple", "spaces": [_to_json(inner) for inner in space.spaces]}
     if isinstance(space, spaces.Discrete):
         return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
     if isinstance(space, spaces.MultiDiscrete):
@@ -167,9 +184,11 @@ def _to_json(space: spaces.Space[Any]) -> dict[str, Any]:
 
 def _from_json(value: Any, depth: int = 0) -> spaces.Space[Any]:
     kind = value["type"]
+    if depth > _DEEPEST:
+        raise ValueError(f"spaces are nested more than {_DEEPEST} deep")
+    if kind == "Tuple":
+        return spaces.Tuple([_from_json(inner, depth + 1) for inner in value["spaces"]])
     if kind == "Dict":
-        if depth >= _DEEPEST:
-            raise ValueError(f"dicts are nested more than {_DEEPEST} deep")
         return _dict_space({_string(name): _from_json(inner, depth + 1) for name, inner in value["spaces"]})
     if kind == "Discrete":
         return spaces.Discrete(_integer(value["n"]), start=_integer(value["start"]))

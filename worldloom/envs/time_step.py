@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Arrays = np.ndarray | dict[str, np.ndarray]
-"""One array, or a dict of arrays where the space is a dict."""
+from worldloom.spaces.leaves import Arrays
 
 
 class EpisodeEnd(NamedTuple):
@@ -18,7 +18,9 @@ class EpisodeEnd(NamedTuple):
       episode_return: sum of the episode's rewards.
       length: decision steps of the episode (its actions; one less than its rows).
       terminated: whether the environment itself ended the episode; false for a time limit.
-      crashed: whether it was cut because its worker had to be restarted; its return is then incomplete.
+      crashed: whether it was cut because its worker had to be restarted, or because it returned NaN; its return is
+        then incomplete.
+      info: the numbers in the ``info`` of the last step, see :func:`scalars`; empty where there are none.
     """
 
     env: int
@@ -26,6 +28,19 @@ class EpisodeEnd(NamedTuple):
     length: int
     terminated: bool
     crashed: bool
+    info: Mapping[str, float] = {}
+
+
+class BadStep(NamedTuple):
+    """A step returned NaN or infinity: the episode was cut there, and the next row begins another.
+
+    Attributes:
+      env: index of the environment.
+      name: what was NaN or infinite: ``'reward'``, or the quoted name of an observation.
+    """
+
+    env: int
+    name: str
 
 
 class WorkerRestart(NamedTuple):
@@ -42,7 +57,7 @@ class WorkerRestart(NamedTuple):
     restarts: int
 
 
-Event = EpisodeEnd | WorkerRestart
+Event = EpisodeEnd | WorkerRestart | BadStep
 
 
 class TimeStep(NamedTuple):
@@ -57,7 +72,7 @@ class TimeStep(NamedTuple):
       is_first: bool [N], 1 on the first row of an episode.
       is_last: bool [N], 1 on the last row, whatever ended it; the next action of that environment is ignored.
       is_terminal: bool [N], 1 if the environment itself ended the episode; a time limit or a crash leaves it 0.
-      events: episodes that ended and workers that were replaced: restarts first, then ends by environment.
+      events: workers that were replaced, steps that returned NaN, and episodes that ended, in this order.
     """
 
     obs: Arrays
@@ -66,6 +81,20 @@ class TimeStep(NamedTuple):
     is_last: np.ndarray
     is_terminal: np.ndarray
     events: tuple[Event, ...] = ()
+
+
+def scalars(info: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers and booleans in an ``info``, as floats; those in dicts under ``outer/inner``.
+
+    Arrays, texts, NaN and infinities are left out.
+    """
+    found: dict[str, float] = {}
+    for name, value in info.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
+        elif isinstance(value, bool | int | float | np.number | np.bool_) and np.isfinite(value):
+            found[str(name)] = float(value)
+    return found
 
 
 def episode_seed(seed: int, env: int, episode: int) -> int:

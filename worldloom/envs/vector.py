@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from worldloom.envs.action_log import ActionLog
-from worldloom.envs.actions import ActionSpec
 from worldloom.envs.backends.base import Backend, BatchedStepResult
-from worldloom.envs.observations import ObservationSpec
-from worldloom.envs.time_step import Arrays, EpisodeEnd, TimeStep, episode_seed
+from worldloom.envs.time_step import BadStep, EpisodeEnd, TimeStep, episode_seed
 from worldloom.errors import ConfigError, DataError, EnvError
+from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.leaves import Arrays
+from worldloom.spaces.observations import ObservationSpec
+
+_log = logging.getLogger("worldloom")
 
 
 class VectorEnv:
@@ -38,6 +42,7 @@ class VectorEnv:
       action_dim: number of action dimensions or classes, or a dict of them.
       action_type: ``"continuous"`` or ``"discrete"``, or a dict of them.
       action_repeat: environment steps per decision step.
+      time_limit: environment steps after which an episode is truncated, or ``None`` if that is not known.
       episode_length: decision steps after which an episode is truncated, or ``None`` if that is not known.
       seed: root of the episodes' seeds.
       moves: how often the environments were reset, stepped or restored; a caller that compares it with the value after
@@ -52,6 +57,7 @@ class VectorEnv:
         *,
         seed: int = 0,
         action_repeat: int = 1,
+        restart_bad: bool = False,
         remake: Callable[[int, int, bool], VectorEnv] | None = None,
         settings: Mapping[str, Any] | None = None,
     ):
@@ -62,6 +68,8 @@ class VectorEnv:
         self.obs_shape, self.obs_dtype = observations.shape, observations.dtype
         self.action_dim, self.action_type = actions.dim, actions.type
         self.action_repeat, self.settings = action_repeat, dict(settings or {})
+        self._restart_bad = restart_bad
+        self.time_limit = backend.time_limit
         # Rounded up: an episode is truncated within its last decision step.
         self.episode_length = None if backend.time_limit is None else -(-backend.time_limit // action_repeat)
         self.seed = _check_seed(seed)
@@ -92,13 +100,22 @@ class VectorEnv:
             these with the keys of ``action_dim``.
 
         Raises ``DataError`` for invalid actions, before any environment is stepped, and ``EnvError`` when closed.
-        Later errors close the environments: ``DataError`` for NaN from an environment, ``EnvError`` when a worker
-        keeps crashing, any exception of an environment in this process, Ctrl-C. :meth:`state` then still returns the
-        state before the failed call.
+        Later errors close the environments: ``EnvContractError`` for values that an environment's spaces exclude,
+        ``DataError`` for NaN from it (unless made with ``on_bad_step="restart"``), ``EnvError`` when a worker keeps
+        crashing, any exception of an environment in this process, Ctrl-C. :meth:`state` then still returns the state
+        before the failed call.
         """
         self._check_open()
         checked = self._actions.check(actions, ignore=self._episode_over)
         return self._step_backend(checked, self._episode_over)
+
+    def executed(self, actions: Any) -> Arrays:
+        """What :meth:`step` would execute of ``actions``, in the same units: what replay must hold.
+
+        Continuous actions are clipped to [−1, 1], and rounded where the environment takes integers; one-hots become
+        classes. Actions that are ignored, after the end of an episode, become 0. Raises ``DataError`` as :meth:`step`.
+        """
+        return self._actions.unwrap(self._actions.check(actions, ignore=self._episode_over))
 
     def sample_actions(self, rng: np.random.Generator) -> Arrays:
         """Uniform random actions for all environments: float32 in [−1, 1], or int32 classes."""
@@ -143,7 +160,8 @@ class VectorEnv:
 
         ``seed`` int64 [], ``episodes`` int64 [N] (episode numbers), ``returns`` float64 [N] so far, ``lengths``
         int64 [N] (actions so far), the last row as ``reward``, ``is_last``, ``is_terminal`` [N] and ``obs/<name>``
-        ``[N, ...]``, and the episodes' actions ``actions/<name>`` ``[N, longest, ...]``, zero-padded.
+        ``[N, ...]``, ``cut`` bool [N] (it ends an episode because of a crash or of NaN), and the episodes' actions
+        ``actions/<name>`` ``[N, longest, ...]``, zero-padded.
 
         Raises ``EnvError`` before the first reset. Still works after the environments were closed.
         """
@@ -157,16 +175,18 @@ class VectorEnv:
             "reward": self._last_result.reward.copy(),
             "is_last": self._last_result.is_last.copy(),
             "is_terminal": self._last_result.is_terminal.copy(),
+            "cut": self._cut.copy(),
             **{f"obs/{name}": value.copy() for name, value in self._last_result.obs.items()},
             **{f"actions/{name}": value for name, value in self._action_log.padded().items()},
         }
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> TimeStep:
+    def restore(self, state: Mapping[str, np.ndarray], *, max_steps: int | None = None) -> TimeStep:
         """Return to a saved :meth:`state` by replaying its episodes from their seeds and actions; returns its rows.
 
         Exact for environments that are functions of seed and actions. If the observations differ, or if the
-        environments cannot be replayed (Gymnasium vector environments), a ``RuntimeWarning`` says so and the next
-        episode starts in every environment: all rows are ``is_first``.
+        environments cannot be replayed (Gymnasium vector environments, episodes of more than ``max_steps`` decision
+        steps), a ``RuntimeWarning`` says so and the next episode starts in every environment: all rows are
+        ``is_first``.
 
         Raises ``DataError`` for a state of another number of environments, ``EnvError`` when closed.
         """
@@ -182,9 +202,17 @@ class VectorEnv:
         # Replay, and compare with the saved observations.
         actions = [self._actions.to_env(self._action_log.of(env)) for env in range(self.num_envs)]
         seeds = [episode_seed(self.seed, env, int(self._episodes[env])) for env in range(self.num_envs)]
-        replayed = self._backend.replay_actions(seeds, actions, self._action_log.lengths)
-        if replayed is None or any(not np.array_equal(replayed.obs[name], value) for name, value in obs.items()):
-            why = "cannot be replayed" if replayed is None else "did not return to the saved observations"
+        longest = int(self._action_log.lengths.max())
+        too_long = max_steps is not None and longest > max_steps
+        replayed = None if too_long else self._backend.replay_actions(seeds, actions, self._action_log.lengths)
+        # An episode that was cut by a crash or by NaN is over, with the observation before; its replay is not.
+        self._cut = np.array(state.get("cut", np.zeros(self.num_envs)), bool)
+        if replayed is None or any(
+            not np.array_equal(replayed.obs[name][~self._cut], value[~self._cut]) for name, value in obs.items()
+        ):
+            why = "did not return to the saved observations" if replayed is not None else "cannot be replayed"
+            if too_long:
+                why = f"were in episodes of up to {longest:,} steps; at most {max_steps:,} are replayed"
             warnings.warn(f"The environments {why}; their next episodes begin instead.", RuntimeWarning, stacklevel=2)
             return self.reset()
 
@@ -215,6 +243,7 @@ class VectorEnv:
         self._episodes = np.full(self.num_envs, -1, np.int64)
         self._returns = np.zeros(self.num_envs, np.float64)
         self._episode_over = np.ones(self.num_envs, bool)
+        self._cut = np.zeros(self.num_envs, bool)
         self._action_log = ActionLog(np.zeros(self.num_envs), self._actions.zeros(self.num_envs, 0))
         self._last_result: BatchedStepResult | None = None
 
@@ -228,7 +257,9 @@ class VectorEnv:
         ]
         try:
             result = self._backend.step(native, reset_mask, seeds)
-            _check_finite(result)
+            bad = _not_finite(result)
+            if bad:
+                result = self._without(result, bad, reset_mask)
         except BaseException:
             # Some environments were stepped and some were not. Nothing below ran, so `state` is the one before.
             self.close()
@@ -243,6 +274,7 @@ class VectorEnv:
 
         # Report episodes that ended.
         crashed = {restart.env for restart in result.restarts}
+        self._cut = result.is_last & np.isin(np.arange(self.num_envs), [*crashed, *(step.env for step in bad)])
         ends = [
             EpisodeEnd(
                 env=int(env),
@@ -250,10 +282,41 @@ class VectorEnv:
                 length=int(self._action_log.lengths[env]),
                 terminated=bool(result.is_terminal[env]),
                 crashed=int(env) in crashed,
+                info=result.infos.get(int(env), {}),
             )
             for env in np.flatnonzero(result.is_last)
         ]
-        return self._to_time_step(result, is_first=reset_mask)._replace(events=(*result.restarts, *ends))
+        return self._to_time_step(result, is_first=reset_mask)._replace(events=(*result.restarts, *bad, *ends))
+
+    def _without(self, result: BatchedStepResult, bad: Sequence[BadStep], reset_mask: np.ndarray) -> BatchedStepResult:
+        """``result`` with the episodes of ``bad`` steps truncated at their last observations, with reward 0.
+
+        Raises ``DataError`` if they are to stop the run, or if an episode began with one.
+        """
+        envs = [step.env for step in bad]
+        if not self._restart_bad or reset_mask[envs].any() or self._last_result is None:
+            begun = [step for step in bad if reset_mask[step.env]]
+            name = (begun or bad)[0].name
+            same = [step.env for step in begun or bad if step.name == name]
+            raise DataError(
+                f"{name} came back NaN or infinite from environments {same}"
+                + (
+                    ", at the beginning of an episode; check the simulator."
+                    if begun
+                    else "; check the simulator. With on_bad_step='restart' in make_env (--on-bad-step restart), such "
+                    "episodes are cut there, and the next begin."
+                )
+            )
+        for step in bad:
+            _log.warning(
+                "Environment %d returned %s NaN or infinite: its episode is closed as truncated.", step.env, step.name
+            )
+        obs = {name: value.copy() for name, value in result.obs.items()}
+        for name, value in obs.items():
+            value[envs] = self._last_result.obs[name][envs]
+        reward, is_last, is_terminal = result.reward.copy(), result.is_last.copy(), result.is_terminal.copy()
+        reward[envs], is_last[envs], is_terminal[envs] = 0, True, False
+        return result._replace(obs=obs, reward=reward, is_last=is_last, is_terminal=is_terminal)
 
     def _to_time_step(self, result: BatchedStepResult, is_first: np.ndarray) -> TimeStep:
         self.moves += 1
@@ -278,11 +341,13 @@ def _check_seed(seed: int) -> int:
     return int(seed)
 
 
-def _check_finite(result: BatchedStepResult) -> None:
-    """Raise ``DataError`` for NaN or infinity, before a policy or replay receives it."""
-    invalid = {name: ~np.isfinite(value) for name, value in result.obs.items() if value.dtype != np.uint8}
-    invalid["reward"] = ~np.isfinite(result.reward)
-    for name, mask in invalid.items():
-        if mask.any():
-            envs = np.flatnonzero(mask.reshape(len(mask), -1).any(-1)).tolist()
-            raise DataError(f"'{name}' came back NaN or infinite from environments {envs}; check the simulator.")
+def _not_finite(result: BatchedStepResult) -> list[BadStep]:
+    """A record of each environment that returned NaN or infinity, with the name of the first array that holds it."""
+    values = {f"'{name}'": value for name, value in result.obs.items() if value.dtype != np.uint8}
+    found: dict[int, str] = {}
+    for name, value in {**values, "'reward'": result.reward}.items():
+        finite = np.isfinite(value)
+        if not finite.all():
+            for env in np.flatnonzero(~finite.reshape(len(value), -1).all(-1)):
+                found.setdefault(int(env), name)
+    return [BadStep(env, name) for env, name in sorted(found.items())]

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import collections
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from worldloom.errors import ConfigError
+from worldloom.envs.backends.base import index_nested
+from worldloom.envs.contract import read_step
+from worldloom.errors import ConfigError, DataError, EnvContractError
+from worldloom.spaces import OBS
+from worldloom.spaces.joined import JoinedActions
+from worldloom.spaces.leaves import value_at
+from worldloom.spaces.narrow import bound_actions, drop_entries, drop_observations
+from worldloom.spaces.observations import ObservationSpec
 
 
 class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
@@ -24,11 +32,56 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
         """Returns the observation, flags and info of the last repeat, and the sum of the rewards."""
         total = 0.0
         for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
+            # Before rewards are summed and flags are asked: a text such as "False" would count as true.
+            obs, reward, terminated, truncated, info = read_step(self.env.step(action))
+            total += reward
             if terminated or truncated:
                 break
-        return obs, total, terminated, truncated, info
+        return obs, total, terminated, truncated, dict(info)
+
+
+class DropKeys(gym.ObservationWrapper[Any, Any, Any]):
+    """Leaves entries out of dict and tuple observations; names and errors as in ``drop_observations``."""
+
+    def __init__(self, env: gym.Env[Any, Any], keys: Sequence[str]):
+        super().__init__(env)
+        self._keys = frozenset(keys)
+        self.observation_space = drop_observations(env.observation_space, keys)
+
+    def observation(self, observation: Any) -> Any:
+        """The observation without them."""
+        return drop_entries(observation, self._keys)
+
+
+class BoundActions(gym.Wrapper[Any, Any, Any, Any]):
+    """Narrows the bounds of the action space, to which actions are scaled; errors as in ``bound_actions``."""
+
+    def __init__(self, env: gym.Env[Any, Any], bounds: tuple[float, float]):
+        super().__init__(env)
+        self.action_space = bound_actions(env.action_space, bounds)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start an episode; the environment's own action space is seeded like the narrower one."""
+        self.env.action_space.seed(seed)
+        return self.env.reset(seed=seed, options=options)
+
+
+class JoinActions(gym.ActionWrapper[Any, Any, Any]):
+    """Takes one action in place of several; errors as in ``JoinedActions``."""
+
+    def __init__(self, env: gym.Env[Any, Any]):
+        super().__init__(env)
+        self._joined = JoinedActions(env.action_space)
+        self.action_space = self._joined.space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start an episode; the environment's own action space is seeded like the joined one."""
+        self.env.action_space.seed(seed)
+        return self.env.reset(seed=seed, options=options)
+
+    def action(self, action: Any) -> Any:
+        """The actions of the environment."""
+        return index_nested(self._joined.split(np.asarray(action)[None]), 0)
 
 
 class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
@@ -52,8 +105,12 @@ class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
     def observation(self, observation: Any) -> Any:
         """The observation with its images resized."""
         if self._is_single:
-            return resize(observation, self._size)
-        return {**observation, **{key: resize(observation[key], self._size) for key in self._keys}}
+            return resize(checked_image(observation, self.env.observation_space, OBS), self._size)
+        inner: Any = self.env.observation_space
+        images = {
+            key: checked_image(value_at(observation, (key,), "observation"), inner[key], key) for key in self._keys
+        }
+        return {**observation, **{key: resize(image, self._size) for key, image in images.items()}}
 
 
 class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
@@ -74,17 +131,22 @@ class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode and fill the stack with its first image."""
         image, info = self.env.reset(seed=seed, options=options)
-        self._frames.extend([_channel_first(image)] * (self._frames.maxlen or 1))
+        self._frames.extend([self._channel_first(image)] * (self._frames.maxlen or 1))
         return self._stacked(), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Take a step and push its image."""
         image, reward, terminated, truncated, info = self.env.step(action)
-        self._frames.append(_channel_first(image))
+        self._frames.append(self._channel_first(image))
         return self._stacked(), reward, terminated, truncated, info
 
     def _stacked(self) -> np.ndarray:
         return np.concatenate(list(self._frames))
+
+    def _channel_first(self, image: Any) -> np.ndarray:
+        """``[C, H, W]``, as a copy: an environment may render its next frame into the same array."""
+        checked = checked_image(image, self.env.observation_space, OBS)
+        return np.ascontiguousarray(checked.transpose(2, 0, 1)).copy()
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -129,6 +191,12 @@ def _resized_space(space: spaces.Space[Any], size: int) -> spaces.Box:
     return spaces.Box(0, 255, (size, size, (space.shape or ())[-1]), np.uint8)
 
 
-def _channel_first(image: np.ndarray) -> np.ndarray:
-    """``[C, H, W]``, as a copy: an environment may render its next frame into the same array."""
-    return np.ascontiguousarray(image.transpose(2, 0, 1)).copy()
+def checked_image(image: Any, space: spaces.Space[Any], name: str) -> np.ndarray:
+    """``image`` as uint8. Raises ``EnvContractError`` for other values than those of ``space``, an image's."""
+    array = np.asarray(image)
+    if array.dtype == np.uint8 and array.shape == space.shape:
+        return array
+    try:
+        return ObservationSpec(space).flatten(image)[OBS]
+    except DataError as error:
+        raise EnvContractError(f"An image '{name}' is not as its space says. {error}") from error

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +23,14 @@ from worldloom._version import __version__
 from worldloom.acting import Policy
 from worldloom.config import check, is_integer
 from worldloom.devices import compute_dtype
-from worldloom.envs.actions import ActionSpec
 from worldloom.envs.native import EnvSpaces
-from worldloom.envs.observations import ObservationSpec
 from worldloom.errors import ConfigError
 from worldloom.files import atomic_file
 from worldloom.models.base import graphdef
 from worldloom.models.live_weights import live_weights
 from worldloom.spaces import ACTION, OBS, named, unnamed
+from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.observations import ObservationSpec
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -331,49 +331,55 @@ def _npy(array: Any) -> bytes:
 
 def _observation_leaves(env_spaces: EnvSpaces) -> list[dict[str, Any]]:
     """How each array of an observation becomes one of the model's: what :class:`ObservationSpec` does, as values."""
-    spec = ObservationSpec(env_spaces.observation)
-    shapes, dtypes = named(spec.shape, OBS), named(spec.dtype, OBS)
     leaves = []
-    for (path, space), name in zip(_walk(env_spaces.observation, ()), shapes, strict=True):
-        classes, start = _classes(space)
+    for leaf in ObservationSpec(env_spaces.observation).leaves:
+        classes, start = _classes(leaf.space)
         leaves.append(
             {
-                "name": name,
-                "path": path,
-                "shape": list(space.shape or ()),
-                "model_shape": list(shapes[name]),
-                "dtype": np.dtype(dtypes[name]).name,
+                "name": leaf.name,
+                "path": list(leaf.path),
+                "shape": list(leaf.native_shape),
+                "model_shape": list(leaf.shape),
+                "dtype": leaf.dtype.name,
                 "classes": classes,
                 "start": start,
+                "range": _RANGES.get(leaf.kind) or ([_numbers(x) for x in _bounds(leaf)]),
+                "whole": leaf.kind in ("integers", "image", "bits"),
             }
         )
     return leaves
 
 
+_RANGES = {"image": [[0], [255]], "unit image": [[0], [1]], "bits": [[0], [1]]}
+
+
+def _bounds(leaf: Any) -> list[np.ndarray]:
+    """The least and greatest numbers that an observation may hold; empty where nothing depends on them."""
+    return [leaf.space.low, leaf.space.high] if leaf.kind == "integers" else []
+
+
+def _numbers(values: np.ndarray) -> list[Any]:
+    """Floats for JSON: one where all are equal; as text where infinite, which JSON has no numbers for."""
+    flat = np.asarray(values, np.float64).ravel().tolist()
+    flat = flat[:1] if len(set(flat)) == 1 else flat
+    return [x if np.isfinite(x) else str(x) for x in flat]
+
+
 def _action_leaves(env_spaces: EnvSpaces) -> list[dict[str, Any]]:
     """How the model's actions become each array of the environment's: what :class:`ActionSpec` does, as values."""
-    spec, leaves, next_output = ActionSpec(env_spaces.action), [], 0
-    for path, space in _walk(env_spaces.action, ()):
-        leaf: dict[str, Any] = {"path": path, "shape": list(space.shape or ())}
-        if isinstance(space, spaces.Box):
-            scale = spec.scale_of(space)
-            free = np.zeros(scale.low.shape, bool) if scale.free is None else scale.free
-            # As text where infinite, which JSON has no numbers for.
-            leaf |= {
-                name: [x if np.isfinite(x) else str(x) for x in getattr(scale, name).tolist()]
-                for name in ("low", "high", "offset", "span")
-            }
-            leaf |= {"free": free.tolist(), "dtype": scale.dtype.name}
-            count = 1
+    leaves, next_output = [], 0
+    for leaf in ActionSpec(env_spaces.action).leaves:
+        about: dict[str, Any] = {"path": list(leaf.path), "shape": list(leaf.space.shape or ())}
+        if leaf.scale is not None:
+            about |= {name: _numbers(getattr(leaf.scale, name)) for name in ("low", "high", "span")}
+            about |= {"whole": leaf.scale.whole, "dtype": leaf.scale.dtype.name}
         else:
-            classes, start = _classes(space)
-            binary = isinstance(space, spaces.MultiBinary)
-            count = int(np.prod(space.shape or ())) if binary else len(classes)
-            leaf |= {"start": [0] * count if binary else start}
-            leaf["dtype"] = "int64" if isinstance(space, spaces.Discrete) else np.dtype(space.dtype).name
-        leaf["outputs"] = list(range(next_output, next_output + count))
-        next_output += count
-        leaves.append(leaf)
+            discrete = isinstance(leaf.space, spaces.Discrete)
+            about["start"] = _classes(leaf.space)[1] or [0] * len(leaf.names)
+            about["dtype"] = "int64" if discrete else np.dtype(leaf.space.dtype).name
+        about["outputs"] = list(range(next_output, next_output + len(leaf.names)))
+        next_output += len(leaf.names)
+        leaves.append(about)
     return leaves
 
 
@@ -384,11 +390,3 @@ def _classes(space: Any) -> tuple[list[int], list[int]]:
     if isinstance(space, spaces.MultiDiscrete):
         return np.ravel(space.nvec).tolist(), np.ravel(space.start).tolist()
     return [], []
-
-
-def _walk(space: spaces.Space[Any], path: tuple[Any, ...]) -> Iterator[tuple[list[Any], spaces.Space[Any]]]:
-    if isinstance(space, spaces.Dict):
-        for key, inner in space.spaces.items():
-            yield from _walk(inner, (*path, key))
-    else:
-        yield list(path), space

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from worldloom.errors import FileFormatError
+from worldloom.files import absolute_path
 
 MAX_BYTES = 1 << 34
 """Default limit of the readers in bytes: 16 GiB, three times the largest published checkpoint."""
@@ -140,7 +141,7 @@ def open_archive(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Iterator[Ar
     Raises ``FileFormatError`` if the file is not a zip archive, if the file or its unpacked entries together exceed
     ``max_bytes``, if entries overlap, are encrypted or repeat a name, or if a name leads out of the archive.
     """
-    path = Path(path)
+    path = absolute_path(path)
     size = file_size(path, max_bytes)
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(_LimitedReader(io.FileIO(path)))

@@ -21,6 +21,7 @@ from worldloom.interop.pickles import read_dreamerv3_checkpoint
 from worldloom.models.compilation import abstract_params
 from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.params import flatten, unflatten
+from worldloom.spaces import name_of_attribute
 
 # The reference has 32 latents at every size; its arrays determine only the product latents × classes.
 _LATENTS = 32
@@ -119,7 +120,7 @@ def official_name(name: str) -> str:
     """The reference program's name of our weight ``name`` (``rssm.core.gates.kernel`` → ``dyn/dyngru/kernel``)."""
     matches = ((re.match(pattern + r"(?=\.|$)", name), layer) for pattern, layer in _LAYERS)
     found, layer = next((match, layer) for match, layer in matches if match)
-    layer, rest = found.expand(layer), name[found.end() :]
+    layer, rest = name_of_attribute(found.expand(layer)), name[found.end() :]
     in_mlp = re.fullmatch(r"\.mlp\.layers\.(\d+)\.(linear|norm)\.(\w+)", rest)
     if in_mlp:
         return in_mlp.expand(rf"{layer}/mlp/\2\1/\3")
@@ -170,7 +171,9 @@ def _infer_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
         "continue_layers": layers("con/mlp/linear"),
         "bins": shape("rew/head/logits/kernel")[-1],
     }
-    return sizes | ({"cnn_depth": shape("enc/cnn0/kernel")[-1] // 2} if "enc/cnn0/kernel" in arrays else {})
+    # The last level has 4 · cnn_depth channels, however many there are.
+    levels = layers("enc/cnn")
+    return sizes | ({"cnn_depth": shape(f"enc/cnn{levels - 1}/kernel")[-1] // 4} if levels else {})
 
 
 def _infer_categories(stoch_dim: int) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import FileFormatError
+from worldloom.files import absolute_path
 from worldloom.interop.archive import MAX_BYTES, array_from_bytes, file_size, shorten
 from worldloom.interop.pickle_machine import Call, Global, PickleReader, Unfinished, matches
 
@@ -146,7 +147,7 @@ def read_pickle(path_or_bytes: str | Path | bytes, *, max_bytes: int = MAX_BYTES
         if len(path_or_bytes) > max_bytes:
             raise FileFormatError(f"The pickle has {len(path_or_bytes)} bytes, more than max_bytes={max_bytes}.")
         return _read(io.BytesIO(path_or_bytes), len(path_or_bytes), "The pickle")
-    path = Path(path_or_bytes)
+    path = absolute_path(path_or_bytes)
     size = file_size(path, max_bytes)
     with path.open("rb") as stream:
         return _read(stream, size, str(path))
@@ -173,7 +174,7 @@ def read_dreamerv3_checkpoint(path: str | Path, *, max_bytes: int = MAX_BYTES) -
       FileNotFoundError: ``path`` does not exist.
     """
     params: dict[str, NDArray] = {}
-    for file in _agent_files(Path(path)):
+    for file in _agent_files(absolute_path(path)):
         data = read_pickle(file, max_bytes=max_bytes)
         max_bytes -= file.stat().st_size
         found = data.get("params", data) if isinstance(data, dict) else None

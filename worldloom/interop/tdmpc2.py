@@ -38,6 +38,10 @@ _log = logging.getLogger("worldloom")
 _PARTS_OF_A_LAYER = ("weight", "bias", "ln.weight", "ln.bias")
 _PRERELEASE_KEY = "_dynamics.0.0.weight"  # only in the layout from before the release
 _LOG_STD_RANGE = (-10.0, 2.0)  # of the reference's config, at every size
+_CONVOLUTIONS = 4  # of the reference's image encoder
+_NESTED = ("model", "state_dict", "agent")  # names under which programs put the weights
+_PREFIXES = re.compile(r"(?:params/)?(?:_orig_mod\.|module\.|model\.)*")  # of wrappers: torch.compile, DataParallel
+_FLAT_Q = r"(_Qs|_target_Qs)\.params\.(\d+)"  # a weight of the Q networks in the files of 2023
 _BUFFERS = ("log_std_min", "log_std_dif", "_action_masks")
 
 # Facts about tasks that the weights do not hold: decision steps per episode and action dimensions of the domains in the
@@ -63,12 +67,13 @@ def load_official_tdmpc2(
 ) -> TDMPC2WorldModel:
     """Build a world model with weights of the reference program; sizes are inferred from the arrays.
 
-    The value scale of the policy loss is not in these files; it starts at 1. Missing target networks are copied from
-    the online ones.
+    The value scale of the policy loss is not in these files; it starts at 1. If there are no target networks, they
+    are copied from the online ones.
 
     Args:
       path_or_state_dict: a ``.pt`` file (read without PyTorch, tensors only), an ``.npz`` file, or a mapping of names
-        to arrays or tensors. The weights may be nested under ``"model"``, and names may have the prefix ``params/``.
+        to arrays or tensors. The weights may be nested under ``"model"`` or ``"state_dict"``, and names may have the
+        prefixes ``params/``, and ``module.``, ``_orig_mod.`` and ``model.``, which PyTorch's wrappers add.
       task: the task that the weights were trained on, by the reference's name: a single one such as ``"walker-run"``
         or ``"mw-assembly"``, or ``"mt30"`` or ``"mt80"``. It determines what cannot be inferred from the arrays:
         episode lengths, and thereby the discount, and the action dimensions of each task.
@@ -76,11 +81,13 @@ def load_official_tdmpc2(
 
     Raises:
       FileFormatError: the file is damaged or holds more than tensors and plain containers.
-      WeightsError: arrays are missing, unexpected or of another shape than the config needs.
+      WeightsError: arrays are missing, unexpected or of another shape than the config needs; they are named as the
+        file names them.
       ConfigError: ``task`` is not known, or overrides contradict the arrays.
     """
-    is_prerelease, arrays = _to_current_layout(_read(path_or_state_dict))
-    inferred = _infer_fields(arrays) | {"symlog_obs": is_prerelease}
+    read, prefix = _read(path_or_state_dict)
+    file, arrays = _to_current_layout(read, prefix)
+    inferred = _infer_fields(arrays, file) | {"symlog_obs": file.is_prerelease}
     config = TDMPC2Config(**{**inferred, **_task_fields(task), **overrides})
     if config.multitask and not config.action_dims:
         warnings.warn(
@@ -89,8 +96,9 @@ def load_official_tdmpc2(
             stacklevel=2,
         )
     model = TDMPC2WorldModel(config)
-    names = dict(_weight_names(_Layout.of_config(config)))
-    _check_shapes(names, flatten(model.params), arrays)
+    own = flatten(model.params)
+    names = dict(_weight_names(_Layout.of_weights(own)))
+    _check_shapes(names, own, arrays, file)
     weights = {ours: _from_pytorch(arrays[official], ours) for official, ours in names.items()}
     model.load_params(unflatten({**weights, "scale.value": np.ones((), np.float32)}))
     return model
@@ -110,7 +118,10 @@ def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState, *, config: TDMPC2Co
         ``log_std_max`` take their defaults, the reference program's.
 
     The state of a multitask model does not say which actions its tasks have: without ``config``, ``_action_masks`` is
-    left out, and a warning is logged.
+    left out, and a warning is logged. Vectors by name become one ``state`` encoder, in the config's order.
+
+    Raises ``ConfigError`` for encoders that the reference does not have: of images together with others, or of another
+    size than 64×64 pixels with a latent of 512.
     """
     weights = flatten(jax.device_get(model.params))
     config = model.config if isinstance(model, TDMPC2WorldModel) else config
@@ -140,14 +151,8 @@ class _Layout(NamedTuple):
     multitask: bool
 
     @classmethod
-    def of_config(cls, config: TDMPC2Config) -> _Layout:
-        """That of a model with ``config``."""
-        hidden = max(config.encoder_layers - 1, 1)
-        return cls(config.is_image, hidden, config.mlp_layers, config.episodic, config.multitask)
-
-    @classmethod
     def of_weights(cls, weights: Mapping[str, Any]) -> _Layout:
-        """That of our weights by flat name."""
+        """That of our weights by flat name. Raises ``ConfigError`` if the reference has no such encoder."""
 
         def hidden_layers(mlp: str) -> int:
             return sum(
@@ -155,13 +160,51 @@ class _Layout(NamedTuple):
             )
 
         parts = {name.partition(".")[0] for name in weights}
+        convolutions = sum(re.fullmatch(r"encoder\.convs\.\d+\.kernel", name) is not None for name in weights)
+        if "encoder.head.affine.kernel" in weights or convolutions not in (0, _CONVOLUTIONS):
+            raise ConfigError(
+                "The reference program has no such encoder: it takes either vectors, or one image of 64 × 64 pixels "
+                "with latent_dim=512. Save models of other images, or of images and other observations together, by "
+                "save_pretrained."
+            )
         return cls(
-            is_image="encoder.convs.0.kernel" in weights,
+            is_image=convolutions > 0,
             encoder_hidden=hidden_layers("encoder.mlp"),
             hidden=hidden_layers("dynamics"),
             episodic="termination" in parts,
             multitask="task_embedding" in parts,
         )
+
+
+class _FileNames(NamedTuple):
+    """How a file names its weights, to name them in messages as it does.
+
+    Attributes:
+      prefix: before every name.
+      is_prerelease: whether the names are those from before the release.
+      has_flat_q: whether the Q networks are flat lists, as in 2023.
+    """
+
+    prefix: str = ""
+    is_prerelease: bool = False
+    has_flat_q: bool = False
+
+    def of(self, name: str) -> str:
+        """The file's name of the weight that has ``name`` in the current layout."""
+        return self.prefix + self._in_layout(name)
+
+    def _in_layout(self, name: str) -> str:
+        ensemble = re.fullmatch(r"(_Qs\.params|_target_Qs_params)\.(\d+)\.(.+)", name)
+        if ensemble and self.has_flat_q and ensemble[3] in _PARTS_OF_A_LAYER:
+            of = "_Qs" if ensemble[1] == "_Qs.params" else "_target_Qs"
+            return f"{of}.params.{4 * int(ensemble[2]) + _PARTS_OF_A_LAYER.index(ensemble[3])}"
+        layer = re.fullmatch(r"(_encoder\.state|_dynamics|_reward|_pi|_termination)\.(\d+)\.(ln\.)?(weight|bias)", name)
+        if not layer or not self.is_prerelease:
+            return name
+        index = 3 * int(layer[2]) + bool(layer[3]) + (layer[1] == "_encoder.state")
+        if layer[1] != "_dynamics":
+            return f"{layer[1]}.{index}.{layer[4]}"
+        return f"_dynamics.1.{layer[4]}" if index == 7 else f"_dynamics.0.{index}.{layer[4]}"
 
 
 def _weight_names(layout: _Layout) -> Iterator[tuple[str, str]]:
@@ -180,7 +223,7 @@ def _weight_names(layout: _Layout) -> Iterator[tuple[str, str]]:
             yield f"{official}.{hidden}.bias", f"{ours}.head.bias"
 
     if layout.is_image:
-        for i in range(4):
+        for i in range(_CONVOLUTIONS):
             yield f"_encoder.rgb.{2 * i + 2}.weight", f"encoder.convs.{i}.kernel"
             yield f"_encoder.rgb.{2 * i + 2}.bias", f"encoder.convs.{i}.bias"
     else:
@@ -215,8 +258,8 @@ def _as_buffer(number: float) -> NDArray[Any]:
     return np.array(int(number), np.int64) if float(number).is_integer() else np.array(number, np.float32)
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> Arrays:
-    """The arrays of a file or mapping by their official names, without bookkeeping and duplicates."""
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[Arrays, str]:
+    """The arrays of a file or mapping by their official names, without bookkeeping and duplicates, and their prefix."""
     if isinstance(source, Mapping):
         values: Any = source
     elif Path(source).suffix == ".npz":
@@ -224,15 +267,22 @@ def _read(source: str | Path | Mapping[str, Any]) -> Arrays:
     else:
         # Multitask files also hold the configuration of the run, objects that are replaced by stubs.
         values = read_torch(source, stub_unknown=True)
-    if isinstance(values, Mapping) and isinstance(values.get("model"), Mapping):
-        values = values["model"]
+    while isinstance(values, Mapping) and (nested := [n for n in _NESTED if isinstance(values.get(n), Mapping)]):
+        values = values[nested[0]]
     if not isinstance(values, Mapping):
-        raise WeightsError(f"{source} holds a {type(values).__name__}; a mapping of names to arrays is expected.")
+        what = "This" if isinstance(source, Mapping) else str(source)
+        raise WeightsError(f"{what} holds a {type(values).__name__}; a mapping of names to arrays is expected.")
     if any(str(name).startswith("params/") for name in values):
-        values = {name.removeprefix("params/"): v for name, v in values.items() if str(name).startswith("params/")}
+        values = {name: v for name, v in values.items() if str(name).startswith("params/")}
+    named = {str(name): value for name, value in values.items()}
+    prefixes = {name: _PREFIXES.match(name).group() for name in named}  # type: ignore[union-attr]
+    stripped = {name.removeprefix(prefixes[name]).replace("._orig_mod.", "."): name for name in named}
+    if len(stripped) < len(named):
+        raise WeightsError("Some weights are there twice, with and without a prefix such as module. or _orig_mod.")
     # Bookkeeping of tensordict, and duplicates of the online Q networks.
     ignored = re.compile(r"\.module\.|__|^_detach_Qs")
-    return {str(name): _array(value) for name, value in values.items() if not ignored.search(str(name))}
+    arrays = {name: _array(named[full]) for name, full in stripped.items() if not ignored.search(name)}
+    return arrays, next((prefixes[stripped[name]] for name in arrays), "")
 
 
 def _array(value: Any) -> NDArray[Any]:
@@ -241,15 +291,16 @@ def _array(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
-def _to_current_layout(arrays: Arrays) -> tuple[bool, Arrays]:
-    """Whether the arrays have the layout from before the release, and the arrays in the current layout."""
-    is_prerelease = _PRERELEASE_KEY in arrays
-    if is_prerelease:
+def _to_current_layout(arrays: Arrays, prefix: str) -> tuple[_FileNames, Arrays]:
+    """How the file names its weights, and the arrays in the current layout."""
+    file = _FileNames(prefix, _PRERELEASE_KEY in arrays, any(re.fullmatch(_FLAT_Q, name) for name in arrays))
+    if file.is_prerelease:
         arrays = {_from_prerelease(name): value for name, value in arrays.items()}
     arrays = {_from_2023(name): value for name, value in arrays.items()}
-    for name in [name for name in arrays if name.startswith("_Qs.params.")]:
-        arrays.setdefault(name.replace("_Qs.params.", "_target_Qs_params."), arrays[name])
-    return is_prerelease, arrays
+    if not any(name.startswith("_target_Qs_params.") for name in arrays):
+        online = [name for name in arrays if name.startswith("_Qs.params.")]
+        arrays |= {name.replace("_Qs.params.", "_target_Qs_params."): arrays[name] for name in online}
+    return file, arrays
 
 
 def _from_prerelease(name: str) -> str:
@@ -272,7 +323,7 @@ def _from_2023(name: str) -> str:
 
     The parts are weight, bias, norm weight and norm bias; the last layer has no norm.
     """
-    found = re.fullmatch(r"(_Qs|_target_Qs)\.params\.(\d+)", name)
+    found = re.fullmatch(_FLAT_Q, name)
     if not found:
         return name
     layer, part = divmod(int(found[2]), 4)
@@ -280,19 +331,24 @@ def _from_2023(name: str) -> str:
     return f"{prefix}.{layer}.{_PARTS_OF_A_LAYER[part]}"
 
 
-def _infer_fields(arrays: Arrays) -> dict[str, Any]:
+def _infer_fields(arrays: Arrays, file: _FileNames) -> dict[str, Any]:
     """Config fields that follow from names and shapes of the arrays."""
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, ndim: int = 2) -> tuple[int, ...]:
         if name not in arrays:
-            raise WeightsError(f"{name} is missing: these are not the weights of a TD-MPC2 reference model.")
+            raise WeightsError(f"{file.of(name)} is missing: {_not_a_model(arrays, file)}")
+        if arrays[name].ndim != ndim:
+            raise WeightsError(f"{file.of(name)} has shape {arrays[name].shape}; {ndim} axes are expected.")
         return tuple(arrays[name].shape)
 
     def layers(prefix: str) -> int:
         return sum(re.fullmatch(re.escape(prefix) + r"\.\d+\.weight", name) is not None for name in arrays)
 
-    last = layers("_reward") - 1
-    members, num_bins, hidden_dim = shape(f"_Qs.params.{last}.weight")
+    # Hidden layers: of the reward network, or where it is missing, of the first other one that is there.
+    last = next((count for name in ("_reward", "_pi", "_dynamics") if (count := layers(name))), 1) - 1
+    for name in ("_reward.0.weight", "_dynamics.0.weight", "_pi.0.weight"):
+        shape(name)
+    members, num_bins, hidden_dim = shape(f"_Qs.params.{last}.weight", 3)
     fields: dict[str, Any] = {
         "action_dim": shape(f"_pi.{last}.weight")[0] // 2,
         "latent_dim": shape(f"_dynamics.{last}.weight")[0],
@@ -310,13 +366,22 @@ def _infer_fields(arrays: Arrays) -> dict[str, Any]:
         fields["log_std_min"] = float(arrays["log_std_min"])
         fields["log_std_max"] = float(arrays["log_std_min"] + arrays["log_std_dif"])
     if "_encoder.rgb.2.weight" in arrays:
-        return fields | {"obs_shape": (shape("_encoder.rgb.2.weight")[1], 64, 64)}
+        return fields | {"obs_shape": (shape("_encoder.rgb.2.weight", 4)[1], 64, 64)}
     encoder_dim, inputs = shape("_encoder.state.0.weight")
     return fields | {
         "obs_shape": (inputs - fields.get("task_dim", 0),),
         "encoder_dim": encoder_dim,
         "encoder_layers": layers("_encoder.state"),
     }
+
+
+def _not_a_model(arrays: Arrays, file: _FileNames) -> str:
+    """The end of a sentence: what the file holds instead of a model's weights."""
+    if not any(name.startswith(("_encoder.", "_dynamics.", "_reward.", "_pi.", "_Qs.")) for name in arrays):
+        found = [f"{file.prefix}{name}"[:100] for name in arrays]
+        listed = ", ".join(found[:3] + ["…"] * (len(found) > 3)) or "none"
+        return f"these are not the weights of a TD-MPC2 reference model; the names here: {listed}."
+    return "these are not all weights of a TD-MPC2 reference model."
 
 
 def _task_fields(task: str | None) -> dict[str, Any]:
@@ -344,13 +409,13 @@ def _episode_length(task: str) -> int:
     return _OTHER_STEPS if task.split("-")[0] in ("mw", "myo") or task in _MANISKILL else _DMCONTROL_STEPS
 
 
-def _check_shapes(names: Mapping[str, str], own: Mapping[str, Any], arrays: Arrays) -> None:
-    """Raise ``WeightsError`` naming the arrays that are missing, unexpected or of another shape."""
+def _check_shapes(names: Mapping[str, str], own: Mapping[str, Any], arrays: Arrays, file: _FileNames) -> None:
+    """Raise ``WeightsError`` naming the arrays that are missing, unexpected or of another shape, as the file does."""
     shapes = {official: _pytorch_shape(own[ours].shape, ours) for official, ours in names.items()}
-    problems = [f"{name} is missing" for name in shapes if name not in arrays]
-    problems += [f"{name} is unexpected" for name in arrays if name not in shapes and name not in _BUFFERS]
+    problems = [f"{file.of(name)} is missing" for name in shapes if name not in arrays]
+    problems += [f"{file.of(name)} is unexpected" for name in arrays if name not in shapes and name not in _BUFFERS]
     problems += [
-        f"{name} has shape {arrays[name].shape}, {shape} is expected"
+        f"{file.of(name)} has shape {arrays[name].shape}, {shape} is expected"
         for name, shape in shapes.items()
         if name in arrays and arrays[name].shape != shape
     ]

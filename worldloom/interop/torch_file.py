@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import FileFormatError
+from worldloom.files import absolute_path
 from worldloom.interop.archive import (
     MAX_BYTES,
     Archive,
@@ -80,7 +81,7 @@ def read_torch(path: str | Path, *, max_bytes: int = MAX_BYTES, stub_unknown: bo
         1.6 or TorchScript, or it names any other global.
       FileNotFoundError: the file does not exist.
     """
-    path = Path(path)
+    path = absolute_path(path)
     size = file_size(path, max_bytes)
     with path.open("rb") as file:
         _refuse_other_formats(path, file.read(512))

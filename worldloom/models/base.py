@@ -18,8 +18,16 @@ from worldloom.algorithm import Algorithm, Params
 from worldloom.devices import compute_dtype, resolve_device
 from worldloom.errors import ConfigError, DataError
 from worldloom.families import class_name, get_family
+from worldloom.files import absolute_path
 from worldloom.models import pretrained
-from worldloom.models.compilation import abstract_model, abstract_params, class_version, graphdef, initializer
+from worldloom.models.compilation import (
+    abstract_model,
+    abstract_params,
+    class_version,
+    graphdef,
+    initializer,
+    too_large_is_refused,
+)
 from worldloom.models.compilation import compiled as compiled
 from worldloom.models.compilation import merge as merge
 from worldloom.models.params import check_shapes, count_parameters, flatten, unflatten
@@ -110,8 +118,9 @@ class WorldModel(nnx.Module):
         self.config = config
         target = resolve_device(device)
         self.dtype = jnp.dtype(dtype or compute_dtype(config.precision, target))
-        graph, init_params = initializer(type(self), config, self.dtype, class_version(type(self)))
-        params = jax.device_put(init_params(jax.random.key(seed)), target)
+        with too_large_is_refused(type(self)):
+            graph, init_params = initializer(type(self), config, self.dtype, class_version(type(self)))
+            params = jax.device_put(init_params(jax.random.key(seed)), target)
         for name, part in nnx.merge(graph, params).items():
             setattr(self, name, part)
 
@@ -158,6 +167,22 @@ class WorldModel(nnx.Module):
     def rebuild(cls, config: Any, params: Params) -> Self:
         """The model of ``config`` with the weights ``params``, for use inside traced code."""
         return merge(cls, config, params)
+
+    @classmethod
+    def abstract_params(cls, config: Any, arrays: int) -> Params:
+        """Shapes and dtypes of all weights of ``config``, which somebody else's file may hold; nothing is allocated.
+
+        Args:
+          config: the config.
+          arrays: number of arrays that hold the weights.
+
+        Raises ``WeightsError`` for a config of more parts than arrays, ``ConfigError`` for one of impossible sizes.
+        """
+        pretrained.check_part_counts(config, arrays)
+        try:
+            return abstract_params(cls, config)
+        except (ArithmeticError, ValueError, TypeError, MemoryError, RecursionError) as error:
+            raise ConfigError(f"The config describes no {cls.__name__} that can be built: {error}") from error
 
     def check_trainable(self, device: jax.Device) -> None:
         """Raise ``ConfigError`` unless training on ``device`` trains exactly this model (:func:`check_trainable`)."""
@@ -216,7 +241,7 @@ class WorldModel(nnx.Module):
         """
         if (path is None) == (name is None):
             raise TypeError("save_pretrained takes either a path or name=…")
-        folder = Path(path) if path is not None else pretrained.named_folder(str(name))
+        folder = absolute_path(path) if path is not None else pretrained.named_folder(str(name))
         arrays = {key: np.asarray(value, order="C") for key, value in flatten(jax.device_get(self.params)).items()}
         pretrained.write_model(folder, self.config.to_json(), arrays, type(self), self.env_spaces)
         return folder
@@ -310,8 +335,7 @@ def build_saved(cls: type[Any], saved: pretrained.SavedModel, device: str, overr
         if saved_type in (None, own_type):
             raise
         raise ConfigError(f"{saved.folder} holds a model of type {saved_type!r}, not a {cls.__name__}.") from error
-    pretrained.check_part_counts(config, len(saved.arrays))
-    check_shapes(cls.__name__, flatten(abstract_params(cls, config)), saved.arrays)
+    check_shapes(cls.__name__, flatten(cls.abstract_params(config, len(saved.arrays))), saved.arrays)
     model = cls(config, device=device)
     model.load_params(unflatten(saved.arrays))
     model.remember_env_spaces(saved.spaces)

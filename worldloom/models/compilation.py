@@ -5,16 +5,21 @@ Everything is cached by (class, config, dtype), so that instances share what was
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from worldloom.algorithm import Params
-from worldloom.devices import compute_dtype
+from worldloom.devices import compute_dtype, host_memory
+from worldloom.errors import ConfigError, DataError
 from worldloom.models.live_weights import any_traced, live_weights
 from worldloom.models.params import count_parameters, flatten, unflatten
 from worldloom.nn.linear import OneDraw
@@ -29,15 +34,21 @@ def compiled(method: F) -> F:
     One compilation per (class, config, dtype) and argument shapes; all instances share it. Inside a trace the method
     runs inline. Arguments must be pytrees of arrays (or None). Each call reads the model's newest weights, see
     :mod:`worldloom.models.live_weights`.
+
+    Numbers on the host are refused with ``DataError`` where they are NaN or infinite, as environments and replay refuse
+    them. Arrays on devices are not read: that would wait for them.
     """
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any_traced(jax.tree.leaves((args, kwargs))):
+        leaves = jax.tree.leaves((args, kwargs))
+        if any_traced(leaves):
             return method(self, *args, **kwargs)
         weights, arrays = live_weights(self)
         if any_traced(arrays):
             return method(self, *args, **kwargs)
+        if not all(map(_is_finite, leaves)):
+            raise DataError(_where_not_finite(method, self, args, kwargs))
         cls, version = self.__class__, class_version(self.__class__)
         jitted = weights.calls.get((method, version))
         if jitted is None:
@@ -46,6 +57,32 @@ def compiled(method: F) -> F:
         return jitted(arrays, args, kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _is_finite(leaf: Any) -> bool:
+    """Whether a leaf has no NaN or infinity; True for what is not on the host, or not of floats."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind != "f" or bool(np.isfinite(leaf).all())
+    return not isinstance(leaf, float) or math.isfinite(leaf)
+
+
+def _where_not_finite(method: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> str:
+    """The sentence for arguments that are not finite, with the argument's name and its first bad row."""
+    given = inspect.signature(method).bind(model, *args, **kwargs).arguments
+    found = (
+        (name, path, leaf)
+        for name, value in given.items()
+        if value is not model
+        for path, leaf in jax.tree.leaves_with_path(value)
+        if not _is_finite(leaf)
+    )
+    name, path, leaf = next(found)
+    bad = np.argwhere(~np.isfinite(leaf))
+    where = f", first at {tuple(bad[0].tolist())}" if np.ndim(leaf) else ""
+    return (
+        f"{name}{jax.tree_util.keystr(path)} given to {type(model).__name__}.{method.__name__} is NaN or infinite"
+        f"{where}; nothing was computed. Check where it comes from."
+    )
 
 
 def merge(cls: Any, config: Any, params: Params, dtype: jnp.dtype | None = None) -> Any:
@@ -118,8 +155,32 @@ def initializer(cls: Any, config: Any, dtype: jnp.dtype, version: Any) -> tuple[
         return nnx.to_pure_dict(nnx.state(parts(OneDraw(key, size))))
 
     compiled_init = jax.jit(init_params, compiler_options=fast_compile_options())
-    # Under a trace (abstract evaluation), JAX refuses a nested jit with compiler options.
-    return graph, lambda key: init_params(key) if isinstance(key, jax.core.Tracer) else compiled_init(key)
+
+    def init(key: jax.Array) -> Params:
+        if isinstance(key, jax.core.Tracer):
+            # Under a trace (abstract evaluation), JAX refuses a nested jit with compiler options.
+            return init_params(key)
+        memory = host_memory() if jax.default_backend() == "cpu" else None
+        if memory is not None and 4 * size > memory:
+            raise MemoryError(f"its weights take {4 * size / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB")
+        return compiled_init(key)
+
+    return graph, init
+
+
+@contextlib.contextmanager
+def too_large_is_refused(cls: Any) -> Iterator[None]:
+    """Turn what Python and JAX raise for weights that no memory holds into one ``ConfigError``."""
+    try:
+        yield
+    except (MemoryError, OverflowError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        why = error if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) else "no array has such a size"
+        raise ConfigError(
+            f"A {cls.__name__} of this config is too large: {why}. Choose smaller sizes; worldloom info NAME counts "
+            "the parameters of a preset."
+        ) from error
 
 
 @functools.lru_cache(maxsize=512)

@@ -20,7 +20,7 @@ import jax
 from worldloom.config import nearest, read_json_object
 from worldloom.errors import ConfigError, FileFormatError, MissingDependencyError, UnknownModelError, WeightsError
 from worldloom.families import class_name
-from worldloom.files import write_atomically
+from worldloom.files import absolute_path, fsync_folder, make_folder, write_atomically
 
 CONFIG_FILE, WEIGHTS_FILE, SPACES_FILE = "config.json", "model.safetensors", "spaces.json"
 _SPACES_BYTES = 1 << 26
@@ -57,7 +57,7 @@ def write_model(
     """Write the files of a saved model, each atomically; ``spaces`` None removes those of an earlier model."""
     from safetensors.numpy import save
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     metadata = {"format": "worldloom", _CLASS: class_name(cls)}
     write_atomically(folder / WEIGHTS_FILE, save(dict(arrays), metadata=metadata))
     write_atomically(folder / CONFIG_FILE, config_json)
@@ -65,6 +65,7 @@ def write_model(
         (folder / SPACES_FILE).unlink(missing_ok=True)
     else:
         write_atomically(folder / SPACES_FILE, json.dumps(spaces, ensure_ascii=False, allow_nan=False) + "\n")
+    fsync_folder(folder)
 
 
 def read_model(folder: Path) -> SavedModel:
@@ -121,8 +122,8 @@ def find_model_folder(
     Raises ``UnknownModelError`` listing the names in ``known`` if nothing is found.
     """
     text = str(path_or_repo)
-    if Path(text).is_dir():
-        return Path(text)
+    if absolute_path(path_or_repo).is_dir():
+        return absolute_path(path_or_repo)
     if is_plain_name(text):
         if is_model_folder(named_folder(text)):
             return named_folder(text)

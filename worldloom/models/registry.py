@@ -9,6 +9,7 @@ from typing import Any
 from worldloom.errors import ConfigError, UnknownModelError
 from worldloom.families import Family, family_names, find_family, get_family
 from worldloom.families import register_family as register_family
+from worldloom.files import absolute_path
 from worldloom.models import pretrained
 from worldloom.models.base import WorldModel, build_saved, find_class
 
@@ -71,7 +72,7 @@ def create_world_model(
       ConfigError: a preset without shapes, or a saved model with other shapes.
     """
     text = str(name_or_path)
-    if find_family(text.partition(":")[0]) and not pretrained.is_model_folder(Path(text)):
+    if find_family(text.partition(":")[0]) and not pretrained.is_model_folder(absolute_path(text)):
         if obs_shape is None or action_dim is None:
             raise ConfigError(
                 f"'{text}' is a preset: give the shapes too, for example "

@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from worldloom.config import check
+from worldloom.config import check, is_number
 
 
 class ActionSampler(Protocol):
@@ -42,8 +42,8 @@ class GaussianActions:
     high: float | jax.Array = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.low, int | float) and isinstance(self.high, int | float):
-            check(self.low < self.high, f"low={self.low} must be below high={self.high}.")
+        if is_number(self.low) and is_number(self.high):
+            check(bool(self.low < self.high), f"low={self.low} must be below high={self.high}.")
 
     def noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Standard normal [*shape]."""

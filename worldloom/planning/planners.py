@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from worldloom.config import check, is_integer
+from worldloom.config import check, is_integer, is_number
 from worldloom.errors import DataError
 from worldloom.ops.keys import split_key, step_keys
 from worldloom.planning.actions import ActionSampler, GaussianActions
@@ -268,7 +268,7 @@ def _check_sizes(
     check(num_elites <= num_samples, f"num_elites={num_elites} must not exceed num_samples={num_samples}.")
     check(num_prior < num_samples, f"num_prior={num_prior} must be below num_samples={num_samples}.")
     numbers = {"temperature": temperature, "min_std": min_std, "max_std": max_std}
-    numbers = {name: number for name, number in numbers.items() if isinstance(number, int | float)}
+    numbers = {name: number for name, number in numbers.items() if is_number(number)}
     for name, number in numbers.items():
         check(number >= 0, f"{name}={number} must be at least 0.")
     if len({"min_std", "max_std"} & numbers.keys()) == 2:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from worldloom.errors import DataError
+from worldloom.files import absolute_path
 from worldloom.replay import sampling, validation
 from worldloom.replay.index import FIRST, GIVEN_FLAGS, TERMINAL
 from worldloom.replay.npz import open_npz
 from worldloom.replay.schema import Declared, Schema, integer, latent_shapes
 from worldloom.replay.serialization import BufferContent, BufferDescription, read_content, write_content
+from worldloom.replay.sources import EpisodeSources
 from worldloom.replay.storage import Batch, RowStorage
 
 OFFLINE_STREAM = -1
 """Number of the stream to which :meth:`ReplayBuffer.add_episode` adds episodes, one after the other."""
 
 
-class ReplayBuffer:
+class ReplayBuffer(EpisodeSources):
     """The newest ``capacity`` rows of experience, from which batches of windows are drawn.
 
     Rows follow the arrival rule: row ``t`` holds ``obs[t]``, the action chosen *at* ``obs[t]``, and the reward and end
@@ -160,13 +162,18 @@ class ReplayBuffer:
         terminated: Any = None,
         truncated: Any = None,
         task: int | None = None,
+        layout: str | None = None,
     ) -> np.ndarray:
-        """Add one whole episode, in either of two layouts, distinguished by their lengths.
+        """Add one whole episode, in one of three layouts.
 
         * ``n + 1`` observations, ``n`` actions, ``n`` rewards (Gymnasium, Minari): ``actions[t]`` was chosen at
           ``obs[t]`` and led to ``rewards[t]`` and ``obs[t + 1]``. Becomes ``n + 1`` rows; the first has reward 0, the
           last a zero action.
-        * equal lengths: rows by the arrival rule, stored as given.
+        * ``n`` of each, ``layout="arrival"``: rows by the arrival rule, stored as given. If the first reward is 0, this
+          is meant without a ``layout`` too.
+        * ``n`` of each, ``layout="departure"``: ``rewards[t]`` is that of ``actions[t]``. The observation after the
+          last action is missing, so that action, its reward and whether it terminated are left out, and a message says
+          so once: ``n`` rows, of which the last is not terminal.
 
         The last row always ends the episode. It is *terminal* (nothing to bootstrap from) if ``terminated`` is True, or
         if only ``dones`` is given and is True. Time limits belong in ``truncated``; an episode given without any of the
@@ -181,18 +188,23 @@ class ReplayBuffer:
           terminated: see above.
           truncated: see above.
           task: number of the task, for multitask training: for all episodes or for none.
+          layout: see above; needed for equal lengths with a first reward other than 0.
 
         Returns:
           Numbers of the new rows, int64 [rows].
 
         Raises:
           DataError: anything about the arrays is wrong; then nothing is stored.
+          ConfigError: ``layout`` is another one.
         """
         ends = (dones, terminated, truncated)
         schema, columns = validation.validate_episode(
-            self._schema, self._declared, obs, actions, rewards, ends, task, stream=OFFLINE_STREAM
+            self._schema, self._declared, obs, actions, rewards, ends, task, layout, stream=OFFLINE_STREAM
         )
-        return self._append(schema, columns, {})
+        ids = self._append(schema, columns, {})
+        if layout == validation.DEPARTURE and len(ids) == np.size(rewards):
+            self._say_what_is_lost()
+        return ids
 
     def add_rows(
         self,
@@ -260,40 +272,42 @@ class ReplayBuffer:
         cross_episodes: bool = False,
         latents: bool = False,
     ) -> Batch:
-        """A batch of ``batch_size`` windows of ``sequence_length`` rows: ``take(draw(...))``.
+        """A batch of windows, ``take(draw(...))``: a dict of arrays [B, T, ...], see :meth:`take`.
 
         Args:
           batch_size: windows, B.
           sequence_length: rows per window, T.
-          seed: seed of the run.
-          update: number of the update that the batch is for.
-          cross_episodes: see :meth:`draw`.
+          seed, update, cross_episodes: see :meth:`draw`.
           latents: add the stored latents of row 0 as ``context``.
-
-        Returns:
-          See :meth:`take`; arrays [B, T, ...].
 
         Raises:
           DataError: nothing held is long enough for such a window.
         """
-        ids = self.draw(batch_size, sequence_length, seed=seed, update=update, cross_episodes=cross_episodes)
-        return self.take(ids, latents=latents)
+        options: Any = {"seed": seed, "update": update, "cross_episodes": cross_episodes}
+        return self.take(self.draw(batch_size, sequence_length, **options), latents=latents)
 
     def draw(
-        self, batch_size: int, sequence_length: int, *, seed: int = 0, update: int = 0, cross_episodes: bool = False
+        self,
+        batch_size: int,
+        sequence_length: int,
+        *,
+        seed: int = 0,
+        update: int = 0,
+        cross_episodes: bool = False,
+        finished: bool = False,
     ) -> np.ndarray:
         """Row numbers of random windows, int64 [B, T]: a pure function of ``seed``, ``update`` and the content.
 
         Without ``cross_episodes``, an episode is drawn uniformly among those with at least T rows, then a start
         uniformly in it (TD-MPC2); no window spans two episodes. With it, every window of T successive rows of a stream
-        is equally likely, whatever episodes it spans (DreamerV3); ``is_first`` marks where the next episode begins.
+        is equally likely, whatever it spans (DreamerV3); ``is_first`` marks where the next episode begins. ``finished``
+        leaves out the episodes in progress, unless nothing else is long enough.
 
         Raises:
           DataError: nothing held is long enough for such a window.
         """
-        return sampling.draw_windows(
-            self._storage.index, batch_size, sequence_length, seed=seed, update=update, cross_episodes=cross_episodes
-        )
+        options: Any = {"seed": seed, "update": update, "cross_episodes": cross_episodes, "finished": finished}
+        return sampling.draw_windows(self._storage.index, batch_size, sequence_length, **options)
 
     def take(self, row_ids: np.ndarray, *, latents: bool = False, observations: bool = True) -> Batch:
         """The rows ``row_ids`` [..., T] as a dict of new arrays [..., T, ...].
@@ -344,24 +358,6 @@ class ReplayBuffer:
         )
 
     # ---- other buffers --------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_episodes(
-        cls, episodes: Iterable[Mapping[str, Any]], capacity: int | None = None, **described: Any
-    ) -> Self:
-        """A buffer of ``episodes``, each a mapping with the arguments of :meth:`add_episode`.
-
-        Args:
-          episodes: any iterable of such mappings.
-          capacity: largest number of rows; None is as many as the episodes have.
-          **described: ``obs_shape``, ``action_dim``, ``action_type``, ``latents`` as in the constructor.
-        """
-        buffer = cls(2**62 if capacity is None else capacity, **described)
-        for episode in episodes:
-            buffer.add_episode(**episode)
-        if capacity is None:
-            buffer.capacity = max(1, len(buffer))
-        return buffer
 
     def split(self, fraction: float = 0.1, *, seed: int = 0) -> tuple[Self, Self]:
         """Two new buffers, without latents: one to train on, and one with ``fraction`` of the episodes held out.
@@ -433,7 +429,7 @@ class ReplayBuffer:
 
         The file appears under its name only when complete. Raises ``OSError`` if it cannot be written.
         """
-        write_content(self.content(), Path(path))
+        write_content(self.content(), absolute_path(path))
         return Path(path)
 
     @classmethod
@@ -444,5 +440,5 @@ class ReplayBuffer:
           FileFormatError: the file is truncated, damaged, pickled or of another kind, or its content breaks the rules
             that :meth:`add_episode` enforces. Sizes are checked against the file before memory is allocated.
         """
-        with open_npz(Path(path), "replay file") as file:
+        with open_npz(absolute_path(path), "replay file") as file:
             return cls.from_content(read_content(file))

@@ -3,61 +3,87 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from worldloom.errors import DataError, FileFormatError, MissingDependencyError
 from worldloom.replay.buffer import ReplayBuffer
+from worldloom.replay.sources import split_episodes
+from worldloom.spaces.actions import ActionSpec
+from worldloom.spaces.joined import JoinedActions
+from worldloom.spaces.narrow import bound_actions, check_action_bounds, check_drop_keys, drop_observations
+from worldloom.spaces.observations import ObservationSpec
 
 HDF5_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 
-def from_minari(dataset: Any, *, capacity: int | None = None, download: bool = True) -> ReplayBuffer:
+def from_minari(
+    dataset: Any,
+    *,
+    capacity: int | None = None,
+    download: bool = True,
+    action_bounds: tuple[float, float] | None = None,
+    drop_keys: Sequence[str] = (),
+    join_actions: bool = False,
+) -> ReplayBuffer:
     """A buffer with all episodes of a Minari dataset (https://minari.farama.org).
 
-    Actions of a bounded ``Box`` are scaled to [−1, 1] by its bounds; ``Discrete`` ones become indices from 0.
+    Observations and actions are translated as those of an environment with the dataset's spaces are, see
+    :class:`~worldloom.spaces.observations.ObservationSpec` and :class:`~worldloom.spaces.actions.ActionSpec`: what is
+    trained on the buffer fits that environment.
 
     Args:
       dataset: its name, such as ``"mujoco/pusher/expert-v0"``, or a loaded (and perhaps filtered) ``MinariDataset``.
       capacity: rows of the buffer; None is as many as the dataset has.
       download: whether a missing dataset may be downloaded.
+      action_bounds: as in ``make_env``: ``(low, high)`` of continuous actions that have no bounds of their own; must
+        hold all actions of the dataset.
+      drop_keys: as in ``make_env``: names of observations to leave out.
+      join_actions: as in ``make_env``: whether several actions become one.
 
     Raises:
       MissingDependencyError: Minari is not installed.
-      DataError: the episodes hold something that a buffer refuses, such as unbounded actions beyond [−1, 1].
+      ConfigError: a space is not supported, or an argument does not fit it.
+      DataError: an episode does not have the layout of Minari (one observation more than actions), or holds values that
+        its spaces exclude.
     """
     if isinstance(dataset, str):
         dataset = _import_extra("minari").load_dataset(dataset, download=download)
-    described, convert = _convert_actions(dataset.action_space)
+    observations = ObservationSpec(drop_observations(dataset.observation_space, check_drop_keys(drop_keys)))
+    action_space = bound_actions(dataset.action_space, check_action_bounds(action_bounds))
+    joined = JoinedActions(action_space) if join_actions else None
+    actions = ActionSpec(joined.space if joined else action_space)
+    translate = joined.join if joined else actions.from_env
+    described = {"obs_shape": observations.shape, "action_dim": actions.dim, "action_type": actions.type}
     episodes = (
-        {
-            "obs": episode.observations,
-            "actions": convert(episode.actions),
-            "rewards": episode.rewards,
-            "terminated": episode.terminations,
-            "truncated": episode.truncations,
-        }
-        for episode in dataset.iterate_episodes()
+        _minari_episode(episode, number, observations, translate)
+        for number, episode in enumerate(dataset.iterate_episodes())
     )
     return ReplayBuffer.from_episodes(episodes, capacity, **described)
 
 
-def _convert_actions(space: Any) -> tuple[dict[str, Any], Callable[[Any], np.ndarray]]:
-    """The buffer's arguments for actions of a Gymnasium space, and the function that converts such actions."""
-    if hasattr(space, "n"):
-        start = int(getattr(space, "start", 0))
-        return {"action_type": "discrete", "action_dim": int(space.n)}, lambda actions: np.asarray(actions) - start
-    if not hasattr(space, "low") or len(space.shape) != 1:
-        raise DataError(f"Actions of the space {space} are not read; a one-dimensional Box or a Discrete one is.")
-    low, high = np.asarray(space.low, np.float64), np.asarray(space.high, np.float64)
-    described = {"action_type": "continuous", "action_dim": len(low)}
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        return described, np.asarray
-    return described, lambda actions: 2 * (np.asarray(actions) - low) / (high - low) - 1
+def _minari_episode(
+    episode: Any, number: int, observations: ObservationSpec, translate_actions: Callable[[Any, int], Any]
+) -> dict[str, Any]:
+    """The arguments of ``ReplayBuffer.add_episode`` for an ``EpisodeData``."""
+    steps = len(episode.rewards)
+    try:
+        if observations.count(episode.observations) == steps:
+            raise DataError(
+                f"It has {steps} observations and as many rewards; Minari records one observation more, the last. "
+                "Which reward belongs to which is not known."
+            )
+        return {
+            "obs": observations.unwrap(observations.flatten(episode.observations, (steps + 1,))),
+            "actions": translate_actions(episode.actions, steps),
+            "rewards": episode.rewards,
+            "terminated": episode.terminations,
+            "truncated": episode.truncations,
+        }
+    except DataError as error:
+        raise DataError(f"Episode {getattr(episode, 'id', number)} of the dataset cannot be read. {error}") from error
 
 
 def from_hdf5(path: str | Path, *, capacity: int | None = None) -> ReplayBuffer:
@@ -92,28 +118,11 @@ def flat_episodes(file: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
     missing = [key for key in HDF5_KEYS if key not in file]
     if missing:
         raise FileFormatError(f"{name} has no {', '.join(missing)}; a D4RL file has {', '.join(HDF5_KEYS)}.")
-    terminals, timeouts = (np.asarray(file[key]).ravel().astype(bool) for key in ("terminals", "timeouts"))
     lengths = {key: len(file[key]) for key in HDF5_KEYS}
     if len(set(lengths.values())) != 1:
         raise FileFormatError(f"The arrays of {name} have different lengths: {lengths}.")
-    ends = np.flatnonzero(terminals | timeouts) + 1
-    for start, stop in zip([0, *ends], [*ends, len(terminals)], strict=True):
-        # Without next_observations the last step is lost: two steps make the shortest episode, one action and two rows.
-        steps = stop - start if "next_observations" in file else stop - start - 1
-        if steps < 1:
-            continue
-        obs = file["observations"][start : start + steps]
-        final = (
-            file["next_observations"][stop - 1 : stop]
-            if "next_observations" in file
-            else file["observations"][stop - 1 : stop]
-        )
-        yield {
-            "obs": np.concatenate([obs, final]),
-            "actions": file["actions"][start : start + steps],
-            "rewards": file["rewards"][start : start + steps],
-            "terminated": bool(terminals[stop - 1]) and "next_observations" in file,
-        }
+    keys = {"obs": "observations", "next_obs": "next_observations"} | {key: key for key in HDF5_KEYS[1:]}
+    return split_episodes({argument: file[key] for argument, key in keys.items() if key in file}, place=name)
 
 
 def _import_extra(module: str) -> ModuleType:

@@ -74,6 +74,21 @@ class Stream:
         begin = self.starts.values - self.dropped
         return begin, np.diff(begin, append=len(self.rows))
 
+    @property
+    def finished(self) -> int:
+        """Number of ``rows`` that belong to finished episodes: all but those of the one in progress."""
+        return int(self.starts.values[-1]) - self.dropped if self.in_progress and len(self.rows) else len(self.rows)
+
+    def windows_after(self, row: int, length: int) -> np.ndarray:
+        """Of the windows of ``length`` rows that begin at multiples of ``length``, those that end after ``row``.
+
+        Row numbers, int64 [W, length]; windows that are incomplete or no longer held are left out.
+        """
+        end = self.dropped + len(self.rows)
+        first = self.dropped + int(np.searchsorted(self.rows.values, row, side="right"))  # position of a window's end
+        windows = np.arange(max(first // length, -(-self.dropped // length)), end // length)
+        return self.rows.values[windows[:, None] * length + np.arange(length) - self.dropped]
+
 
 class EpisodeIndex:
     """All streams by number, and the episodes in them.
@@ -85,10 +100,11 @@ class EpisodeIndex:
     def __init__(self) -> None:
         self._streams: dict[int, Stream] = {}
         self._episodes: Segments | None = None
+        self._finished: Segments | None = None
 
     def add(self, ids: np.ndarray, streams: np.ndarray, flags: np.ndarray) -> np.ndarray:
         """Add the rows ``ids`` [N] of ``streams`` [N]; returns the rows [K] whose episode they interrupt."""
-        self._episodes = None
+        self._episodes = self._finished = None
         interrupted = []
         for number in np.unique(streams).tolist():
             mine = streams == number
@@ -97,7 +113,7 @@ class EpisodeIndex:
 
     def drop_before(self, first: int) -> None:
         """Drop the rows numbered below ``first``."""
-        self._episodes = None
+        self._episodes = self._finished = None
         for stream in self._streams.values():
             stream.drop_before(first)
 
@@ -107,7 +123,7 @@ class EpisodeIndex:
         Returns:
           Number of the newest row left of each stream, int64 [S]; :meth:`reopen` needs their flags.
         """
-        self._episodes = None
+        self._episodes = self._finished = None
         for stream in self._streams.values():
             stream.truncate(end)
         self._streams = {number: stream for number, stream in self._streams.items() if len(stream.rows)}
@@ -133,6 +149,25 @@ class EpisodeIndex:
             )
         return self._episodes
 
+    def finished_episodes(self) -> Segments:
+        """The episodes held that are over."""
+        if self._finished is None:
+            segments, numbers = self.episodes(), sorted(self._streams)
+            ends = np.array([self._streams[number].finished for number in numbers], np.int64)
+            over = segments.begin < ends[np.searchsorted(numbers, segments.stream)]
+            self._finished = Segments(*(column[over] for column in segments))
+        return self._finished
+
+    def windows_after(self, row: int, length: int) -> np.ndarray:
+        """Successive windows of the streams that end after ``row``, by their last row; see ``Stream.windows_after``.
+
+        Recorded episodes (negative stream numbers) are left out.
+        """
+        streams = [stream for number, stream in self._streams.items() if number >= 0]
+        found = [np.empty((0, length), np.int64), *(stream.windows_after(row, length) for stream in streams)]
+        windows = np.concatenate(found)
+        return windows[np.argsort(windows[:, -1], kind="stable")]
+
     def episode_rows(self) -> list[np.ndarray]:
         """Row numbers of each episode, int64 [n]."""
         return [
@@ -140,10 +175,11 @@ class EpisodeIndex:
             for stream, begin, length in zip(*self.episodes(), strict=True)
         ]
 
-    def streams(self) -> Segments:
-        """Each stream as one segment, across all its episodes."""
+    def streams(self, *, finished: bool = False) -> Segments:
+        """Each stream as one segment, across all its episodes; with ``finished`` without the one in progress."""
         numbers = np.array([n for n in sorted(self._streams) if len(self._streams[n].rows)], np.int64)
-        lengths = np.array([len(self._streams[n].rows) for n in numbers.tolist()], np.int64)
+        held = [self._streams[n] for n in numbers.tolist()]
+        lengths = np.array([stream.finished if finished else len(stream.rows) for stream in held], np.int64)
         return Segments(numbers, np.zeros_like(numbers), lengths)
 
     def rows(self, streams: np.ndarray, begins: np.ndarray, length: int) -> np.ndarray:

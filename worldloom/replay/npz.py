@@ -7,6 +7,7 @@ header is compared with the bytes in the file before anything is allocated, and 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,9 @@ from numpy.lib import format as npy
 from worldloom.errors import FileFormatError
 from worldloom.files import atomic_file
 from worldloom.replay.table import Column
+
+FLAT_HINT = "; flat arrays of episodes are read by ReplayBuffer.from_npz"
+_MAX_DEFLATE_RATIO = 1032  # RFC 1951: at best 258 bytes in 2 bits
 
 
 class Member(NamedTuple):
@@ -70,7 +74,7 @@ class NpzFile:
         if len(self._infos) != len(infos):
             raise FileFormatError("it holds two members of the same name")
         if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in infos):
-            raise FileFormatError("it holds compressed members, which save() does not write")
+            raise FileFormatError(f"it holds compressed members, which save() does not write{FLAT_HINT}")
         if sum(info.file_size for info in infos) > self._file_bytes:
             raise FileFormatError("its directory promises more bytes than the file has")
 
@@ -129,6 +133,35 @@ class NpzFile:
         return shape, fortran, dtype
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an ``.npz`` file of ``numpy.savez``, compressed or not, read-only.
+
+    Raises ``FileFormatError`` if the file is damaged or holds pickled objects, and ``OSError`` if it cannot be opened.
+    """
+    with _as_format_errors(path, ".npz file of arrays") as file, zipfile.ZipFile(file) as archive:
+        arrays = {}
+        for info in archive.infolist():
+            if info.file_size > _MAX_DEFLATE_RATIO * max(info.compress_size, 1):
+                raise FileFormatError("its directory promises more bytes than the file has")
+            with archive.open(info) as stream:
+                arrays[info.filename.removesuffix(".npy")] = _read_npy(stream, info)
+    return arrays
+
+
+def _read_npy(stream: IO[bytes], info: zipfile.ZipInfo) -> np.ndarray:
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    version = npy.read_magic(stream)
+    if version not in readers:
+        raise FileFormatError(f"it has arrays of format {version}, which are not read")
+    shape, fortran, dtype = readers[version](stream)
+    if dtype.hasobject:
+        raise FileFormatError("it holds pickled objects, which are never loaded")
+    if stream.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise FileFormatError(f"its member '{info.filename}' has another size than its header declares")
+    data = stream.read(info.file_size)
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
 @contextlib.contextmanager
 def open_npz(path: Path, kind: str) -> Iterator[NpzFile]:
     """Open ``path``, a ``kind`` of file, for reading.
@@ -136,9 +169,15 @@ def open_npz(path: Path, kind: str) -> Iterator[NpzFile]:
     Any exception inside the ``with`` block but ``MemoryError`` becomes a ``FileFormatError`` naming the file; a missing
     or unreadable path raises ``OSError`` as usual.
     """
+    with _as_format_errors(path, kind) as file:
+        yield NpzFile(file)
+
+
+@contextlib.contextmanager
+def _as_format_errors(path: Path, kind: str) -> Iterator[IO[bytes]]:
     with path.open("rb") as file:
         try:
-            yield NpzFile(file)
+            yield file
         except MemoryError:
             raise
         except FileFormatError as error:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from worldloom.errors import ConfigError, DataError
-from worldloom.replay.index import EpisodeIndex
+from worldloom.replay.index import EpisodeIndex, Segments
 from worldloom.replay.schema import integer
 
 
 def draw_windows(
-    index: EpisodeIndex, batch_size: int, sequence_length: int, *, seed: int, update: int, cross_episodes: bool
+    index: EpisodeIndex,
+    batch_size: int,
+    sequence_length: int,
+    *,
+    seed: int,
+    update: int,
+    cross_episodes: bool,
+    finished: bool = False,
 ) -> np.ndarray:
     """Row numbers of random windows, int64 [B, T]; see ``ReplayBuffer.draw``.
 
@@ -18,8 +25,9 @@ def draw_windows(
       DataError: no episode (with ``cross_episodes``: no stream) is long enough for such a window.
     """
     size, rows = integer(batch_size, "batch_size", 1), integer(sequence_length, "sequence_length", 1)
-    segments = index.streams() if cross_episodes else index.episodes()
-    fitting = np.flatnonzero(segments.length >= rows)
+    segments, fitting = fitting_segments(index, rows, cross_episodes, finished=finished)
+    if finished and len(fitting) == 0:
+        segments, fitting = fitting_segments(index, rows, cross_episodes, finished=False)
     if len(fitting) == 0:
         raise DataError(_too_short(rows, cross_episodes, int(segments.length.max(initial=0))))
     starts = segments.length[fitting] - rows + 1
@@ -37,6 +45,17 @@ def draw_windows(
         start = np.floor(u2 * starts[segment]).astype(np.int64)
     chosen = fitting[segment]
     return index.rows(segments.stream[chosen], segments.begin[chosen] + start, rows)
+
+
+def fitting_segments(
+    index: EpisodeIndex, rows: int, cross_episodes: bool, *, finished: bool
+) -> tuple[Segments, np.ndarray]:
+    """Episodes, or with ``cross_episodes`` streams, and which of them [F] are at least ``rows`` long."""
+    if cross_episodes:
+        segments = index.streams(finished=finished)
+    else:
+        segments = index.finished_episodes() if finished else index.episodes()
+    return segments, np.flatnonzero(segments.length >= rows)
 
 
 def draw_held_out(episodes: int, fraction: float, *, seed: int) -> set[int]:

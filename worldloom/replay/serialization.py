@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from worldloom.errors import DataError, FileFormatError
-from worldloom.replay.npz import Member, NpzFile, write_npz
+from worldloom.replay.npz import FLAT_HINT, Member, NpzFile, write_npz
 from worldloom.replay.schema import UINT8, Declared, Schema, integer, latent_columns, latent_shapes
 from worldloom.replay.table import Column, RowTable
 from worldloom.replay.validation import check_stored_column
@@ -128,6 +128,8 @@ def read_content(file: NpzFile) -> BufferContent:
 
     Use it within :func:`~worldloom.replay.npz.open_npz`, which turns what is raised here into ``FileFormatError``.
     """
+    if "meta" not in file.names:
+        raise FileFormatError(f"it has no member 'meta'{FLAT_HINT}")
     meta = json.loads(file.read_bytes("meta", META_BYTES))
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise FileFormatError(f"it is not in the format {FORMAT}, version {VERSION}")

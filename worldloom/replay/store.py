@@ -12,7 +12,7 @@ import numpy as np
 
 from worldloom.config import is_integer
 from worldloom.errors import CheckpointError, FileFormatError
-from worldloom.files import fsync_folder
+from worldloom.files import fsync_folder, make_folder
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.chunks import (
     CHUNK_NAME,
@@ -126,7 +126,7 @@ class ReplayStore:
         """Write the chunk files of ``tables`` that are not there yet; see :meth:`PendingWrite.write`."""
         with self._lock:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
                 for table in tables.values():
                     while table.slices:
                         table.chunks.append(self._chunk(table, table.slices[0]))
@@ -153,16 +153,23 @@ class ReplayStore:
             self._newest = self.names(reference)
         return reference
 
-    def _chunk(self, table: _PendingTable, block_slice: BlockSlice) -> Chunk:
-        """The file that holds ``block_slice``, written unless it is there already."""
+    def holds(self, kind: str, columns: Mapping[str, Column], block_slice: BlockSlice) -> Chunk | None:
+        """The file that holds ``block_slice``; None if there is none yet."""
         mapped = block_slice.block.chunk if isinstance(block_slice.block, MappedBlock) else None
         known = self._written.get(block_slice.version, mapped)
         end = block_slice.first + block_slice.rows
         # A file may begin with rows that have been dropped since.
         if known and known.first <= block_slice.first and known.first + known.rows == end:
-            path, layout = self.folder / known.name, Layout(table.kind, table.columns, known.first, known.rows)
+            path, layout = self.folder / known.name, Layout(kind, columns, known.first, known.rows)
             if path.is_file() and path.stat().st_size == layout.size:
                 return known
+        return None
+
+    def _chunk(self, table: _PendingTable, block_slice: BlockSlice) -> Chunk:
+        """The file that holds ``block_slice``, written unless it is there already."""
+        known = self.holds(table.kind, table.columns, block_slice)
+        if known:
+            return known
         chunk = write_chunk(self.folder, table.kind, table.columns, block_slice, {"flags": GIVEN_FLAGS})
         self._written[block_slice.version] = chunk
         return chunk
@@ -244,6 +251,17 @@ class PendingWrite:
         # A copy, in the form in which it is read back.
         self._description = json.loads(json.dumps(content.description.to_json()))
         self._tables = {ROWS: _PendingTable(ROWS, content.rows), LATENTS: _PendingTable(LATENTS, content.latents)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks of this moment, of which those that have been written before need not be again."""
+        return sum(
+            block_slice.rows * column.nbytes
+            for table in self._tables.values()
+            for block_slice in table.slices
+            if not self._store.holds(table.kind, table.columns, block_slice)
+            for column in table.columns.values()
+        )
 
     def write(self) -> Reference:
         """Write what is not on disk yet, and return the reference; may be called in any thread.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from worldloom.config import check
 from worldloom.errors import DataError
 from worldloom.replay.conversion import (
     as_array,
@@ -33,6 +34,10 @@ from worldloom.replay.table import Column
 from worldloom.spaces import ACTION, OBS, mapping_keys, named, unnamed
 
 Arrays = dict[str, np.ndarray]
+
+ARRIVAL, DEPARTURE = "arrival", "departure"
+"""Layouts of episodes with as many observations as rewards: a reward is that of arriving at its row's observation, or
+that of the action chosen there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +78,10 @@ def validate_episode(
     rewards: Any,
     ends: tuple[Any, Any, Any],
     task: Any,
+    layout: str | None,
     stream: int,
 ) -> tuple[Schema, Arrays]:
-    """The columns of one episode in either layout of ``ReplayBuffer.add_episode``.
+    """The columns of one episode in any layout of ``ReplayBuffer.add_episode``.
 
     Without ``schema``, that of the rows already held, it is inferred from this episode and from what was ``declared``.
     ``ends`` are dones, terminated and truncated; ``stream`` is the number of the stream that the rows are added to.
@@ -88,12 +94,16 @@ def validate_episode(
     if count not in (steps, steps + 1):
         raise DataError(
             f"obs has {count} rows and actions {steps}; give one observation more than actions (Gymnasium layout) or "
-            "equally many (rows by the arrival rule)."
+            "equally many (rows, with a layout)."
         )
     if count < 2:
         raise DataError(f"The episode has {count} row(s); at least two observations, one step, are needed.")
     received = convert_rewards(rewards, steps)
     terminal = ends_in_terminal(*ends, steps=steps)
+    if infer_layout(layout, count, received) == DEPARTURE and count == steps:
+        # Nobody recorded where the last action led to: with it go its reward and what kind of end it was.
+        chosen = dataclasses.replace(chosen, arrays={key: array[:-1] for key, array in chosen.arrays.items()})
+        received, terminal, steps = received[:-1], False, steps - 1
     tasks = None if task is None else convert_integers(task, count, "task")
     first, last = np.arange(count) == 0, np.arange(count) == count - 1
     schema = schema or infer_schema(declared, observations, chosen, tasks is not None)
@@ -110,6 +120,34 @@ def validate_episode(
             )
     columns |= {"rewards": received, "flags": pack_flags(first, last, last & terminal)}
     return schema, columns | {"stream": np.full(count, stream, INT32)}
+
+
+def check_layout(layout: str | None) -> None:
+    """Raise ``ConfigError`` unless ``layout`` is ``"arrival"``, ``"departure"`` or None."""
+    check(layout in (None, ARRIVAL, DEPARTURE), f"layout must be '{ARRIVAL}' or '{DEPARTURE}', not {layout!r}.")
+
+
+def infer_layout(layout: str | None, count: int, rewards: np.ndarray) -> str:
+    """``"arrival"`` or ``"departure"``: which rows the ``rewards`` of an episode with ``count`` observations belong to.
+
+    Raises ``DataError`` where the lengths contradict what was said, or leave it open.
+    """
+    check_layout(layout)
+    if count == len(rewards) + 1:
+        if layout == ARRIVAL:
+            raise DataError(
+                f"layout='arrival' needs as many rewards as observations, {count}, the first of them 0; there are "
+                f"{len(rewards)}. One observation more than actions is read without a layout."
+            )
+        return DEPARTURE
+    if layout is None and rewards[0] != 0:
+        raise DataError(
+            f"obs and rewards have {count} entries each, and the first reward is {rewards[0]:g}: say what it belongs "
+            "to. layout='departure' if rewards[t] is that of actions[t], as in most recordings: the last step is then "
+            "left out, because the observation after it is missing (give it as a further entry of obs, without layout, "
+            "and nothing is lost). layout='arrival' if rewards[t] came with obs[t]."
+        )
+    return layout or ARRIVAL
 
 
 def validate_step(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worldloom.algorithm import Curve
 from worldloom.errors import DataError
 from worldloom.report.figure import BLUE, COLOURS, GREY, ORANGE, count_axis, new_figure, save_figure
 
@@ -39,11 +40,14 @@ def points(records: Iterable[Record], name: str) -> Points:
     return np.array(x, float), np.array(y, float)
 
 
-def learning_curve(records: Sequence[Record], path: str | Path, *, title: str = "") -> Path:
+def learning_curve(
+    records: Sequence[Record], path: str | Path, *, title: str = "", published: Curve | None = None
+) -> Path:
     """Plot the learning curve of a run and return the path of the PNG.
 
     If the records hold returns: evaluation return (mean ± standard deviation over episodes) and return while
-    collecting, against environment steps. Otherwise: the loss and every loss term on training and held-out data,
+    collecting, against environment steps, in front of the ``published`` curve, if one is given: its mean, and the band
+    between its worst and best seed. Otherwise: the loss and every loss term on training and held-out data,
     against updates.
 
     Raises:
@@ -51,15 +55,18 @@ def learning_curve(records: Sequence[Record], path: str | Path, *, title: str = 
       MissingDependencyError: Matplotlib is missing.
     """
     if any("eval/return" in record or "collect/return" in record for record in records):
-        return _draw_returns(records, path, title)
+        return _draw_returns(records, path, title, published)
     if any("train/loss" in record for record in records):
         return _draw_losses(records, path, title)
     raise DataError("There is no curve to draw: the records hold neither returns nor losses.")
 
 
-def _draw_returns(records: Sequence[Record], path: str | Path, title: str) -> Path:
+def _draw_returns(records: Sequence[Record], path: str | Path, title: str, published: Curve | None) -> Path:
     figure, axes = new_figure()
     axis = axes[0, 0]
+    if published is not None:
+        axis.fill_between(published.steps, published.low, published.high, color=GREY, alpha=0.25, linewidth=0)
+        axis.plot(published.steps, published.mean, color=GREY, linewidth=1.2, linestyle="--", label="published")
     x, y = points(records, "collect/return")
     if len(x):
         axis.plot(x, y, color=ORANGE, linewidth=1.0, alpha=0.75, label="while collecting")

@@ -16,6 +16,7 @@ from worldloom.models.trust import HorizonErrors, check_methods, horizon_errors
 from worldloom.replay import ReplayBuffer
 from worldloom.report.figure import BLUE, COLOURS, ORANGE, RED, new_figure, save_figure, whole_ticks
 from worldloom.report.openloop import OpenLoop, open_loop
+from worldloom.spaces import attribute_name
 
 _MAX_SEQUENCES, _MAX_ENTRIES, _MAX_COLUMNS = 3, 12, 16  # of a plot: sequences, entries of a vector, images in a row
 _OBSERVED, _IMAGINED = 8, 24  # rows of an open-loop prediction
@@ -100,8 +101,8 @@ def draw_imagination(model: Any, replay: ReplayBuffer, folder: str | Path, *, ti
     """Plot how well ``model`` imagines recorded episodes, and return the paths of the PNGs.
 
     A model whose ``decode`` returns ``"obs"`` gets an open-loop prediction: ``open_loop.png``, or
-    ``open_loop_<name>.png`` for each of several observations. Any other model gets its errors by horizon:
-    ``horizon.png``.
+    ``open_loop_<name>.png`` for each of several observations (slashes in names become ``%2F``). Any other model gets
+    its errors by horizon: ``horizon.png``.
 
     Raises:
       TypeError: the model lacks a method that imagination needs.
@@ -118,10 +119,9 @@ def draw_imagination(model: Any, replay: ReplayBuffer, folder: str | Path, *, ti
         errors = horizon_errors(model, replay.sample(_HORIZON_SEQUENCES, min(_HORIZON + 1, longest)))
         return [draw_horizon_errors(errors, folder / "horizon.png", title=title)]
     report = open_loop(model, batch, observed=min(_OBSERVED, rows // 2))
-    files = {name: "open_loop.png" if len(report.truth) == 1 else f"open_loop_{name}.png" for name in report.truth}
-    return [
-        draw_open_loop(report, folder / file.replace("/", "_"), name=name, title=title) for name, file in files.items()
-    ]
+    single = len(report.truth) == 1
+    files = {name: "open_loop.png" if single else f"open_loop_{attribute_name(name)}.png" for name in report.truth}
+    return [draw_open_loop(report, folder / file, name=name, title=title) for name, file in files.items()]
 
 
 def _decodes_observations(model: Any, batch: Mapping[str, Any]) -> bool:

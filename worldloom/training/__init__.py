@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from worldloom.replay import ReplayBuffer
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
+    from worldloom.training.protocols import protocol
     from worldloom.training.recipes import recipe
     from worldloom.training.run_folder import RunFolder
     from worldloom.training.trainer import Trainer, train
@@ -22,6 +23,7 @@ _LAZY = {
     "TrainingConfig": "worldloom.training.config",
     "evaluate": "worldloom.training.evaluation",
     "play": "worldloom.training.evaluation",
+    "protocol": "worldloom.training.protocols",
     "recipe": "worldloom.training.recipes",
     "train": "worldloom.training.trainer",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "TrainingConfig",
     "evaluate",
     "play",
+    "protocol",
     "recipe",
     "train",
 ]

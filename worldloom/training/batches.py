@@ -144,7 +144,8 @@ class BatchSource:
 
     def _sample(self, planned: _PlannedChunk) -> UpdateChunk:
         """Sample the batches [K, B, T, ...] of a chunk, padded to the capacity, and send them to the device."""
-        sampled = [self._sampler.sample(self._seed, planned.step + i) for i in range(planned.updates)]
+        queue = self._collector.queue if self._collector else None
+        sampled = [self._sampler.sample(self._seed, planned.step + i, queue) for i in range(planned.updates)]
         stacked = jax.tree.map(lambda *arrays: _stack(arrays, self._capacity), *(batch for batch, _ in sampled))
         return UpdateChunk(*planned, jax.device_put(stacked, self._device), [row_ids for _, row_ids in sampled])
 

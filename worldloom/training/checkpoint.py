@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -12,16 +15,24 @@ from typing import Any
 import numpy as np
 
 from worldloom.algorithm import TrainState
-from worldloom.errors import CheckpointError, ConfigError, FileFormatError
+from worldloom.config import is_number
+from worldloom.errors import CheckpointError, ConfigError, FileFormatError, WorldloomError
+from worldloom.files import absolute_path, make_folder
 from worldloom.replay.store import PendingWrite, ReplayStore
 from worldloom.training.checkpoint_files import (
+    PARTIAL,
     Snapshot,
     delete_checkpoint,
+    flatten_state,
     read_checkpoint,
     read_params,
+    read_saved_params,
     read_summary,
+    remove_tree,
     write_checkpoint,
 )
+
+_log = logging.getLogger("worldloom")
 
 REPLAY_FOLDER = "replay"
 """Folder, next to the checkpoints, of the replay chunk files that they refer to."""
@@ -41,12 +52,14 @@ class Checkpointer:
     """
 
     def __init__(self, folder: str | Path, *, keep_last: int = 3, mode: str | None = None, monitor: str | None = None):
-        self.folder = Path(folder)
+        self.folder = absolute_path(folder)
         self._keep_last, self._mode, self._monitor = keep_last, mode, monitor
         self._store = ReplayStore(self.folder / REPLAY_FOLDER)
         self._values: dict[int, float | None] = {}
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
+        # Warnings that were given, each of which is given once.
+        self._warned: set[str] = set()
 
     def open(self, run_id: str) -> None:
         """Prepare the folder for the run ``run_id``, and start the background thread.
@@ -54,30 +67,32 @@ class Checkpointer:
         Raises ``CheckpointError`` if the folder cannot be written to or holds the checkpoints of another run.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             probe = self.folder / ".writable"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
             raise CheckpointError(f"Checkpoints cannot be written to {self.folder}: {error}.") from error
-        self._values = {}
-        for step in self.steps():
-            record = read_summary(self.folder / str(step))
-            if record and record.get("run_id") != run_id:
-                raise CheckpointError(
-                    f"{self.folder} holds checkpoints of another run, up to step {self.steps()[-1]}. Continue that run "
-                    "by train(…, resume='auto'), or choose another folder."
-                )
-            self._values[step] = _value(record, self._monitor)
-        for leftover in self.folder.glob("*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        records = {step: read_summary(self.folder / str(step)) for step in self.steps()}
+        others = [step for step, record in records.items() if record and record.get("run_id") != run_id]
+        if others and not any(record.get("run_id") == run_id for record in records.values()):
+            raise CheckpointError(
+                f"{self.folder} holds checkpoints of another run, up to step {others[-1]}. Continue that run "
+                "by train(…, resume='auto'), or choose another folder."
+            )
+        if others:
+            _log.warning("The checkpoints of steps %s in %s name another run.", others, self.folder)
+        self._values = {step: _value(record, self._monitor) for step, record in records.items()}
+        # What a killed process was writing or deleting.
+        for leftover in [path for path in self.folder.iterdir() if path.name.endswith(PARTIAL)]:
+            remove_tree(leftover)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="worldloom-checkpoint")
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in ascending order."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
+        return sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path.name) and path.is_dir())
 
     @property
     def best_step(self) -> int | None:
@@ -107,7 +122,9 @@ class Checkpointer:
             self._writer.shutdown()
             self._writer = None
 
-    def restore(self, template: TrainState, identity: Mapping[str, Any], step: int | None = None) -> Snapshot:
+    def restore(
+        self, template: TrainState, identity: Mapping[str, Any], step: int | None = None, *, exact: bool = True
+    ) -> Snapshot:
         """The newest undamaged checkpoint, or the one of ``step``, in the structure of ``template``.
 
         A damaged checkpoint causes a warning and a fallback to the one before it.
@@ -116,6 +133,7 @@ class Checkpointer:
           template: a state of the run that resumes; only its shapes are read.
           identity: its ``Run.identity()``, which must equal the checkpoint's.
           step: updates done; None means the newest.
+          exact: see :func:`read_checkpoint`.
 
         Raises:
           CheckpointError: there is no checkpoint, or none that can be read.
@@ -129,7 +147,7 @@ class Checkpointer:
         problems = []
         for number in reversed(steps):
             try:
-                snapshot = read_checkpoint(self.folder / str(number), template, identity)
+                snapshot = read_checkpoint(self.folder / str(number), template, identity, exact=exact)
                 reference = snapshot.record.get("replay")
                 return snapshot if reference is None else snapshot._replace(replay=self._store.load(reference))
             except FileFormatError as error:
@@ -139,7 +157,10 @@ class Checkpointer:
         raise CheckpointError(f"No checkpoint in {self.folder} can be read. {' '.join(problems)}")
 
     def _write(self, snapshot: Snapshot, value: float | None, replay: PendingWrite | None) -> None:
+        arrays = sum(array.nbytes for array in (*flatten_state(snapshot.state).values(), *snapshot.arrays.values()))
+        needed = arrays + (replay.nbytes if replay else 0)
         try:
+            self._warn_of_full_disk(needed)
             write_checkpoint(
                 self.folder / str(snapshot.step),
                 snapshot,
@@ -149,12 +170,17 @@ class Checkpointer:
                 replay=replay.write() if replay else None,
             )
         except Exception as error:
+            about = str(error).rstrip(".")
             raise CheckpointError(
-                f"The checkpoint of step {snapshot.step} could not be written to {self.folder}: {error}. "
-                "Earlier checkpoints are unchanged."
+                f"The checkpoint of step {snapshot.step} could not be written to {self.folder}: {about}. It needs up "
+                f"to {_bytes_text(needed)}; {_bytes_text(_free_bytes(self.folder))} are free. Earlier checkpoints are "
+                "unchanged."
             ) from error
         self._values[snapshot.step] = value
-        self._prune(snapshot.step)
+        try:
+            self._prune(snapshot.step)
+        except (OSError, WorldloomError) as error:
+            self._warn("prune", f"Old checkpoints in {self.folder} are kept, since one cannot be handled: {error}")
 
     def _prune(self, newest: int) -> None:
         # Steps after the newest date from before a resume; they are kept until the run overwrites them.
@@ -164,24 +190,61 @@ class Checkpointer:
             if step not in keep:
                 delete_checkpoint(self.folder / str(step))
                 self._values.pop(step, None)
-        # Delete the replay chunks that no remaining checkpoint refers to.
-        references = [read_summary(self.folder / str(step)).get("replay") for step in self.steps()]
-        self._store.collect(reference for reference in references if reference)
+        # Delete the replay chunks that no remaining checkpoint refers to. One whose record cannot be read refers to
+        # unknown ones, so then none is deleted.
+        references = []
+        for step in self.steps():
+            record = read_summary(self.folder / str(step))
+            if not record:
+                raise FileFormatError(f"{self.folder / str(step) / 'run.json'} cannot be read.")
+            references.append(record.get("replay"))
+        self._store.collect(reference for reference in references if reference is not None)
+
+    def _warn_of_full_disk(self, needed: int) -> None:
+        """Warn once if the disk has no room for two more checkpoints of ``needed`` bytes."""
+        free = _free_bytes(self.folder)
+        if free < 2 * needed:
+            self._warn(
+                "disk",
+                f"The disk of {self.folder} is nearly full: a checkpoint needs up to {_bytes_text(needed)}, "
+                f"{_bytes_text(free)} are free.",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            _log.warning("%s", message)
+
+
+def _is_step(name: str) -> bool:
+    """Whether a folder of this name holds a complete checkpoint."""
+    return re.fullmatch(r"0|[1-9][0-9]{0,18}", name) is not None
+
+
+def _free_bytes(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.inf
+
+
+def _bytes_text(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def locate_checkpoint(resume: bool | str | Path, save_dir: Path | None) -> tuple[Path, int | None]:
     """The folder of checkpoints to resume from and, if ``resume`` is a single checkpoint, its step.
 
     Args:
-      resume: True or ``"auto"`` for ``save_dir``, or a path to a folder of checkpoints or to one checkpoint.
+      resume: True, ``"auto"`` or ``"continue"`` for ``save_dir``, or the path of a folder of checkpoints or of one.
       save_dir: folder in which the run saves; None if it saves nowhere.
 
     Raises ``ConfigError`` if there is no such folder.
     """
-    if resume is not True and resume != "auto":
-        path = Path(str(resume))
+    if resume is not True and resume not in ("auto", "continue"):
+        path = absolute_path(str(resume))
         single = (path / "run.json").exists() or (path / "manifest.json").exists()
-        return (path.parent, int(path.name)) if single and path.name.isdecimal() else (path, None)
+        return (path.parent, int(path.name)) if single and _is_step(path.name) else (path, None)
     if save_dir is None:
         raise ConfigError(f"resume={resume!r} needs a CheckpointCallback, or give the folder: resume='./checkpoints'.")
     return save_dir, None
@@ -203,7 +266,27 @@ def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> 
       FileFormatError: it is damaged.
       ConfigError: its model has another config.
     """
-    folder = Path(folder)
+    path = find_checkpoint(folder, step)
+    model.load_params(read_params(path, model))
+    return int(path.name)
+
+
+def load_model(cls: Any, config: Any, folder: str | Path, step: int | str = "latest", device: str = "auto") -> Any:
+    """The model ``cls`` of ``config`` with the weights of a checkpoint, and the step of that checkpoint.
+
+    Sizes are compared before memory is allocated: the config may come from somebody else's file. Arguments and errors
+    otherwise as of :func:`load_weights`.
+    """
+    path = find_checkpoint(folder, step)
+    params = read_saved_params(path, cls, config)
+    model = cls(config, device=device)
+    model.load_params(params)
+    return model, int(path.name)
+
+
+def find_checkpoint(folder: str | Path, step: int | str = "latest") -> Path:
+    """The folder of a checkpoint: ``"latest"``, ``"best"`` or a step. Raises ``CheckpointError`` if there is none."""
+    folder = absolute_path(folder)
     steps = Checkpointer(folder).steps()
     if not steps:
         raise CheckpointError(f"There is no checkpoint in {folder}.")
@@ -211,17 +294,17 @@ def load_weights(model: Any, folder: str | Path, step: int | str = "latest") -> 
         records = {s: read_summary(folder / str(s)) for s in steps}
         newest = records[steps[-1]]
         values = {s: _value(record, newest.get("monitor")) for s, record in records.items()}
-        step = _best(values, newest.get("mode") or "min") or steps[-1]
+        step = _best(values, str(newest.get("mode") or "min")) or steps[-1]
     number = steps[-1] if step == "latest" else step
     if number not in steps:
         raise CheckpointError(f"There is no checkpoint of step {number} in {folder}; there are {steps}.")
-    model.load_params(read_params(folder / str(number), model))
-    return int(number)
+    return folder / str(number)
 
 
 def _value(record: Mapping[str, Any], monitor: str | None) -> float | None:
     """The value of ``monitor`` that was saved with a checkpoint; None if it was saved with another metric or none."""
-    return record.get("value") if record.get("monitor") == monitor else None
+    value = record.get("value") if record.get("monitor") == monitor else None
+    return float(value) if value is not None and is_number(value) and np.isfinite(value) else None
 
 
 def _best(values: Mapping[int, float | None], mode: str) -> int | None:

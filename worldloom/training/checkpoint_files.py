@@ -1,14 +1,19 @@
 """The files of one checkpoint: arrays through Orbax, everything else as JSON, with checksums.
 
 A checkpoint is a folder ``<folder>/<step>/`` with ``state/`` (Orbax), ``run.json`` and ``manifest.json`` (checksums).
-It is written as ``<step>.partial`` and renamed when complete, so a folder named by a bare number is always complete.
+It is written as ``<step>.partial``, read back, flushed to disk and renamed, so a folder named by a bare number is
+always complete, also after a power failure.
 ``orbax.checkpoint.CheckpointManager`` can read the layout too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import logging
+import os
 import shutil
 import types
 from collections.abc import Iterator, Mapping
@@ -19,24 +24,35 @@ import jax
 import numpy as np
 
 from worldloom.algorithm import TrainState
-from worldloom.config import read_json_object
-from worldloom.errors import ConfigError, FileFormatError
-from worldloom.files import write_atomically
+from worldloom.config import is_integer, read_json_object
+from worldloom.errors import CheckpointError, ConfigError, FileFormatError
+from worldloom.families import class_name
+from worldloom.files import fsync_folder, fsync_tree, plain_path, write_atomically
+from worldloom.training.config import TrainingConfig
 
 FORMAT = 1
 """Version of the checkpoint layout."""
+NEW_OPTIMIZER = "new_optimizer"
+"""Key in the record of a snapshot whose optimizer's state did not fit."""
+PARTIAL = ".partial"
+"""End of the names of folders that are being written or deleted."""
 _MAX_JSON = 64 << 20
 """Maximum size in bytes of a JSON file."""
-_MAY_CHANGE = frozenset(
+MAY_CHANGE = frozenset(
     {
         "total_steps",
         "env_steps",
         "log_interval",
         "eval_interval",
+        "eval_episodes",
+        "eval_at_start",
+        "eval_at_end",
+        "eval_greedy",
         "save_interval",
         "device",
         "updates_per_call",
         "replay_storage",
+        "max_episode_steps",
     }
 )
 """Fields of ``TrainingConfig`` that may change when a run is resumed: none of them affects the results."""
@@ -67,57 +83,139 @@ class Snapshot(NamedTuple):
         return int(self.record["step"])
 
 
-def write_checkpoint(target: Path, snapshot: Snapshot, **values: Any) -> None:
-    """Write ``snapshot`` atomically as the folder ``target``, with further JSON ``values`` in its record."""
-    partial = target.with_name(f"{target.name}.partial")
+def write_checkpoint(target: Path, snapshot: Snapshot, **values: Any) -> int:
+    """Write ``snapshot`` atomically as the folder ``target``, with further JSON ``values`` in its record.
+
+    Returns the size of its files in bytes. Nothing is at ``target`` until everything has been read back.
+
+    Raises ``CheckpointError`` if it cannot be read back or if Orbax warned of anything, ``OSError`` for a failing disk.
+    """
+    partial = target.with_name(f"{target.name}{PARTIAL}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
         partial.mkdir()
-        extra = {_EXTRA + name: value for name, value in snapshot.arrays.items()}
-        _save_arrays(partial / "state", flatten_state(snapshot.state) | extra)
+        arrays = flatten_state(snapshot.state) | {_EXTRA + name: value for name, value in snapshot.arrays.items()}
+        _save_arrays(partial / "state", arrays)
         # Orbax does not save arrays of size zero; the record holds their shapes and dtypes.
         empty = {k: [value.shape, value.dtype.str] for k, value in snapshot.arrays.items() if not value.size}
         _write_json(partial / "run.json", {**snapshot.record, **values, "empty": empty})
         _write_json(partial / "manifest.json", {"files": dict(_checksums(partial))})
+        _check_written(partial, arrays)
+        fsync_tree(partial)
         if target.exists():
-            shutil.rmtree(target)
+            delete_checkpoint(target, f"{target.name}.replaced{PARTIAL}")
         partial.rename(target)
+        fsync_folder(target.parent)
+        return sum(size for size, _ in _read_json(target / "manifest.json")["files"].values())
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
         raise
 
 
-def delete_checkpoint(target: Path) -> None:
+def _check_written(folder: Path, arrays: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError`` unless all ``arrays`` and files are in ``folder``, as reading it would find them."""
+    nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
+    smallest = min(nonempty, key=lambda name: nonempty[name].nbytes)
+    try:
+        read_record(folder)
+        # Not through Orbax, which opens every array to list them, and keeps some memory of each.
+        listed = _read_json(folder / "state" / "_METADATA")["tree_metadata"].values()
+        missing = nonempty.keys() - {entry["key_metadata"][0]["key"] for entry in listed}
+        # Reading one array goes through the index of all of them, whose absence no checksum shows.
+        with _reading(folder), plain_path(folder) as path:
+            found = _restore(path / "state", {smallest: nonempty[smallest]})[smallest]
+    except (FileFormatError, OSError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"What was written cannot be read back: {error}") from error
+    if missing or found.tobytes() != nonempty[smallest].tobytes():
+        raise CheckpointError(f"What was written cannot be read back: {min(missing or {smallest})} differs.")
+
+
+def delete_checkpoint(target: Path, renamed: str | None = None) -> None:
     """Delete a checkpoint. It is renamed first: if the process is killed, no incomplete checkpoint keeps the name."""
-    renamed = target.rename(target.with_name(f"{target.name}.partial"))
-    shutil.rmtree(renamed, ignore_errors=True)
+    remove_tree(target.rename(target.with_name(renamed or f"{target.name}{PARTIAL}")))
 
 
-def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any]) -> Snapshot:
+def remove_tree(path: Path) -> None:
+    """Delete a folder if it is there; of a symbolic link, the link. Files that cannot be deleted are left."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any], *, exact: bool = True) -> Snapshot:
     """Read one checkpoint folder in the structure of ``template``, after verifying its checksums.
 
-    ``identity`` holds the ``config``, ``training`` config and ``model_class`` of the run that resumes.
+    Args:
+      path: the folder.
+      template: a state of the run that resumes.
+      identity: its ``config``, ``training`` config and ``model_class``, which must equal the checkpoint's.
+      exact: if False, they may differ as long as the weights fit; an optimizer's state that does not fit is left out,
+        and that of ``template`` takes its place.
 
     Raises:
       FileFormatError: a file is missing or damaged, or the arrays do not fit ``template``.
-      ConfigError: it belongs to a run with another config or model class.
+      ConfigError: it belongs to a run with another config or model class, or with weights of other shapes.
     """
     record = read_record(path)
     if record.get("format") != FORMAT:
         raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
-    check_config(path, "model", record.get("config"), identity["config"])
-    check_config(path, "training", record.get("training"), identity["training"], _MAY_CHANGE)
-    _check_class(path, record.get("model_class"), identity["model_class"])
-    arrays = _load_arrays(path, _tree(template), extra=True)
+    _check_record(record, path)
+    tree = _tree(template)
+    if exact:
+        check_config(path, "model", record.get("config"), identity["config"])
+        # Fields that the version which wrote it did not have are at their defaults.
+        saved_training = {**TrainingConfig().to_dict(), **(record.get("training") or {})}
+        check_config(path, "training", saved_training, identity["training"], MAY_CHANGE)
+        _check_class(path, record.get("model_class"), identity["model_class"])
+    else:
+        saved = _saved_shapes(path)
+        if not _fits(saved, {"params": tree["params"]}, path):
+            raise ConfigError(
+                f"The weights in {path} have other shapes than the model of this run, so nothing can be taken along; "
+                "give the model the config of the run, or begin a new one."
+            )
+        if not _fits(saved, {"opt_state": tree["opt_state"]}, path):
+            record[NEW_OPTIMIZER] = True
+            del tree["opt_state"]
+    arrays = _load_arrays(path, tree, extra=True)
     extra = {name.removeprefix(_EXTRA): value for name, value in arrays.items() if name.startswith(_EXTRA)}
     extra |= _empty_arrays(record, path)
+    if "opt_state" not in tree:
+        arrays |= _flatten({"opt_state": jax.device_get(template.opt_state)})
     return Snapshot(unflatten_state(arrays, template, path), record, extra)
 
 
 def read_params(path: Path, model: Any) -> dict[str, Any]:
-    """The weights in a checkpoint, nested as ``model.params``. Raises as :func:`read_checkpoint`."""
-    check_config(path, "model", read_record(path).get("config"), model.config.to_dict())
+    """The weights in a checkpoint, nested as ``model.params``. Raises as :func:`read_checkpoint`.
+
+    The checkpoint may be of another class with the same config and weights, such as one with another loss.
+    """
+    record = read_record(path)
+    saved, given = record.get("model_class"), class_name(type(model))
+    is_other = saved is not None and str(saved).rpartition(":")[2] != given.rpartition(":")[2]
     template = {"params": model.params}
+    try:
+        check_config(path, "model", record.get("config"), model.config.to_dict())
+        arrays = _load_arrays(path, template)
+        return _fit(arrays, template, path)["params"]
+    except (ConfigError, FileFormatError) as error:
+        if not is_other:
+            raise
+        raise ConfigError(
+            f"{path} holds the weights of a {saved}, which do not fit a {given}. Load them into a model of that class."
+        ) from error
+
+
+def read_saved_params(path: Path, cls: Any, config: Any) -> dict[str, Any]:
+    """The weights of the model ``cls`` with ``config`` in a checkpoint, nested as ``model.params``, without a model.
+
+    Raises as :func:`read_checkpoint`; ``WeightsError`` or ``ConfigError`` if the config has other parts or sizes. All
+    of this is compared before memory is allocated.
+    """
+    check_config(path, "model", read_record(path).get("config"), config.to_dict())
+    count = sum(name.startswith("params/") for name in _saved_shapes(path))
+    template = {"params": cls.abstract_params(config, count)}
     return _fit(_load_arrays(path, template), template, path)["params"]
 
 
@@ -179,6 +277,27 @@ def _fit(arrays: Mapping[str, Any], template: Any, path: Path) -> Any:
     return jax.tree.unflatten(jax.tree.structure(template), values)
 
 
+def _check_record(record: Mapping[str, Any], path: Path) -> None:
+    """Raise ``FileFormatError`` unless the parts of a record are of the types that restoring them takes."""
+    kinds: dict[str, Any] = {"run_id": str, "callbacks": dict, "collector": dict, "replay": dict | None}
+    counts = [record.get(name) for name in ("step", "skipped")]
+    wrong = [name for name, kind in kinds.items() if name in record and not isinstance(record[name], kind)]
+    if wrong or any(not is_integer(count) or not 0 <= int(count or 0) < 2**62 for count in counts):
+        raise FileFormatError(f"The checkpoint {path} is damaged: its record has no valid {(wrong or ['step'])[0]}.")
+    if "collector" in record and record.get("replay") is None:
+        raise FileFormatError(f"The checkpoint {path} is damaged: it has a collector but no replay.")
+
+
+def _fits(arrays: Mapping[str, Any], template: Any, path: Path) -> bool:
+    """Whether ``arrays`` have the names, shapes and dtypes of ``template``, and no other name that begins like them."""
+    expected = _flatten(template)
+    try:
+        _fit(arrays, template, path)
+    except FileFormatError:
+        return False
+    return all(name in expected for name in arrays if name.partition("/")[0] in template)
+
+
 def _empty_arrays(record: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
     """Arrays of size zero, from the shapes and dtypes in the record; :func:`_save_arrays` does not save them."""
     try:
@@ -191,12 +310,42 @@ def _empty_arrays(record: Mapping[str, Any], path: Path) -> dict[str, np.ndarray
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write ``arrays`` as the folder ``path``. Raises ``CheckpointError`` if Orbax warns of anything."""
     import orbax.checkpoint as ocp
 
     # Orbax refuses arrays of size zero; reading recreates them from the template and the record.
     nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nonempty))
+    with (
+        plain_path(path.parent) as folder,
+        _orbax_warnings() as warned,
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
+        try:
+            checkpointer.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
+        except ValueError as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            # TensorStore says so in a thousand characters.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    if warned:
+        raise CheckpointError(f"Orbax warned: {warned[0]}")
+
+
+@contextlib.contextmanager
+def _orbax_warnings() -> Iterator[list[str]]:
+    """Collects what Orbax logs as a warning or an error; it does so even where what it wrote cannot be read."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    logger, handler = logging.getLogger("absl"), Collector(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
 
 
 def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str, np.ndarray]:
@@ -204,29 +353,45 @@ def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str,
 
     Shapes and sizes are checked against the file's metadata before memory is allocated.
     """
+    saved = _saved_shapes(path)
+    _fit(saved, template, path)
+    extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
+    if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
+        raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
+    requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
+    with _reading(path), plain_path(path) as folder:
+        return _restore(folder / "state", requested)
+
+
+def _saved_shapes(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays of a checkpoint by name."""
     import orbax.checkpoint as ocp
 
-    folder = (path / "state").absolute()
+    with _reading(path), plain_path(path) as folder, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        entries = checkpointer.metadata(folder / "state").item_metadata.tree
+        return {name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in entries.items()}
+
+
+def _restore(state: Path, requested: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The ``requested`` arrays, of these shapes, in Orbax's folder ``state``."""
+    import orbax.checkpoint as ocp
+
+    options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
+    arguments = ocp.args.PyTreeRestore(dict(requested), restore_args=options, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(state, args=arguments)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what Orbax raises for an unreadable checkpoint into ``FileFormatError``."""
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            saved = {
-                name: jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-                for name, entry in checkpointer.metadata(folder).item_metadata.tree.items()
-            }
-            _fit(saved, template, path)
-            extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
-            if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
-                raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
-            requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
-            options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
-            return checkpointer.restore(
-                folder, args=ocp.args.PyTreeRestore(requested, restore_args=options, partial_restore=True)
-            )
+        yield
     except (FileFormatError, MemoryError):
         raise
     except Exception as error:
-        # For an unreadable folder Orbax raises a dozen different exceptions, with no common base class.
-        raise FileFormatError(f"The checkpoint arrays {folder} cannot be read: {error}") from error
+        # A dozen different exceptions, with no common base class.
+        raise FileFormatError(f"The checkpoint arrays {path / 'state'} cannot be read: {error}") from error
 
 
 def _checksums(folder: Path) -> Iterator[tuple[str, list[Any]]]:
@@ -249,7 +414,8 @@ def check_config(
         if name not in may_change and saved.get(name) != value:
             raise ConfigError(
                 f"{path} was saved with {kind} config {name}={saved.get(name)!r}; this run has {value!r}. Resume with "
-                "the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
+                "the saved value, or go on inexactly by resume='continue' (--resume continue), or begin a new run from "
+                "its weights: worldloom.training.checkpoint.load_weights."
             )
 
 

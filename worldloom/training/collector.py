@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from worldloom.algorithm import Params, Policy, TrainState
-from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
+from worldloom.envs import BadStep, EpisodeEnd, TimeStep, VectorEnv
+from worldloom.envs.make import usual_options
 from worldloom.envs.native import check_config_fits
-from worldloom.errors import ConfigError
+from worldloom.errors import ConfigError, FileFormatError
+from worldloom.replay import ReplayBuffer
+from worldloom.replay.online import OnlineQueue
 from worldloom.spaces import ACTION
 from worldloom.training.config import TrainingConfig
+from worldloom.training.rewards_seen import RewardsSeen
 from worldloom.training.train_ratio import TrainRatio
 from worldloom.training.writeback import strip_prefix
 
@@ -23,6 +27,29 @@ _log = logging.getLogger("worldloom")
 
 _ACTING = 0xFFFFFFFF
 """Folded into the root key to derive the keys for acting; no update has this number."""
+
+_REPLAY_SAID = 5_000
+"""Steps of an episode whose replay is logged, because it may take a while."""
+
+
+_PERSISTENCE = 0.9
+"""Probability that correlated random actions keep the previous action: for ten decision steps on average."""
+
+
+class EpisodeRecord(NamedTuple):
+    """A training episode that ended.
+
+    Attributes:
+      number: it is the run's ``number``-th, counted from 0.
+      env_steps: environment steps of the run at its end.
+      prefill: whether it ended before the first update.
+      end: return, length and what else the environments report of it.
+    """
+
+    number: int
+    env_steps: int
+    prefill: bool
+    end: EpisodeEnd
 
 
 class Collector:
@@ -45,8 +72,12 @@ class Collector:
     Attributes:
       updates_before: see above.
       decisions: decision steps taken so far, summed over all environments.
-      ends: episodes that ended since ``EpisodesCallback`` last cleared the list.
+      episodes: training episodes that ended so far.
+      ends: those that ended since ``EpisodesCallback`` last cleared the list.
+      seen: what rewards and returns there have been so far.
+      queue: which rows have been replayed at least once.
       restarts: number of environment processes replaced so far.
+      bad_steps: number of steps so far that returned NaN and cut their episodes.
     """
 
     def __init__(
@@ -67,13 +98,19 @@ class Collector:
         )
         self._validate_data = algorithm.validate_data
         self._carry = algorithm.initial_carry(model.config, env.num_envs)
-        self._random_prefill, self._random_steps = algorithm.random_prefill, config.prefill
+        self._prefill, self._prefill_policy = config.prefill, config.prefill_policy
+        if self._prefill_policy == "auto":
+            self._prefill_policy = "random" if algorithm.random_prefill else "initial"
+        self._max_episode_steps = config.max_episode_steps
         self._time_step: TimeStep | None = None
         # Actions and latents for the newest time step, possibly still being computed.
         self._pending: tuple[Any, Mapping[str, Any]] | None = None
         self._calls = self._moves = 0
-        self.decisions = self.restarts = 0
-        self.ends: list[EpisodeEnd] = []
+        self.decisions = self.restarts = self.bad_steps = self.episodes = 0
+        self.ends: list[EpisodeRecord] = []
+        self.seen = RewardsSeen()
+        # Rows that are there before were not collected by this run.
+        self.queue = OnlineQueue(_newest_row(replay))
 
     @property
     def env_steps(self) -> int:
@@ -86,7 +123,7 @@ class Collector:
 
     def count_from(self, updates: int, ratio: TrainRatio) -> None:
         """Switch to a new ``ratio`` when ``updates`` updates are done."""
-        self._random_steps = ratio.prefill
+        self._prefill = ratio.prefill
         self.updates_before = updates - ratio.updates(self.decisions)
 
     def step(self, state: TrainState) -> None:
@@ -94,11 +131,13 @@ class Collector:
         if self._time_step is not None and self.env.moves != self._moves:
             _log.warning("The environments were reset or stepped outside of training: all of them begin new episodes.")
             self._time_step = self._pending = None
+        executed = None
         if self._pending is not None:
-            self._execute(*jax.device_get(self._pending))
+            executed, latents = jax.device_get(self._pending)
+            self._execute(executed, latents)
         elif self._time_step is None:
             self._receive(self.env.reset())
-        self._choose_actions(state)
+        self._choose_actions(state, executed)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The state for a checkpoint: JSON-serializable values, and arrays by name."""
@@ -107,7 +146,11 @@ class Collector:
             "decisions": self.decisions,
             "calls": self._calls,
             "restarts": self.restarts,
-            "ends": [list(end) for end in self.ends],
+            "bad_steps": self.bad_steps,
+            "episodes": self.episodes,
+            "ends": [[*record[:-1], list(record.end)] for record in self.ends],
+            "seen": self.seen.to_dict(),
+            "drawn": self.queue.drawn,
             "env": env_identity(self.env),
         }
         if self._pending is None:
@@ -126,13 +169,31 @@ class Collector:
         Environments that cannot be replayed, or that arrive at other observations, begin their next episodes instead,
         with a warning.
         """
-        self.updates_before = int(counts["trained"])
-        self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
-        self.restarts, self.ends = int(counts["restarts"]), [EpisodeEnd(*end) for end in counts["ends"]]
+        try:
+            self.updates_before = int(counts["trained"])
+            self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
+            self.restarts = int(counts["restarts"])
+            self.bad_steps = int(counts.get("bad_steps", 0))  # Checkpoints of earlier versions count none.
+            # Checkpoints of earlier versions do not number episodes, and say nothing of rewards and of fresh rows.
+            numbered = "episodes" in counts
+            self.episodes = int(counts.get("episodes", len(counts["ends"])))
+            self.ends = [
+                EpisodeRecord(record[0], record[1], record[2], EpisodeEnd(*record[3]))
+                if numbered
+                else EpisodeRecord(number, self.env_steps, False, EpisodeEnd(*record))
+                for number, record in enumerate(counts["ends"])
+            ]
+            self.seen = RewardsSeen(**counts.get("seen", {}))
+            self.queue = OnlineQueue(int(counts.get("drawn", _newest_row(self.replay))))
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise FileFormatError(f"The saved counts of the environments make no sense: {error!r}.") from error
         if not arrays:
             return
         saved = strip_prefix(arrays, "env/")
-        self._time_step = self.env.restore(saved)
+        limit, longest = self.env.episode_length or self._max_episode_steps, int(saved["lengths"].max())
+        if _REPLAY_SAID < longest <= limit:
+            _log.info("Replaying the episodes in progress, of up to %s steps.", f"{longest:,}")
+        self._time_step = self.env.restore(saved, max_steps=limit)
         self._moves = self.env.moves
         leaves = strip_prefix(arrays, "carry/")
         structure = jax.tree.structure(self._carry)
@@ -144,14 +205,51 @@ class Collector:
         single = actions.get(ACTION, actions.get(""))
         self._pending = actions if isinstance(self.env.action_dim, dict) else single, strip_prefix(arrays, "latents/")
 
+    def take_along(self, counts: Mapping[str, Any], arrays: Mapping[str, np.ndarray], replay: Any) -> list[str]:
+        """Go on from :meth:`state_dict` and the buffer of a run whose environments or settings may differ.
+
+        Returns what is different: the episodes in progress are only continued in as many environments of the same kind.
+
+        Raises ``DataError`` or ``ConfigError`` if the rows of ``replay`` do not fit the model.
+        """
+        changes, capacity = [], self.replay.capacity
+        if replay is not None:
+            self.replay.adopt(replay)
+            if capacity != self.replay.capacity:
+                self._resize_replay(capacity)
+        own, saved = env_identity(self.env), counts.get("env", {})
+        changes += [f"environments of {k} {saved[k]!r} → {v!r}" for k, v in own.items() if saved.get(k, v) != v]
+        num_envs = len(arrays["env/episodes"]) if "env/episodes" in arrays else self.env.num_envs
+        if num_envs != self.env.num_envs:
+            changes.append(f"{num_envs} → {self.env.num_envs} environments")
+        if changes:
+            # Other seeds than those of the episodes so far.
+            seed = (int(arrays["env/seed"]) if "env/seed" in arrays else self.env.seed) + int(counts["decisions"]) + 1
+            arrays = {}
+            self._receive(self.env.reset(seed=seed % 2**63))
+            changes.append("all environments begin new episodes")
+        self.load_state_dict(counts, arrays)
+        return changes
+
+    def _resize_replay(self, capacity: int) -> None:
+        """Give the buffer another capacity, and drop its oldest rows where it is smaller."""
+        position = self.replay.state_dict()
+        self.replay.capacity = capacity
+        first = max(position["first_row"], position["next_row"] - capacity)
+        self.replay.load_state_dict({**position, "first_row": first})
+
     def _execute(self, actions: Any, latents: Mapping[str, np.ndarray]) -> None:
         """Add the current time step with its ``actions`` and ``latents`` to replay, and step the environments."""
         now = self._time_step
         assert now is not None
-        stored = jax.tree.map(lambda action: _executed(now.is_last, action), actions)
+        actions = self.env.executed(actions)
+        stored = jax.tree.map(lambda action: _no_action(now.is_last, action), actions)
         self.replay.add_rows(now.obs, stored, now.reward, now.is_first, now.is_last, now.is_terminal, latents=latents)
+        prefill = self.decisions < self._prefill
         self.decisions += int((~now.is_last).sum())
-        self._receive(self.env.step(actions))
+        following = self.env.step(actions)
+        self.seen.add_rewards(following.reward[~now.is_last], prefill=prefill)
+        self._receive(following)
 
     def _receive(self, time_step: TimeStep) -> None:
         """Hold a new time step; check its data and note ended episodes and replaced processes."""
@@ -160,24 +258,50 @@ class Collector:
             self._validate_data(self._model_config, has_terminals=True, online=True)
         for event in time_step.events:
             if isinstance(event, EpisodeEnd):
-                self.ends.append(event)
+                prefill = self.decisions <= self._prefill
+                self.ends.append(EpisodeRecord(self.episodes, self.env_steps, prefill, event))
+                self.episodes += 1
+                if not event.crashed:
+                    self.seen.add_return(event.episode_return)
+            elif isinstance(event, BadStep):
+                self.bad_steps += 1
             else:
                 self.restarts += 1
                 _log.warning("%s It was replaced, its episode closed as truncated.", event.reason)
 
-    def _choose_actions(self, state: TrainState) -> None:
-        """Start choosing the actions for the current time step; they are random during a random prefill."""
+    def _choose_actions(self, state: TrainState, executed: Any) -> None:
+        """Start choosing the actions for the current time step; ``executed`` are those that led to it, or None."""
         now = self._time_step
         assert now is not None
         self._calls += 1
-        if self._random_prefill and self.decisions < self._random_steps:
-            seed = np.random.SeedSequence(self._seed, spawn_key=(_ACTING, self._calls))
-            self._pending = self.env.sample_actions(np.random.Generator(np.random.Philox(seed))), {}
+        if self._prefill_policy != "initial" and self.decisions < self._prefill:
+            self._pending = self._random_actions(now.is_first, executed), {}
         else:
             self._carry, actions, latents = self._policy(
                 state.params, state.key, self._carry, now.obs, now.is_first, self._calls
             )
             self._pending = actions, latents
+
+    def _random_actions(self, is_first: np.ndarray, executed: Any) -> Any:
+        """Random actions for all environments; correlated ones are mostly the ``executed`` ones again."""
+        seed = np.random.SeedSequence(self._seed, spawn_key=(_ACTING, self._calls))
+        rng = np.random.Generator(np.random.Philox(seed))
+        actions = self.env.sample_actions(rng)
+        if self._prefill_policy != "correlated" or executed is None:
+            return actions
+        kept = (rng.random(self.env.num_envs) < _PERSISTENCE) & ~is_first
+
+        def keep(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+            if new.shape != np.shape(old):  # one-hots of a policy that acted before
+                return new
+            return np.where(kept.reshape(-1, *[1] * (new.ndim - 1)), old, new).astype(new.dtype)
+
+        return jax.tree.map(keep, actions, executed)
+
+
+def _newest_row(replay: Any) -> int:
+    """Number of the newest row of a buffer; -1 if it is empty or does not number its rows."""
+    return replay.state_dict()["next_row"] - 1 if isinstance(replay, ReplayBuffer) else -1
 
 
 def compiled_policy(
@@ -224,8 +348,14 @@ def check_env_fits(env: VectorEnv, model: Any) -> None:
 
 def env_identity(env: VectorEnv) -> dict[str, Any]:
     """The settings of ``env`` that determine its episodes, as JSON values; not those that say where and how it runs."""
-    plain = {name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)}
-    may_change = ("seed", "num_envs", "parallel", "worker_timeout", "action_repeat", "time_limit")
+    plain: dict[str, Any] = {
+        name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)
+    }
+    plain |= {name: list(env.settings.get(name) or ()) or None for name in ("action_bounds", "drop_keys")}
+    plain["join_actions"] = env.settings.get("join_actions") or None
+    may_change = ("seed", "num_envs", "parallel", "worker_timeout", "on_bad_step", "action_repeat", "time_limit")
+    usual = usual_options(env.settings.get("spec"))
+    plain |= {name: value for name, value in usual.items() if plain.get(name) is None}
     # The repeat and time limit in effect: the arguments may be None for the suite's own.
     effective = {"action_repeat": env.action_repeat, "episode_length": env.episode_length}
     return {name: value for name, value in plain.items() if name not in may_change} | effective
@@ -233,18 +363,29 @@ def env_identity(env: VectorEnv) -> dict[str, Any]:
 
 def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
     """Raise ``ConfigError`` if ``saved``, the identity of a run's environments, is not that of ``env``."""
-    for name, value in env_identity(env).items():
+    if not saved:
+        return
+    usual, identity = usual_options(env.settings.get("spec")), env_identity(env)
+    # An option that was not given is the suite's usual one, and the same as giving that.
+    before, now = {**usual, **_given(saved)}, {**usual, **_given(identity)}
+    for name in {**saved, **now}:
         # Environments made from a function or an object have no spec to compare.
-        if name in saved and saved[name] != value:
+        if name in ("spec", "action_repeat", "episode_length") and not (name in saved and name in identity):
+            continue
+        if before.get(name) != now.get(name):
             raise ConfigError(
-                f"The run was collected from environments with {name}={saved[name]!r}, these have {value!r}. Resume "
-                "with the saved value, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
+                f"The run was collected from environments with {name}={before.get(name)!r}, these have "
+                f"{now.get(name)!r}. Resume with the saved value, or go on inexactly by resume='continue' (--resume "
+                "continue), or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
             )
 
 
-def _executed(over: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Actions [N, ...] as replay stores them: clipped to [−1, 1]; where ``over`` [N] is True, zeros or class −1."""
+def _given(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if value is not None}
+
+
+def _no_action(over: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Actions [N, ...] as replay stores them: where the episode is ``over`` [N], no action (zeros, or class −1)."""
     if np.issubdtype(actions.dtype, np.integer):
         return np.where(over, -1, actions)
-    # A policy may sample from an unbounded distribution; environments clip its actions, so replay must too.
-    return np.where(over[:, None], np.float32(0), np.clip(actions, -1, 1))
+    return np.where(over[:, None], np.float32(0), actions)

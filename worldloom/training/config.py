@@ -12,8 +12,8 @@ from worldloom.devices import check_device_name
 class TrainingConfig(BaseConfig):
     """Length, batches, optimizer and schedule of a training run. Steps are optimizer updates.
 
-    ``learning_rate``, ``warmup_steps``, ``weight_decay`` and ``grad_clip`` apply to the optimizer of either family;
-    its other constants (AGC, epsilon, parameter groups) belong to the model's config.
+    ``learning_rate``, ``warmup_steps``, ``lr_schedule``, ``weight_decay`` and ``grad_clip`` apply to the optimizer of
+    either family; its other constants (AGC, epsilon, parameter groups) belong to the model's config.
 
     Raises:
       ConfigError: a value is of another type than its field or out of range; ``UnknownFieldError`` for a field that
@@ -34,10 +34,21 @@ class TrainingConfig(BaseConfig):
     """Largest global gradient norm; 0 is off. DreamerV3's adaptive clipping is ``agc`` in its own config."""
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Updates over which the learning rate rises linearly from 0."""
+    lr_schedule: Annotated[str, OneOf("constant", "linear", "cosine")] = "constant"
+    """Course of the learning rate after warm-up: ``linear`` and ``cosine`` fall to 0 at the end of the run."""
     log_interval: Annotated[int, Ge(1)] = 1_000
     """Updates between two log records."""
     eval_interval: Annotated[int, Ge(0)] = 5_000
     """Updates between two evaluations; 0 is never."""
+    eval_episodes: Annotated[int, Ge(1)] = 10
+    """Episodes of an evaluation in environments."""
+    eval_at_start: bool = False
+    """Whether a run folder's evaluation also measures the untrained weights, at step 0."""
+    eval_at_end: bool = True
+    """Whether a run folder's evaluation also measures the final weights."""
+    eval_greedy: bool | None = None
+    """Whether an evaluation also plays as many episodes in which every draw takes its mode (``eval/greedy_return``);
+    None: if the family's evaluation policy samples its actions (DreamerV3)."""
     save_interval: Annotated[int, Ge(0)] = 10_000
     """Updates between two checkpoints; 0 saves only at the end."""
     device: str = "cuda"
@@ -48,11 +59,14 @@ class TrainingConfig(BaseConfig):
     """Total environment steps, counting action repeat, at which online training ends; 0: ``total_steps`` decides."""
     prefill: Annotated[int, Ge(1)] = 1_000
     """Decision steps before the first online update: TD-MPC2 takes random actions, DreamerV3 its initial policy's."""
+    prefill_policy: Annotated[str, OneOf("auto", "random", "initial", "correlated")] = "auto"
+    """Actions of the prefill: uniformly ``random``; ``correlated``: random, but kept for ten steps on average, so that
+    inert bodies move; those of the ``initial``, untrained policy; ``auto``: the family's choice."""
     prefill_updates: Annotated[int, Ge(0)] = 0
     """Updates done at once when the prefill is complete; the TD-MPC2 reference does as many as prefill steps."""
     train_ratio: Annotated[float, Ge(0)] = 0.0
     """Rows replayed per decision step, of which an update replays ``batch_size`` × ``sequence_length`` (TD-MPC2:
-    rows of its window); 0 is one update per decision step."""
+    rows of its window); 0 is one update per decision step (no updates at all: ``training.collecting.collect``)."""
     replay_capacity: Annotated[int, Ge(1)] = 1_000_000
     """Capacity of the replay buffer of online training, in rows; ignored if you pass a buffer."""
     updates_per_call: Annotated[int, Ge(0)] = 0
@@ -67,6 +81,9 @@ class TrainingConfig(BaseConfig):
     """Where batches are assembled. ``host``: in host memory, then copied to the device. ``device``: each row is copied
     to the device once, which needs memory for ``replay_capacity`` rows (for recorded data: for its rows). ``auto``: on
     a GPU or TPU if the rows need at most half of its free memory. Batches are the same."""
+    max_episode_steps: Annotated[int, Ge(1)] = 27_000
+    """Decision steps at which an episode of an evaluation is cut, and up to which a resumed run replays an episode in
+    progress, if the environment has no time limit of its own."""
     skip_nonfinite: bool = False
     """Skip and count updates whose loss or gradient is NaN or infinite, instead of stopping."""
 
@@ -75,12 +92,22 @@ class TrainingConfig(BaseConfig):
             self.batch_size % self.microbatches == 0,
             f"microbatches={self.microbatches} must divide batch_size={self.batch_size}.",
         )
+        check(
+            self.batch_size * self.sequence_length < 2**31,
+            f"batch_size={self.batch_size} × sequence_length={self.sequence_length} rows are too many for one batch.",
+        )
         check_device_name(self.device)
 
-    def of_update(self) -> TrainingConfig:
+    def of_update(self, total_steps: int | None = None) -> TrainingConfig:
         """A copy with all fields at their defaults that a single update does not read.
 
         It is a static argument of the compiled update: runs that differ only in seed or length share one compilation.
+
+        Args:
+          total_steps: updates at which the learning rate's schedule ends; None is the field of that name.
         """
         read = ("batch_size", "sequence_length", "learning_rate", "weight_decay", "grad_clip", "warmup_steps")
-        return TrainingConfig(**{name: getattr(self, name) for name in (*read, "microbatches", "remat")})
+        kept = {name: getattr(self, name) for name in (*read, "microbatches", "remat")}
+        if self.lr_schedule != "constant":
+            kept |= {"lr_schedule": self.lr_schedule, "total_steps": total_steps or self.total_steps}
+        return TrainingConfig(**kept)

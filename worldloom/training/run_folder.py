@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 
+from worldloom.algorithm import Curve
 from worldloom.config import read_json_object
 from worldloom.envs import EnvSpaces, VectorEnv, make_env
+from worldloom.envs.make import effective_defaults, module_of
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
-from worldloom.families import class_name
-from worldloom.files import write_atomically
+from worldloom.families import class_name, get_family
+from worldloom.files import TEMPORARY, absolute_path, fsync_folder, make_folder, write_atomically
 from worldloom.training.callbacks import (
     Callback,
     CallbackResult,
@@ -29,13 +31,26 @@ from worldloom.training.callbacks import (
     ProgressCallback,
     StepInfo,
 )
-from worldloom.training.callbacks.reports import CurveCallback, EvalPrinter, EvalReportCallback, FinalEvaluation
+from worldloom.training.callbacks.episodes import EpisodeLog
+from worldloom.training.callbacks.reports import CurveCallback, EndEvaluation, EvalPrinter, EvalReportCallback
+from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.config import TrainingConfig
+from worldloom.training.protocols import Experiment, protocol
 from worldloom.training.run_info import versions
+from worldloom.training.run_lock import RunLock
 
 _log = logging.getLogger("worldloom")
 _FORMAT = 1
 """Version of the layout of ``config.json``."""
+_KINDS: dict[str, Any] = {
+    "run_id": str,
+    "model": dict,
+    "training": dict,
+    "model_class": str | None,
+    "env": dict | None,
+    "spaces": dict | None,
+}
+"""Its parts; those that may be None are missing in files of earlier versions."""
 _MAX_EVAL_ENVS = 10
 """Maximum number of environments that an evaluation steps together."""
 _SIMULATORS = ("gymnasium", "dm-control", "mujoco", "ale-py", "crafter", "shimmy")
@@ -49,6 +64,7 @@ class RunFolder:
           config.json           model, training and environment: everything needed to repeat the run
           versions.json         a record per start: packages, git revision, device, command
           metrics.jsonl         see LoggingCallback; next to it, TensorBoard's event files
+          episodes.jsonl        a line for each training episode, see EpisodeLog
           checkpoints/          see CheckpointCallback
           model/                the final weights, for create_world_model
           learning_curve.png    returns, or losses if there is no environment
@@ -62,12 +78,14 @@ class RunFolder:
         env, run = make_env("Pendulum-v1"), RunFolder("runs/pendulum")
         Trainer(model, config, run.callbacks(env)).train(env, resume="auto")
 
+    While a process trains into the folder, the file ``run.lock`` names it, and a second one is refused.
+
     Args:
-      path: the folder; created when training begins.
+      path: the folder; created when training begins. ``~`` is expanded, and a relative path is made absolute here.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = absolute_path(path)
         self.checkpoints = self.path / "checkpoints"
 
     @property
@@ -78,20 +96,27 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """``config.json``: ``run_id``, and dicts ``model``, ``training``, ``env``, ``spaces`` (None without any).
 
+        ``env`` holds the arguments of ``make_env`` that were given, ``env_defaults`` what the others came to.
+        ``protocol`` is None, or the ``name`` of the published experiment and what was ``changed`` of it: [its value,
+        the run's] by name.
+
         Raises ``FileFormatError`` if the file is missing, damaged or of another format.
         """
         if not self.exists:
             raise FileFormatError(f"{self.path} is not the folder of a run: it has no config.json.")
         settings = read_json_object(self.path / "config.json")
-        required = {"run_id": str, "model": dict, "training": dict}
-        if settings.get("format") != _FORMAT or any(not isinstance(settings.get(n), t) for n, t in required.items()):
+        if settings.get("format") != _FORMAT:
             raise FileFormatError(f"{self.path / 'config.json'} is not a run's config of format {_FORMAT}.")
+        for name, kind in _KINDS.items():
+            if not isinstance(settings.get(name), kind):
+                raise FileFormatError(f"{self.path / 'config.json'} is damaged: {name} is {settings.get(name)!r:.100}.")
         return settings
 
-    def env_spaces(self) -> dict[str, Any] | None:
+    def env_spaces(self, *, trust: bool = False) -> dict[str, Any] | None:
         """Spaces of the run's environment, as ``EnvSpaces.from_json`` takes them; None without an environment.
 
-        Those of a run of an earlier version, whose file does not have them, are read off its environment, made again.
+        Those of a run of an earlier version, whose file does not have them, are read off its environment, made again;
+        ``trust`` is that of :meth:`make_env`.
         """
         settings = self.settings()
         if settings.get("env") is None:
@@ -99,7 +124,7 @@ class RunFolder:
         found = settings.get("spaces")
         if isinstance(found, Mapping):
             return dict(found)
-        with self.make_env(num_envs=1, parallel="sync") as env:
+        with self.make_env(trust=trust, num_envs=1, parallel="sync") as env:
             return EnvSpaces.underneath(env).to_json()
 
     def title(self) -> str:
@@ -113,25 +138,71 @@ class RunFolder:
         """The run's ``TrainingConfig``, with ``changes``."""
         return TrainingConfig(**{**self.settings()["training"], **changes})
 
-    def make_env(self, **changes: Any) -> VectorEnv:
+    def make_env(self, *, trust: bool = False, **changes: Any) -> VectorEnv:
         """The run's environments, recreated with ``changes`` to the arguments of ``make_env``.
 
-        Raises ``ConfigError`` if they were made from a function or an object, which a file cannot hold.
+        Args:
+          trust: whether a module that only the folder names (``"module:Id"``) may be imported, which runs its code. One
+            that this process has imported already may be named in any case.
+          **changes: arguments of ``make_env``; ``spec`` is another environment.
+
+        Raises ``ConfigError`` if they were made from a function or an object, which a file cannot hold, if a module
+        would have to be imported, or if the folder's arguments are none that ``make_env`` takes.
         """
         settings = self.settings().get("env")
         if settings is None:
             raise ConfigError(f"{self.path} was trained from recorded episodes: it has no environment.")
-        spec = changes.pop("spec", settings["spec"])
+        spec = changes.pop("spec", None)
         if spec is None:
-            raise ConfigError(
-                f"The environment of {self.path} was made from {settings['made_of']}, which cannot be recreated from a "
-                "file; register it with Gymnasium and train by its id, or evaluate it in Python by worldloom.training."
-                "evaluation.play."
-            )
+            spec = self._recorded_spec(settings, trust)
         options = {name: value for name, value in settings.items() if name not in ("spec", "made_of")}
-        return make_env(spec, **{**options, **changes})
+        # What the defaults came to is of that environment, and says nothing of another one.
+        defaults = self.settings().get("env_defaults") or {} if spec == settings.get("spec") else {}
+        try:
+            return make_env(spec, **{**defaults, **options, **changes})
+        except TypeError as error:
+            raise ConfigError(f"The environment of {self.path} cannot be made with {options}: {error}") from error
 
-    def callbacks(self, source: Any = None, *, episodes: int = 10, progress: bool = True) -> list[Callback]:
+    def _recorded_spec(self, settings: Mapping[str, Any], trust: bool) -> str:
+        """The id in the run's settings. Raises as :meth:`make_env`."""
+        spec = settings.get("spec")
+        if not isinstance(spec, str):
+            raise ConfigError(
+                f"The environment of {self.path} was made from {settings.get('made_of')}, which cannot be recreated "
+                "from a file. Name it: by --env on the command line, after registering it with Gymnasium (module:Id), "
+                "or by spec= in Python; worldloom.training.play evaluates in environments of your own."
+            )
+        module = module_of(spec)
+        if module and not trust and module not in sys.modules:
+            raise ConfigError(
+                f"The environment of {self.path} is {spec!r}: making it would import the module '{module}', which only "
+                f"this folder names, and run its code. If you trust it, add --trust or --env {spec} (in Python: "
+                "trust=True, or import the module first)."
+            )
+        return spec
+
+    def experiment(self) -> Experiment | None:
+        """The published experiment that the run follows, or None."""
+        settings = self.settings() if self.exists else {}
+        followed, env = settings.get("protocol"), settings.get("env") or {}
+        return protocol(followed["name"], env.get("spec") or "") if followed else None
+
+    def published_curve(self) -> Curve | None:
+        """The published curve of the run's protocol in its environment, or None."""
+        found = self.experiment()
+        if found is None or not found.protocol.curve:
+            return None
+        family = get_family(found.model.partition(":")[0])
+        return family.algorithm.published_curve(found.protocol.curve, found.env)
+
+    def callbacks(
+        self,
+        source: Any = None,
+        *,
+        episodes: int | None = None,
+        progress: bool = True,
+        experiment: Experiment | None = None,
+    ) -> list[Callback]:
         """Callbacks that write all files of the run, for one trainer.
 
         If an environment cannot render, there is no video; if it cannot be recreated, there is no evaluation. Either is
@@ -140,30 +211,33 @@ class RunFolder:
         Args:
           source: the environments to train in (evaluations use separate ones made in the same way), a ``ReplayBuffer``
             of held-out episodes, or None for no evaluation.
-          episodes: number of episodes per evaluation.
+          episodes: number of episodes per evaluation; None follows ``TrainingConfig.eval_episodes``.
           progress: whether to show a progress bar and print a line per evaluation.
+          experiment: the published experiment that the run follows, see :func:`worldloom.training.protocol`; what
+            differs from it is recorded. None is that of the run being resumed.
         """
         output: list[Callback] = [ProgressCallback("training"), EvalPrinter()] if progress else []
         online = isinstance(source, VectorEnv)
         evaluation = self._evaluation(source, episodes) if online else None
         evaluations: list[Callback] = [evaluation] if evaluation else []
         if evaluation:
-            output.append(FinalEvaluation(evaluation))
+            output.append(EndEvaluation(evaluation))
         elif source is not None and not online:
             evaluations = [EvalCallback(source)]
         monitor = "eval/return" if evaluation else "eval/loss" if evaluations else "loss"
         return [
-            _RunRecorder(self, source if online else None),
+            _RunRecorder(self, source if online else None, experiment or self.experiment()),
+            *([EpisodeLog(self.path)] if online else []),
             *evaluations,
             LoggingCallback(str(self.path), log_to_console=False, log_to_tensorboard=True),
             *output,
             CheckpointCallback(str(self.checkpoints), monitor=monitor),
-            CurveCallback(self.path, self.title, None if online else source),
+            CurveCallback(self.path, self.title, None if online else source, published=self.published_curve),
         ]
 
-    def _evaluation(self, env: VectorEnv, episodes: int) -> EvalReportCallback | None:
+    def _evaluation(self, env: VectorEnv, episodes: int | None) -> EvalReportCallback | None:
         """The evaluation in separate environments; without video if they cannot render, None if there are none."""
-        count, seed = min(episodes, _MAX_EVAL_ENVS), env.seed + 1
+        count, seed = min(episodes or _MAX_EVAL_ENVS, _MAX_EVAL_ENVS), env.seed + 1
         try:
             try:
                 eval_env = env.another(count, seed, render=True)
@@ -184,17 +258,31 @@ class _RunRecorder(Callback):
     every = 0
     order = -2
 
-    def __init__(self, run: RunFolder, env: VectorEnv | None):
+    def __init__(self, run: RunFolder, env: VectorEnv | None, experiment: Experiment | None):
         self.run, self.env = run, None if env is None else _json_settings(env.settings)
+        self.env_defaults = None if env is None else effective_defaults(env)
+        self.experiment, self._envs = experiment, env
         self.spaces = None if env is None else EnvSpaces.underneath(env).to_json()
+        self._lock = RunLock(run.path)
+
+    def recorded_run_id(self) -> str | None:
+        """Id of the run whose files are already there; ``resume="auto"`` keeps it where no checkpoint is left."""
+        return self.run.settings()["run_id"] if self.run.exists else None
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         path = self.run.path
-        if self.run.exists and self.run.settings()["run_id"] != info.run_id and any(self.run.checkpoints.glob("*")):
+        make_folder(path)
+        self._lock.acquire()
+        same = self.run.exists and self.run.settings()["run_id"] == info.run_id
+        if self.run.exists and not same and Checkpointer(self.run.checkpoints).steps():
             raise CheckpointError(
                 f"{path} holds another run. Continue that one by train(…, resume='auto'), or choose another folder."
             )
-        path.mkdir(parents=True, exist_ok=True)
+        # What a killed process was writing.
+        for folder in (path, path / "model"):
+            found = list(folder.iterdir()) if folder.is_dir() else []
+            for leftover in [each for each in found if TEMPORARY.fullmatch(each.name)]:
+                leftover.unlink(missing_ok=True)
         settings = {
             "format": _FORMAT,
             "run_id": info.run_id,
@@ -202,18 +290,48 @@ class _RunRecorder(Callback):
             "model": info.model_config.to_dict(),
             "training": info.config.to_dict(),
             "env": self.env,
+            "env_defaults": self.env_defaults,
+            "protocol": self._protocol(info),
             "spaces": self.spaces,
         }
-        _write_json(path / "config.json", settings)
-        earlier_starts = _read_starts(path / "versions.json") if info.step else []
+        if same and not info.step:
+            self._warn_of_changes(settings)
+        earlier_starts = _read_starts(path / "versions.json") if same else []
         _write_json(path / "versions.json", [*earlier_starts, _start_record(info)])
+        _write_json(path / "config.json", settings)
+        fsync_folder(path)
         return None
+
+    def _warn_of_changes(self, settings: Mapping[str, Any]) -> None:
+        """Name the settings in which a run that begins again differs from the one that is recorded."""
+        recorded = self.run.settings()
+        changed = [
+            name
+            for part in ("model", "training")
+            for name, value in settings[part].items()
+            if recorded[part].get(name, value) != value
+        ]
+        if changed:
+            _log.warning("It begins again with other settings than before: %s.", ", ".join(changed))
+
+    def _protocol(self, info: StepInfo) -> dict[str, Any] | None:
+        if self.experiment is None or self._envs is None:
+            return None
+        changed = self.experiment.changes(info.model_config, info.config, self._envs)
+        return {"name": self.experiment.name, "changed": changed}
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
         model = info.model()
         model.remember_env_spaces(self.spaces)
-        model.save_pretrained(self.run.path / "model")
+        try:
+            model.save_pretrained(self.run.path / "model")
+        except OSError as error:
+            # The checkpoint that follows matters more, and holds these weights too.
+            _log.warning("The final weights were not written to %s: %s.", self.run.path / "model", error)
         return None
+
+    def close(self) -> None:
+        self._lock.release()
 
 
 def _json_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from worldloom.families import class_name
 from worldloom.replay import ReplayBuffer
 from worldloom.training.batches import BatchSource, UpdateChunk
 from worldloom.training.callbacks.base import StepInfo
-from worldloom.training.checkpoint_files import FORMAT, Snapshot, flatten_state
+from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot, flatten_state
 from worldloom.training.collector import Collector, check_env_fits, check_same_env
 from worldloom.training.config import TrainingConfig
 from worldloom.training.metrics import MetricsStream
@@ -36,6 +36,8 @@ _log = logging.getLogger("worldloom")
 
 _FIXED = ("seed", "device", "updates_per_call", "replay_capacity")
 """Fields of ``TrainingConfig`` that cannot change once a run has begun, because its state depends on them."""
+_OF_RATIO = ("prefill", "prefill_updates", "train_ratio", "batch_size", "sequence_length")
+"""Those that say when updates are due."""
 
 
 class Run:
@@ -126,6 +128,12 @@ class Run:
         ``replay`` is the buffer to collect into; None means the current collector's buffer, or a new one.
         """
         continues = self.collector is not None and self.collector.env is env
+        if self.collector is not None and not continues and replay is None and len(self.collector.replay):
+            _log.warning(
+                "These are other environments than before: replay begins empty, without the %s rows collected so far. "
+                "Give replay=trainer.replay to keep them.",
+                f"{len(self.collector.replay):,}",
+            )
         if self.collector is None or not continues or replay not in (None, self.collector.replay):
             # Other environments or another buffer: prepare the buffer for a new collector.
             check_env_fits(env, self.model)
@@ -155,7 +163,7 @@ class Run:
         check(
             due >= 1,
             f"env_steps={env_steps} are {decisions} decision steps, which end before the first update: "
-            f"prefill={self.config.prefill}.",
+            f"prefill={self.config.prefill}. Take more steps (--steps) or a smaller prefill (--prefill).",
         )
         return self.collector.updates_before + due
 
@@ -177,7 +185,7 @@ class Run:
         self._update = compiled_update(
             self.model.algorithm.make_update,
             self.model.config,
-            self.config.of_update(),
+            self.config.of_update(total_steps),
             self.model.__class__,
             self.loss_terms,
             self.config.skip_nonfinite,
@@ -272,6 +280,8 @@ class Run:
             read_state=read_state,
             model=lambda: with_params(self.model, read_state().params),
             snapshot=lambda: self.snapshot(read_state(), callback_state()),
+            episodes=lambda: list(self.collector.ends) if self.collector else [],
+            episodes_ended=self.collector.episodes if self.collector else 0,
             **runner_fields,
         )
 
@@ -306,18 +316,31 @@ class Run:
         changes = self.collector is not None or self.sampler.uses_latents
         return Snapshot(state, record, arrays, self.sampler.buffer if changes else None)
 
-    def restore(self, snapshot: Snapshot, folder: Path) -> None:
+    def restore(self, snapshot: Snapshot, folder: Path, *, exact: bool = True) -> list[str]:
         """Restore a snapshot, including replay content that the run collected; ``folder`` is named in messages.
 
-        Raises ``ConfigError`` if the snapshot's run was offline and this one is online, or the reverse.
+        With ``exact=False``, what does not fit is left out, and named in the list that is returned.
+
+        Raises ``ConfigError`` if the snapshot's run was offline and this one is online, or the reverse, if ``exact``.
         """
-        state, record, arrays, replay = snapshot
+        changes = self._restore_data(snapshot, folder) if exact else self._take_along_data(snapshot)
+        record = snapshot.record
+        self.step, self._skipped, self.run_id = record["step"], record["skipped"], record["run_id"]
+        self._set_state(snapshot.state)
+        self.sync_model()
+        return changes
+
+    def _restore_data(self, snapshot: Snapshot, folder: Path) -> list[str]:
+        """Online: rows, environments and pending actions. Offline: only latents, if the episodes are the same."""
+        _, record, arrays, replay = snapshot
         assert self.sampler is not None
+        saved, now = record["training"], self.config.to_dict()
+        if now["lr_schedule"] != "constant" and any(saved[end] != now[end] for end in ("total_steps", "env_steps")):
+            _log.warning("The run now ends elsewhere: its learning rate falls to 0 there (lr_schedule).")
         if (self.collector is None) != ("collector" not in record):
             kinds = ("recorded episodes", "environments")
             saved, given = kinds if self.collector else kinds[::-1]
             raise ConfigError(f"The run in {folder} was trained from {saved}; it cannot continue from {given}.")
-        # Online: rows, environments and pending actions. Offline: only latents, if the episodes are the same.
         if self.collector is not None:
             check_same_env(record["collector"].get("env", {}), self.collector.env)
             self.collector.replay.adopt(replay)
@@ -332,9 +355,32 @@ class Run:
         elif replay is not None:
             copy_latents(replay, self.sampler.buffer)
         self.writeback.load_state_arrays(strip_prefix(arrays, "fresh/"))
-        self.step, self._skipped, self.run_id = record["step"], record["skipped"], record["run_id"]
-        self._set_state(state)
-        self.sync_model()
+        return []
+
+    def _take_along_data(self, snapshot: Snapshot) -> list[str]:
+        """The same as far as it fits; returns what is different."""
+        _, record, arrays, replay = snapshot
+        assert self.sampler is not None
+        changes = ["the optimizer begins with an empty state"] if record.get(NEW_OPTIMIZER) else []
+        online = "collector" in record
+        if self.collector is None:
+            if online:
+                return [*changes, "recorded episodes in place of environments and what was collected there"]
+            if record["replay_size"] != len(self.sampler.buffer):
+                return [*changes, f"{record['replay_size']} → {len(self.sampler.buffer)} rows of data"]
+            if replay is not None:
+                copy_latents(replay, self.sampler.buffer)
+        elif not online:
+            self.collector.count_from(record["step"], self.ratio)
+            return [*changes, "environments in place of recorded episodes, with an empty replay"]
+        else:
+            changes += self.collector.take_along(record["collector"], strip_prefix(arrays, "collector/"), replay)
+            self.sampler = SequenceSampler(self.collector.replay, self.model, self.config, allow_empty=True)
+            saved = record.get("training") or {}
+            if any(saved.get(name) != getattr(self.config, name) for name in _OF_RATIO):
+                self.collector.count_from(record["step"], self.ratio)
+        self.writeback.load_state_arrays(strip_prefix(arrays, "fresh/"))
+        return changes
 
     def reconfigure(self, config: TrainingConfig) -> None:
         """Switch to ``config``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,10 @@ import numpy as np
 
 from worldloom.errors import DataError
 from worldloom.replay.device import SLOTS, DeviceReplay, Ring, supports_device_storage
+from worldloom.replay.online import OnlineQueue, has_finished_window
 from worldloom.training.config import TrainingConfig
+
+_log = logging.getLogger("worldloom")
 
 
 class SequenceSampler:
@@ -53,6 +57,10 @@ class SequenceSampler:
         # Context rows precede the rows that gradients flow through; without stored latents there is no context.
         self.rows = spec.rows if self.uses_latents or not spec.latents else config.sequence_length
         self.buffer, self._batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
+        # Recorded data are drawn as they are. So is what a buffer with its own way of sampling draws.
+        self._chooses_rows = allow_empty and supports_device_storage(buffer)
+        self._finished, self._fresh_first = not spec.open_episodes, spec.fresh_first
+        self._checked = False
         self.on_device: DeviceReplay | None = None
         shapes = model.config.obs_shape
         self._shapes = list(shapes.values()) if isinstance(shapes, Mapping) else [shapes]
@@ -67,18 +75,39 @@ class SequenceSampler:
         """The arrays of :attr:`on_device`."""
         return None if self.on_device is None else self.on_device.ring
 
-    def sample(self, seed: int, update: int) -> tuple[dict[str, Any], np.ndarray | None]:
+    def sample(
+        self, seed: int, update: int, queue: OnlineQueue | None = None
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Batch number ``update``, [B, T, ...], and its row numbers [B, T] (None if the buffer does not number rows).
 
-        The batch lacks the observations and latents that :attr:`on_device` holds; see :meth:`attach_slots`.
+        The batch lacks the observations and latents that :attr:`on_device` holds; see :meth:`attach_slots`. Windows of
+        ``queue``, if the algorithm replays fresh rows first, take the first places; its position is part of the content
+        that the batch is a function of.
         """
         options: dict[str, Any] = {"seed": seed, "update": update, "cross_episodes": self._cross_episodes}
-        if self.on_device is not None:
-            ids = self.buffer.draw(self._batch_size, self.rows, **options)
-            batch = self.buffer.take(ids, observations=False)
+        if self.on_device is not None or self._chooses_rows:
+            finished = {"finished": True} if self._finished and self._chooses_rows else {}
+            if finished and not self._checked:
+                self._check_finished()
+            ids = self.buffer.draw(self._batch_size, self.rows, **options, **finished)
+            if queue is not None and self._fresh_first and self._chooses_rows:
+                fresh = queue.pop(self.buffer, self._batch_size, self.rows)
+                ids[: len(fresh)] = fresh
+            on_host = self.on_device is None
+            batch = self.buffer.take(ids, observations=on_host, latents=self.uses_latents and on_host)
             return batch, batch.pop("row_ids")
         batch = self.buffer.sample(self._batch_size, self.rows, **options, latents=self.uses_latents)
         return batch, batch.pop("row_ids", None)
+
+    def _check_finished(self) -> None:
+        """Say once if an episode in progress must be replayed, because no finished one is long enough."""
+        self._checked = True
+        if not has_finished_window(self.buffer, self.rows, cross_episodes=self._cross_episodes):
+            _log.warning(
+                "No finished episode has the %d rows of a window yet: those in progress are replayed until then. A "
+                "larger prefill collects whole episodes first.",
+                self.rows,
+            )
 
     def attach_slots(self, batches: dict[str, Any], row_ids: list[Any], capacity: int) -> dict[str, Any]:
         """``batches`` [capacity, B, T, ...] plus the slots of their rows in :attr:`ring`, if rows are on the device."""

@@ -34,3 +34,11 @@ class TrainRatio(NamedTuple):
             return 0
         # The division comes last: in floating point, 49 · (1 / 49) is less than 1.
         return self.burst + int((decisions - self.prefill) * self.ratio / self.rows)
+
+    def decisions(self, updates: int) -> int:
+        """Decision steps after which ``updates`` updates are due: the inverse of :meth:`updates`."""
+        due = max(0, updates - self.burst)
+        steps = self.prefill + int(due * self.rows / self.ratio)
+        while self.updates(steps) < updates:
+            steps += 1
+        return steps

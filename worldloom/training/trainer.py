@@ -10,19 +10,19 @@ from typing import Any
 import jax
 
 from worldloom.algorithm import TrainState
-from worldloom.config import check
+from worldloom.config import as_integer
 from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.errors import NonFiniteError
-from worldloom.training.callbacks import CheckpointCallback, EpisodesCallback, LoggingCallback, ProgressCallback
+from worldloom.training.callbacks import EpisodesCallback, LoggingCallback, ProgressCallback
 from worldloom.training.callbacks.base import as_callback
 from worldloom.training.callbacks.checkpointing import recovery_hint
 from worldloom.training.callbacks.evaluation import default_evaluation
 from worldloom.training.callbacks.runner import CallbackRunner
-from worldloom.training.checkpoint import Checkpointer, locate_checkpoint
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate
 from worldloom.training.fit import fit
 from worldloom.training.interrupts import Interrupts
+from worldloom.training.resume import resume_run
 from worldloom.training.run_state import Run
 
 _log = logging.getLogger("worldloom")
@@ -38,8 +38,9 @@ class Trainer:
       model: a world model of any family, or of a subclass.
       config: the training config; None means the defaults.
       callbacks: :class:`~worldloom.training.callbacks.Callback` objects, functions of a ``StepInfo``, or pairs
-        ``(updates, function)``. None adds a progress bar, a console log and, online, an evaluation of 10 episodes every
-        ``eval_interval`` updates, an empty list nothing. Only callbacks given here write to disk.
+        ``(updates, function)``. None adds a progress bar, a console log and, online, an evaluation of
+        ``eval_episodes`` episodes every ``eval_interval`` updates, an empty list nothing. Only callbacks given here
+        write to disk.
 
     Raises:
       DeviceError: ``config.device`` is a numbered device that does not exist.
@@ -104,7 +105,9 @@ class Trainer:
           total_steps: total number of updates, including earlier calls and a resumed run; None means the config's.
           resume: ``"auto"`` resumes from the newest checkpoint in the folder of the ``CheckpointCallback`` if there is
             one, True requires one, a path names another folder of checkpoints or a single one. With the same data or
-            environments, the resumed run equals an uninterrupted one bit for bit.
+            environments, the resumed run equals an uninterrupted one bit for bit. ``"continue"`` takes along what fits
+            (weights, optimizer, replay, statistics) when config, environment or number of environments were changed,
+            and logs what is different: then the run is no longer the uninterrupted one.
           replay: buffer to collect into, possibly with episodes; None creates one of ``config.replay_capacity`` rows.
 
         Raises:
@@ -120,11 +123,13 @@ class Trainer:
         else:
             run.use_data(source)
         if resume:
-            self._resume(resume)
+            resume_run(run, self._callbacks, resume)
         total = self._total(total_steps)
         if run.step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", run.step, total)
-            return run.state
+            # A run that was killed at its end may lack the files that callbacks write there.
+            if not resume or run.step > total:
+                return run.state
         self._callbacks.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())  # K in effect
         with jax.default_device(run.device), Interrupts() as interrupts:  # precision="auto" reads the default device
             try:
@@ -141,6 +146,11 @@ class Trainer:
         """Mean loss terms of the model on held-out data; see :func:`worldloom.training.evaluate`."""
         return evaluate(self.model, buffer, self.config, batches=batches, seed=seed)
 
+    def check_length(self, env: VectorEnv) -> None:
+        """Raise ``ConfigError`` if ``config.env_steps`` in ``env`` end before the first update."""
+        self._use_env(env, None)
+        self._total(None)
+
     def _env(self, source: Any) -> VectorEnv:
         """``source``, or environments made from it, which are kept for the next call."""
         if isinstance(source, VectorEnv):
@@ -153,7 +163,7 @@ class Trainer:
         """Collect in ``env``; a new collector also needs new callbacks."""
         if self.run.use_env(env, replay):
             given = [callback for callback in self._callbacks.callbacks if not isinstance(callback, EpisodesCallback)]
-            given += default_evaluation(env) if self._add_evaluation else []
+            given += default_evaluation(env, self.config.eval_episodes) if self._add_evaluation else []
             self._add_evaluation = False
             self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
 
@@ -162,18 +172,7 @@ class Trainer:
         if total_steps is None and self.run.collector is not None and self.config.env_steps:
             return self.run.updates_for(self.config.env_steps)
         total = self.config.total_steps if total_steps is None else total_steps
-        check(isinstance(total, int) and total >= 1, f"total_steps must be an integer ≥ 1, not {total!r}.")
-        return total
-
-    def _resume(self, resume: bool | str | Path) -> None:
-        save_dirs = [c.save_dir for c in self._callbacks.callbacks if isinstance(c, CheckpointCallback)]
-        folder, step = locate_checkpoint(resume, next(iter(save_dirs), None))
-        checkpoints = Checkpointer(folder)
-        if resume == "auto" and not checkpoints.steps():
-            return
-        snapshot = checkpoints.restore(self.run.state, self.run.identity(), step)
-        self.run.restore(snapshot, folder)
-        self._callbacks.load_state_dict(snapshot.record["callbacks"], self.run.step)
+        return as_integer("total_steps", total)
 
 
 def train(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,12 +20,14 @@ class StepResult(NamedTuple):
       reward: reward of the step; 0 after a reset.
       is_last: whether the episode ended here, for any reason.
       is_terminal: whether the environment itself ended it; a time limit does not count.
+      info: where the episode ended, the numbers in the step's ``info``.
     """
 
     obs: dict[str, np.ndarray]
     reward: float
     is_last: bool
     is_terminal: bool
+    info: Mapping[str, float] = {}
 
 
 class BatchedStepResult(NamedTuple):
@@ -37,6 +39,7 @@ class BatchedStepResult(NamedTuple):
       is_last: bool [N].
       is_terminal: bool [N].
       restarts: workers that were replaced during the step.
+      infos: by environment, where its episode ended, the numbers in the step's ``info``.
     """
 
     obs: dict[str, np.ndarray]
@@ -44,6 +47,7 @@ class BatchedStepResult(NamedTuple):
     is_last: np.ndarray
     is_terminal: np.ndarray
     restarts: tuple[WorkerRestart, ...] = ()
+    infos: Mapping[int, Mapping[str, float]] = {}
 
     @classmethod
     def stack(cls, results: Sequence[StepResult], restarts: Sequence[WorkerRestart] = ()) -> BatchedStepResult:
@@ -54,6 +58,7 @@ class BatchedStepResult(NamedTuple):
             is_last=np.array([result.is_last for result in results], bool),
             is_terminal=np.array([result.is_terminal for result in results], bool),
             restarts=tuple(restarts),
+            infos={env: result.info for env, result in enumerate(results) if result.info},
         )
 
 
@@ -107,9 +112,11 @@ class Backend(Protocol):
 
 
 def index_nested(batch: Any, index: int) -> Any:
-    """Element ``index`` of an array, or of every array in nested dicts."""
+    """Element ``index`` of an array, or of every array in nested dicts and tuples."""
     if isinstance(batch, dict):
         return {key: index_nested(value, index) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(index_nested(value, index) for value in batch)
     return batch[index]
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from worldloom.envs.backends.base import BatchedStepResult, StepResult, check_same_spaces, index_nested
 from worldloom.envs.time_step import WorkerRestart
-from worldloom.errors import ConfigError, EnvError
+from worldloom.errors import ConfigError, EnvContractError, EnvError
 
 START_TIMEOUT = 120.0
 """Seconds that a worker may take to import and build its environment."""
@@ -97,7 +97,7 @@ class WorkerProcess:
     def receive(self, since: float) -> Any:
         """The answer to the last request, within the timeout from ``since`` (``time.monotonic``).
 
-        Raises ``WorkerCrash``.
+        Raises ``WorkerCrash``, and ``EnvContractError`` if the environment returned what its spaces exclude.
         """
         if not self._ready:
             # A replacement that is still building its environment: the timeout starts when it is built.
@@ -131,6 +131,8 @@ class WorkerProcess:
             kind, value = self._connection.recv()
         except (EOFError, OSError):
             raise WorkerCrash(self._exit_reason()) from None
+        if kind == "contract":
+            raise EnvContractError(value)
         if kind == "error":
             raise WorkerCrash(*value)
         return value
@@ -192,7 +194,8 @@ class SubprocBackend:
     def step(self, actions: Any, reset_mask: np.ndarray, seeds: Sequence[int | None]) -> BatchedStepResult:
         """See :meth:`worldloom.envs.backends.base.Backend.step`.
 
-        Raises ``EnvError`` when a worker has crashed more than ``max_crashes`` times without completing a step.
+        Raises ``EnvError`` when a worker has crashed more than ``max_crashes`` times without completing a step, and
+        ``EnvContractError`` at once: a new worker would return the same.
         """
         # Send all requests, so that the workers run in parallel.
         for i, worker in enumerate(self._workers):

@@ -14,7 +14,8 @@ request            arguments               answer
 ``render``                                 ``"frame"``, what ``render`` returned, or the exception that it raised
 =================  ======================  ==================================================================
 
-Any other exception is answered with ``"error"``, (sentence, exception or ``None``), and ends the process: after it the
+An ``EnvContractError`` is answered with ``"contract"``, the sentence: a new process would do the same. Any other
+exception is answered with ``"error"``, (sentence, exception or ``None``), and ends the process: after it the
 environment may be in any state.
 """
 
@@ -27,7 +28,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from worldloom.envs.backends.single import SingleEnv
-from worldloom.errors import EnvError
+from worldloom.errors import EnvContractError, EnvError
 
 
 def main(file_descriptor: int) -> None:
@@ -44,6 +45,9 @@ def main(file_descriptor: int) -> None:
             except (EOFError, ConnectionResetError):
                 break
             answer = _answer(single, request, arguments)
+    except EnvContractError as error:
+        with contextlib.suppress(OSError):
+            connection.send(("contract", str(error)))
     except BaseException as error:
         with contextlib.suppress(OSError):
             connection.send(("error", (_sentence(error), _if_picklable(error))))

@@ -19,6 +19,12 @@ from worldloom.errors import ConfigError
 _STICKINESS = 0.25
 """Probability per frame of repeating the previous action (Machado et al. 2018)."""
 
+USUAL: dict[str, dict[str, Any]] = {
+    "atari": {"image_size": 96, "gray": True, "sticky": True, "noops": 0, "all_actions": True},
+    "atari100k": {"image_size": 64, "gray": False, "sticky": False, "noops": 30, "all_actions": False},
+}
+"""Options by suite, unless others are given."""
+
 
 class Atari(gym.Env[np.ndarray, Any]):
     """One game: actions are repeated, the last two frames max-pooled against flicker, and the result is resized.
@@ -117,8 +123,7 @@ class Atari(gym.Env[np.ndarray, Any]):
 
 def make_atari(game: str, **options: Any) -> Atari:
     """``atari:game``: 96×96 gray, sticky actions, all 18 actions. Options are arguments of :class:`Atari`."""
-    defaults = {"image_size": 96, "gray": True, "sticky": True, "noops": 0, "all_actions": True}
-    return Atari(game, **{**defaults, **options})
+    return Atari(game, **{**USUAL["atari"], **options})
 
 
 def make_atari100k(game: str, **options: Any) -> Atari:
@@ -126,5 +131,4 @@ def make_atari100k(game: str, **options: Any) -> Atari:
 
     Options are arguments of :class:`Atari`.
     """
-    defaults = {"image_size": 64, "gray": False, "sticky": False, "noops": 30, "all_actions": False}
-    return Atari(game, **{**defaults, **options})
+    return Atari(game, **{**USUAL["atari100k"], **options})

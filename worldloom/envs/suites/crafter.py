@@ -13,6 +13,9 @@ from worldloom.errors import ConfigError
 _LENGTH = 10_000
 """Default time limit of the game, in environment steps."""
 
+USUAL: dict[str, dict[str, Any]] = {"crafter": {"image_size": 64}}
+"""Options by suite, unless others are given."""
+
 
 class Crafter(gym.Env[np.ndarray, Any]):
     """The game with 17 actions and images uint8 ``[size, size, 3]``. Death terminates, the time limit truncates.
@@ -71,4 +74,4 @@ def make_crafter(task: str, **options: Any) -> Crafter:
     """``crafter:reward`` or ``crafter:noreward``. Options are arguments of :class:`Crafter`."""
     if task not in ("reward", "noreward"):
         raise ConfigError(f"Crafter has the tasks 'reward' and 'noreward', not '{task}'.")
-    return Crafter(reward=task == "reward", **options)
+    return Crafter(reward=task == "reward", **{**USUAL["crafter"], **options})

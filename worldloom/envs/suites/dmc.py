@@ -21,6 +21,9 @@ _ALIASES = {"cup": "ball_in_cup", "pointmass": "point_mass"}
 _CAMERAS = {"quadruped": 2}
 """Number of the camera that shows the task, by domain; 0 for the others."""
 
+USUAL: dict[str, dict[str, Any]] = {"dmc_vision": {"image_size": 64}}
+"""Options by suite, unless others are given."""
+
 
 class DMControl(gym.Env[np.ndarray, np.ndarray]):
     """One task of the suite.
@@ -135,9 +138,9 @@ def make_dmc(task: str, **options: Any) -> DMControl:
     return DMControl(task, **options)
 
 
-def make_dmc_vision(task: str, *, image_size: int = 64, **options: Any) -> DMControl:
+def make_dmc_vision(task: str, **options: Any) -> DMControl:
     """``dmc_vision:task``: image observations. Options are arguments of :class:`DMControl`."""
-    return DMControl(task, image_size=image_size, **options)
+    return DMControl(task, **{**USUAL["dmc_vision"], **options})
 
 
 def _resolve(task: str, known: Any) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from worldloom.algorithm import Algorithm
 from worldloom.families import register_family
 from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.losses import LOSS_TERMS
+from worldloom.models.dreamer.protocols import PROTOCOLS, published_curve
 from worldloom.models.dreamer.recipes import recipe
 from worldloom.models.dreamer.rssm import Latent
 from worldloom.models.dreamer.update import init_state, initial_carry, make_update, replay_spec, stored_latents
@@ -21,6 +22,9 @@ ALGORITHM = Algorithm(
     recipe=recipe,
     # The untrained policy acts first, so that latents are stored from the first row on.
     random_prefill=False,
+    protocols=PROTOCOLS,
+    published_curve=published_curve,
+    samples_in_evaluation=True,
 )
 register_family("dreamerv3", DreamerV3Config, DreamerV3WorldModel, ALGORITHM)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from math import inf
@@ -10,12 +9,13 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, cast
 
 from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer
 from worldloom.errors import ConfigError
-from worldloom.spaces import ACTION, OBS
+from worldloom.models.pictures import PictureLayout, check_sides, picture_layout
+from worldloom.spaces import ACTION, OBS, attribute_name
 
-LEVELS = 4
-"""Levels of the image networks; each halves height and width (``strides`` of the reference's encoder)."""
 CHANNELS = (2, 3, 4, 4)
-"""Channels of each level as multiples of ``cnn_depth`` (``mults``)."""
+"""Channels of each level of the image networks as multiples of ``cnn_depth`` (``mults`` of the reference)."""
+_LEAST_MAP = 3
+"""The shorter side of the smallest feature map has at least so many pixels."""
 
 
 def _reference_size(deter: int) -> dict[str, int]:
@@ -72,7 +72,7 @@ class DreamerV3Config(BaseConfig):
 
     obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]
     """Shape of one observation, or a mapping of names to shapes. Three axes are an image (channels first or last,
-    the shorter end; sides multiples of 16 from 48 to 256), fewer a vector."""
+    the shorter end; sides from 5 to 256), fewer a vector."""
     action_dim: int | Mapping[str, int]
     """Entries of a continuous action, number of choices of a discrete one, or a mapping of names to either."""
     action_type: str | Mapping[str, str] = "continuous"
@@ -89,12 +89,13 @@ class DreamerV3Config(BaseConfig):
     units: Annotated[int | None, Ge(1)] = None
     """Width of the MLPs of encoder, decoder, actor, critic and heads; None is ``hidden_dim``."""
     cnn_depth: Annotated[int, Ge(1)] = 48
-    """Channel unit of the image networks (``depth``): levels have 2, 3, 4 and 4 times as many."""
-    mlp_layers: Annotated[int, Ge(1)] = 5
+    """Channel unit of the image networks (``depth``): levels have 2, 3, 4 and 4 times as many; images with a side below
+    48 have the last levels only."""
+    mlp_layers: Annotated[int, Ge(1), Lt(1000)] = 5
     """Hidden layers of encoder and decoder MLP, actor and critic (3 in the reference program and all presets)."""
-    reward_layers: Annotated[int, Ge(1)] = 1
+    reward_layers: Annotated[int, Ge(1), Lt(1000)] = 1
     """Hidden layers of the reward head."""
-    continue_layers: Annotated[int, Ge(1)] = 1
+    continue_layers: Annotated[int, Ge(1), Lt(1000)] = 1
     """Hidden layers of the continue head."""
     blocks: Annotated[int, Ge(1)] = 8
     """Diagonal blocks of the recurrent layer and of the image decoder's first layer."""
@@ -169,7 +170,11 @@ class DreamerV3Config(BaseConfig):
             _check_name(name)
             _check_shape(f"obs_shape['{name}']" if isinstance(self.obs_shape, Mapping) else "obs_shape", shape)
         sides = {self.image_layout(name)[:2] for name in self.image_keys}
-        check(len(sides) <= 1, f"All images must have the same sides, not {sorted(sides)}; resize them to one size.")
+        check(
+            len(sides) <= 1,
+            f"All images must have the same sides, not {sorted(sides)}; resize them to one size: make_env(…, "
+            "image_size=64), on the command line --image-size 64.",
+        )
         self._check_actions()
         check(self.imagination_starts != 1, "imagination_starts=1 leaves no replayed transition; use 0 (all) or ≥ 2.")
         check(
@@ -202,11 +207,12 @@ class DreamerV3Config(BaseConfig):
     def weight_name(self, name: str) -> str:
         """The name of an observation in the names of weights (``decoder.vectors.vector.kernel``).
 
-        It is the observation's own, except for a single array: its weights are called ``vector`` or ``image``, the
-        keys of the reference program's environments (``dec/vec/vector/pred``), in saved models as well.
+        It is the observation's own, in the form of ``attribute_name``, except for a single array: its weights are
+        called ``vector`` or ``image``, the keys of the reference program's environments (``dec/vec/vector/pred``), in
+        saved models as well.
         """
         if isinstance(self.obs_shape, Mapping):
-            return name
+            return attribute_name(name)
         return "image" if len(self.obs_shape) == 3 else "vector"
 
     @property
@@ -246,10 +252,27 @@ class DreamerV3Config(BaseConfig):
         """``units``, or ``hidden_dim`` where it is None."""
         return self.units or self.hidden_dim
 
-    def image_layout(self, name: str) -> tuple[int, int, int, bool]:
-        """(height, width, channels, channels_first) of an image observation: channels are the shorter end."""
-        first, second, third = self.observations[name]
-        return (second, third, first, True) if first < third else (first, second, third, False)
+    def image_layout(self, name: str) -> PictureLayout:
+        """(height, width, channels, channels_first) of an image observation, see :func:`picture_layout`."""
+        return picture_layout(self.observations[name])
+
+    @property
+    def image_channels(self) -> tuple[int, ...]:
+        """Channels of each level of the image networks, at full size first; each level halves height and width.
+
+        Four levels where the shorter side has 48 pixels or more, as in the reference; below, as many as leave 3 (one
+        for 5 pixels), the last of the four.
+        """
+        side = min(self.image_layout(self.image_keys[0])[:2])
+        levels = sum(side >= _LEAST_MAP * 2**level for level in range(2, len(CHANNELS) + 1)) + 1
+        return tuple(self.cnn_depth * multiple for multiple in CHANNELS[-levels:])
+
+    @property
+    def padded_sides(self) -> tuple[int, int]:
+        """Height and width of images as the networks see them: the next multiples of 2 to the number of levels."""
+        unit = 2 ** len(self.image_channels)
+        height, width = (-(-side // unit) * unit for side in self.image_layout(self.image_keys[0])[:2])
+        return height, width
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
@@ -314,19 +337,15 @@ def _check_shape(field: str, shape: Any) -> None:
         f"{field}={shape!r} is not a shape; give a vector like (24,) or an image like (3, 64, 64).",
     )
     if len(shape) == 3:
-        height, width = shape[1:] if shape[0] < shape[2] else shape[:2]
-        fits = all(side % 2**LEVELS == 0 and 3 <= side // 2**LEVELS <= 16 for side in (height, width))
-        check(
-            fits,
-            f"The image {field}={shape} has sides {height} × {width}; four halvings must leave 3 to 16 "
-            f"pixels, so each side is a multiple of 16 from 48 to 256. Resize it, for example to 64 × 64.",
-        )
+        check_sides(field, shape)
 
 
 def _check_name(name: str) -> None:
-    # Names become parts of weight names, which use dots, slashes and digits for nesting.
-    fits = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) is not None
-    check(fits, f"The name {name!r} must start with a letter and hold only letters, digits, '_' and '-'.")
+    check(bool(name), "A name of an observation or action is the empty text; any other text is a name.")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"The name {name!r} of an observation or action cannot be written to a file.") from error
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from worldloom.models.base import Statistic
-from worldloom.models.dreamer.config import CHANNELS, LEVELS, DreamerV3Config
+from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.rssm import Latent
 from worldloom.nn.conv import Conv, ConvDown, ConvUp, depth_to_space
 from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm
 from worldloom.ops.distributions import Categorical, Normal
 from worldloom.ops.symlog import symlog
+from worldloom.spaces import attribute_name, name_of_attribute
 
 
 class Encoder(nnx.Module):
@@ -41,10 +42,10 @@ class Encoder(nnx.Module):
             self.output_dim += config.width
         if self.image_keys:
             layouts = [config.image_layout(name) for name in self.image_keys]
-            widths = [sum(channels for _, _, channels, _ in layouts)] + [config.cnn_depth * m for m in CHANNELS]
+            widths = [sum(layout.channels for layout in layouts), *config.image_channels]
             self.cnn = nnx.List([ConvDown(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
-            height, width = layouts[0][:2]
-            self.output_dim += (height // 2**LEVELS) * (width // 2**LEVELS) * widths[-1]
+            self.padding = _padding(config)
+            self.output_dim += math.prod(_map_sides(config)) * widths[-1]
 
     def __call__(self, obs: Mapping[str, jax.Array]) -> jax.Array:
         """``obs`` holds vectors [..., n] and images [..., H, W, C] (uint8, or float from 0 to 1) by name."""
@@ -53,12 +54,13 @@ class Encoder(nnx.Module):
         if self.vector_keys:
             squashed = [symlog(obs[name].astype(jnp.float32)).astype(self.dtype) for name in self.vector_keys]
             tokens.append(self.mlp(jnp.concatenate(squashed, -1)))
-        # Images: centred on 0, joined on their channels, four levels of convolutions.
+        # Images: centred on 0, joined on their channels, padded with 0 as convolutions are, levels of convolutions.
         if self.image_keys:
             images = [unit_range(obs[name], self.dtype) for name in self.image_keys]
             x = jnp.concatenate(images, -1) - 0.5
             batch = x.shape[:-3]
             x = x.reshape(-1, *x.shape[-3:])
+            x = jnp.pad(x, ((0, 0), *self.padding, (0, 0))) if any(map(any, self.padding)) else x
             for level in self.cnn:
                 x = level(x)
             tokens.append(x.reshape(*batch, -1))
@@ -69,13 +71,14 @@ class ImageDecoder(nnx.Module):
     """Latent → images [..., H, W, Σ channels] from 0 to 1.
 
     A small map [H/16, W/16, channels] is the sum of a block-diagonal layer of h (``sp0``) and an MLP of z (``sp1``,
-    ``sp2``); four upsampling convolutions enlarge it.
+    ``sp2``); four upsampling convolutions enlarge it, or fewer for small images. What the encoder pads is cut off.
     """
 
     def __init__(self, config: DreamerV3Config, *, rngs: nnx.Rngs):
         layouts = [config.image_layout(name) for name in config.image_keys]
-        height, width = (side // 2**LEVELS for side in layouts[0][:2])
-        widths = [config.cnn_depth * m for m in reversed(CHANNELS)]
+        height, width = _map_sides(config)
+        widths = config.image_channels[::-1]
+        self.padding = _padding(config)
         self.blocks, self.map_shape = config.blocks, (height, width, widths[0])
         size = math.prod(self.map_shape)
         self.from_deter = BlockLinear(config.deter_dim, size, config.blocks, rngs=rngs)
@@ -83,7 +86,7 @@ class ImageDecoder(nnx.Module):
         self.from_stoch = Linear(2 * config.width, size, rngs=rngs)
         self.norm = RMSNorm(widths[0])
         self.cnn = nnx.List([ConvUp(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
-        self.output = Conv(widths[-1], sum(channels for _, _, channels, _ in layouts), rngs=rngs)
+        self.output = Conv(widths[-1], sum(layout.channels for layout in layouts), rngs=rngs)
 
     def __call__(self, state: Latent) -> jax.Array:
         """Images [..., H, W, Σ channels] of states [...]."""
@@ -95,10 +98,12 @@ class ImageDecoder(nnx.Module):
         # z: one MLP.
         stoch = self.from_stoch(self.stoch_hidden(state.flat_stoch)).reshape(-1, height, width, channels)
         x = jax.nn.silu(self.norm(deter + stoch))
-        # Three levels with norm and activation, the fourth with a sigmoid alone.
+        # All levels but the last with norm and activation, the last with a sigmoid alone.
         for level in self.cnn:
             x = level(x)
         x = depth_to_space(jax.nn.sigmoid(self.output.upsample_conv(x)))
+        (top, bottom), (left, right) = self.padding
+        x = x[:, top : x.shape[1] - bottom, left : x.shape[2] - right]
         return x.reshape(*batch, *x.shape[1:])
 
 
@@ -178,7 +183,9 @@ class Actor(nnx.Module):
         self.mlp = MLP(config.feature_dim, config.width, config.mlp_layers, rngs=rngs)
         self.outputs = nnx.Dict(
             {
-                name: (CategoricalOutput if space.discrete else GaussianOutput)(config, space.dim, rngs=rngs)
+                attribute_name(name): (CategoricalOutput if space.discrete else GaussianOutput)(
+                    config, space.dim, rngs=rngs
+                )
                 for name, space in config.actions.items()
             }
         )
@@ -197,7 +204,7 @@ class Actor(nnx.Module):
     def after_first_matmul(self, product: jax.Array) -> dict[str, Normal | Categorical]:
         """Everything that follows :meth:`first_matmul`: [..., U] → the distribution of each action."""
         x = self.mlp.after_first_matmul(product)
-        return {name: output(x) for name, output in self.outputs.items()}
+        return {name_of_attribute(name): output(x) for name, output in self.outputs.items()}
 
 
 class ReturnRange(nnx.Module):
@@ -206,6 +213,22 @@ class ReturnRange(nnx.Module):
     def __init__(self) -> None:
         self.lo = Statistic(jnp.zeros(()))
         self.hi = Statistic(jnp.zeros(()))
+
+
+def _map_sides(config: DreamerV3Config) -> tuple[int, int]:
+    """Height and width of the smallest feature map."""
+    height, width = (side // 2 ** len(config.image_channels) for side in config.padded_sides)
+    return height, width
+
+
+def _padding(config: DreamerV3Config) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Pixels above and below, left and right of an image that make up :attr:`DreamerV3Config.padded_sides`."""
+    missing = [
+        padded - side
+        for padded, side in zip(config.padded_sides, config.image_layout(config.image_keys[0])[:2], strict=True)
+    ]
+    vertical, horizontal = ((pixels // 2, pixels - pixels // 2) for pixels in missing)
+    return vertical, horizontal
 
 
 def unit_range(image: jax.Array, dtype: jnp.dtype) -> jax.Array:

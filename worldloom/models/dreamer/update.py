@@ -17,7 +17,7 @@ from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.losses import update_return_range
 from worldloom.models.dreamer.world_model import ActorCarry, DreamerV3WorldModel, zero_carry
 from worldloom.models.microbatch import accumulate, join_rows, part_keys, split_rows
-from worldloom.optim import clip_by_agc, clip_by_norm, decay_kernels, scale_by_laprop, warmup_schedule
+from worldloom.optim import clip_by_agc, clip_by_norm, decay_kernels, learning_rate_schedule, scale_by_laprop
 
 
 def optimizer(config: DreamerV3Config, training: Any) -> optax.GradientTransformation:
@@ -28,7 +28,7 @@ def optimizer(config: DreamerV3Config, training: Any) -> optax.GradientTransform
         # Elementwise, so it may run on one flat vector; per tensor it would compile to three programs for each.
         optax.flatten(scale_by_laprop(config.beta1, config.beta2, config.eps)),
         decay_kernels(training.weight_decay),
-        optax.scale_by_learning_rate(warmup_schedule(training.learning_rate, training.warmup_steps)),
+        optax.scale_by_learning_rate(learning_rate_schedule(training)),
     )
 
 
@@ -90,7 +90,7 @@ def make_update(
         slow = jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, fixed["slow_critic"], trained["critic"])
         params = {**fixed, **trained, "slow_critic": slow, "return_range": return_range}
 
-        learning_rate = warmup_schedule(training.learning_rate, training.warmup_steps)(state.step)
+        learning_rate = learning_rate_schedule(training)(state.step)
         metrics = terms | extras | {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(learning_rate)}
         if config.replay_context:
             metrics[LATENTS] = {
@@ -142,11 +142,12 @@ def initial_carry(config: DreamerV3Config, num_envs: int) -> ActorCarry:
 def replay_spec(config: DreamerV3Config, training: Any) -> ReplaySpec:
     """Windows of ``sequence_length`` rows, plus a context row whose stored latent they start from.
 
-    They run across episode ends: ``is_first`` resets the state inside.
+    They run across episode ends: ``is_first`` resets the state inside. Fresh rows are replayed first, as by the online
+    queue of the reference.
     """
     latents = {"deter": (config.deter_dim,), "stoch": (config.num_latents, config.num_categories)}
     context = config.replay_context
-    return ReplaySpec(training.sequence_length + context, True, latents if context else {})
+    return ReplaySpec(training.sequence_length + context, True, latents if context else {}, fresh_first=True)
 
 
 def stored_latents(carry: ActorCarry) -> dict[str, jax.Array]:

@@ -5,7 +5,8 @@ from worldloom.families import register_family
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.losses import LOSS_TERMS
 from worldloom.models.tdmpc2.plans import PLANNER_FIELDS, smaller_plans
-from worldloom.models.tdmpc2.recipes import recipe
+from worldloom.models.tdmpc2.protocols import PROTOCOLS, published_curve
+from worldloom.models.tdmpc2.recipes import FRAME_STACK, recipe
 from worldloom.models.tdmpc2.update import (
     eval_policy,
     init_state,
@@ -29,6 +30,9 @@ ALGORITHM = Algorithm(
     short_updates=lambda config: config.latent_dim <= 64,
     planner_fields=PLANNER_FIELDS,
     smaller_plans=smaller_plans,
+    frame_stack=FRAME_STACK,
+    protocols=PROTOCOLS,
+    published_curve=published_curve,
 )
 register_family("tdmpc2", TDMPC2Config, TDMPC2WorldModel, ALGORITHM)
 

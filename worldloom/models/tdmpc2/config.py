@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from math import prod
+from typing import Annotated, Any, Self, cast
 
-from worldloom.config import BaseConfig, Between, Ge, OneOf, check, config_dataclass, is_integer, nearest
+from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
 from worldloom.errors import ConfigError
+from worldloom.models.pictures import check_sides, picture_layout
+from worldloom.spaces import OBS
 
-IMAGE_SIZE = 64
-"""Height and width of images, fixed by the reference's convolutions."""
-IMAGE_LATENT = 512
-"""Latent size of images: those convolutions end in 32 channels of 4×4."""
+PICTURE_CHANNELS = 32
+"""Channels of every convolution."""
+_FIRST, _FURTHER, _LAST = ((7, 2), (5, 2), (3, 2)), (3, 2), (3, 1)
+"""Kernel and stride of the reference's convolutions, and of those that larger pictures need besides."""
+_LEAST_MAP = 3
+"""The shorter side of the last feature map has at least so many pixels."""
 
 # The reference's `MODEL_SIZE` table (`common/__init__.py`).
 _SIZE_FIELDS = ("encoder_dim", "hidden_dim", "latent_dim", "encoder_layers", "num_q")
@@ -47,21 +52,23 @@ class TDMPC2Config(BaseConfig):
     size and weight decay belong to ``TrainingConfig``.
     """
 
-    obs_shape: tuple[int, ...]
-    """Shape of one observation: ``(D,)`` for vectors; ``(C, 64, 64)`` or ``(64, 64, C)`` for (stacked) images."""
+    obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]
+    """Shape of one observation, or a mapping of names to shapes: ``(D,)`` is a vector, three axes are a (stacked)
+    image, channels first or last, with sides from 5 to 256."""
     action_dim: Annotated[int, Ge(1)]
     """Dimensions A of a continuous action in [−1, 1], or number of discrete actions."""
     latent_dim: Annotated[int, Ge(1)] = 512
-    """Latent size L, a multiple of ``simnorm_dim``; images need 512."""
+    """Latent size L, a multiple of ``simnorm_dim``. For 64 × 64 pixels, 512 is the reference's: another size adds a
+    layer to its encoder."""
     num_q: Annotated[int, Ge(2)] = 5
     """Q networks N: two of them are drawn for each use."""
-    mlp_layers: Annotated[int, Ge(1)] = 2
+    mlp_layers: Annotated[int, Ge(1), Lt(1000)] = 2
     """Hidden layers of dynamics, reward, termination, policy and Q networks."""
     hidden_dim: Annotated[int, Ge(1)] = 512
     """Width M of these hidden layers (``mlp_dim``)."""
     encoder_dim: Annotated[int, Ge(1)] = 256
     """Width of the vector encoder's hidden layers (``enc_dim``)."""
-    encoder_layers: Annotated[int, Ge(1)] = 2
+    encoder_layers: Annotated[int, Ge(1), Lt(1000)] = 2
     """Layers of the vector encoder including its last; below 2 counts as 2 (``num_enc_layers``)."""
     simnorm_dim: Annotated[int, Ge(1)] = 8
     """Features V per simplex of the latent."""
@@ -179,23 +186,25 @@ class TDMPC2Config(BaseConfig):
         )
 
     def _check_observations(self) -> None:
-        shape = self.obs_shape
         check(
-            isinstance(shape, tuple) and len(shape) in (1, 3) and all(is_integer(n) and n > 0 for n in shape),
-            f"obs_shape={shape!r} must be (D,) for vectors, or (C, 64, 64) or (64, 64, C) for images.",
+            self.obs_shape not in ((), {}),
+            "obs_shape is empty; give a shape like (24,) or a mapping of names to shapes.",
         )
-        if not self.is_image:
-            return
+        for name, shape in self.observations.items():
+            field = f"obs_shape['{name}']" if isinstance(self.obs_shape, Mapping) else "obs_shape"
+            whole = isinstance(shape, tuple) and all(is_integer(side) and side >= 1 for side in shape)
+            fits = whole and len(shape) in ((0, 1, 2, 3) if isinstance(self.obs_shape, Mapping) else (1, 3))
+            check(
+                fits,
+                f"{field}={shape!r} is not a shape; give a vector like (24,) or an image like (3, 64, 64).",
+            )
+            if len(shape) == 3:
+                check_sides(field, shape)
         check(
-            shape[:2] == (IMAGE_SIZE, IMAGE_SIZE) or shape[1:] == (IMAGE_SIZE, IMAGE_SIZE),
-            f"obs_shape={shape}: TD-MPC2's image encoder takes 64×64 pixels, as (C, 64, 64) or (64, 64, C).",
+            not (self.multitask and self.image_keys),
+            "A multitask model takes vector observations, no images; give obs_shape=(D,).",
         )
-        check(
-            self.latent_dim == IMAGE_LATENT,
-            f"Images need latent_dim={IMAGE_LATENT}, where the image encoder ends; {self.latent_dim} was given.",
-        )
-        check(not self.multitask, "A multitask model takes vector observations; give obs_shape=(D,).")
-        check(not self.symlog_obs, "symlog_obs is for vector observations.")
+        check(bool(self.vector_keys) or not self.symlog_obs, "symlog_obs is for vector observations.")
 
     def _check_tasks(self) -> None:
         if not (self.action_dims or self.episode_lengths or self.num_tasks > 1):
@@ -233,14 +242,31 @@ class TDMPC2Config(BaseConfig):
         return self.task_dim if self.multitask else 0
 
     @property
-    def is_image(self) -> bool:
-        """Whether observations are images."""
-        return len(self.obs_shape) == 3
+    def observations(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name, in the order given; a single observation is named ``obs``."""
+        if isinstance(self.obs_shape, Mapping):
+            return dict(self.obs_shape)
+        return {OBS: cast("tuple[int, ...]", self.obs_shape)}
 
     @property
-    def channels_first(self) -> bool:
-        """Whether images are (C, 64, 64)."""
-        return self.is_image and self.obs_shape[:2] != (IMAGE_SIZE, IMAGE_SIZE)
+    def image_keys(self) -> tuple[str, ...]:
+        """Names of image observations, in the order given."""
+        return tuple(name for name, shape in self.observations.items() if len(shape) == 3)
+
+    @property
+    def vector_keys(self) -> tuple[str, ...]:
+        """Names of vector observations, in the order given."""
+        return tuple(name for name, shape in self.observations.items() if len(shape) < 3)
+
+    @property
+    def vector_dim(self) -> int:
+        """Width D of all vector observations side by side; 0 if there are none."""
+        return sum(prod(self.observations[name]) for name in self.vector_keys)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether observations are one image and nothing else."""
+        return len(self.image_keys) == 1 and not self.vector_keys
 
     @property
     def planner_iterations(self) -> int:
@@ -298,6 +324,11 @@ class TDMPC2Config(BaseConfig):
             raise ConfigError(
                 f"There is no TD-MPC2 size '{size}'.{nearest(size, _PRESETS)} Known: {', '.join(_PRESETS)}."
             )
+        check(
+            not isinstance(action_dim, Mapping),
+            f"TD-MPC2 takes one action, not {action_dim!r}; join_actions=True in make_env and from_minari, "
+            "--join-actions on the command line, makes one of several.",
+        )
         return cls(**{"obs_shape": obs_shape, "action_dim": action_dim, **_PRESETS[size], **overrides})
 
     @classmethod
@@ -318,3 +349,30 @@ class TDMPC2Config(BaseConfig):
         if dropped:
             warnings.warn(f"Fields without meaning in TDMPC2Config were dropped: {', '.join(dropped)}.", stacklevel=2)
         return cls(**{name: value for name, value in renamed.items() if name in known})
+
+
+def picture_convolutions(shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Kernel size and stride of each convolution for a picture of ``shape``, in order.
+
+    As many as leave at least 3 pixels on the shorter side: from 55 to 102 pixels the reference's four, fewer for
+    smaller pictures, which leave out the first ones, and further ones of stride 2 before the last for larger pictures.
+    """
+    side = min(picture_layout(shape)[:2])
+    candidates = [(*_FIRST[start:], _LAST) for start in (3, 2, 1, 0)]
+    candidates += [(*_FIRST, *[_FURTHER] * further, _LAST) for further in (1, 2, 3)]
+    fitting = [layers for layers in candidates if _map_side(side, layers) >= _LEAST_MAP]
+    return fitting[-1]
+
+
+def picture_features(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of the last feature map for a picture of ``shape``; it has ``PICTURE_CHANNELS`` channels."""
+    layers = picture_convolutions(shape)
+    height, width = (_map_side(side, layers) for side in picture_layout(shape)[:2])
+    return height, width
+
+
+def _map_side(side: int, layers: tuple[tuple[int, int], ...]) -> int:
+    """Pixels that are left of ``side`` after convolutions without padding."""
+    for kernel, stride in layers:
+        side = (side - kernel) // stride + 1 if side >= kernel else 0
+    return side

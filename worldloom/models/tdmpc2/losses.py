@@ -10,14 +10,14 @@ trained there, and for an environment whose only signal is its termination nothi
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from worldloom.models.base import check_new_term
-from worldloom.models.tdmpc2.batch import TrainBatch, unfold
+from worldloom.models.tdmpc2.batch import TrainBatch, cut, unfold
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.networks import CategoricalSample, GaussianSample, ValueScale
 from worldloom.ops.keys import split_key
@@ -40,8 +40,8 @@ class LossModel(Protocol):
     config: TDMPC2Config
     scale: ValueScale
 
-    def latent(self, obs: jax.Array, task: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
-        """Encode: [..., *obs_shape] → [..., L]."""
+    def latent(self, obs: Any, task: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
+        """Encode: [..., *obs_shape], or a dict of such arrays, → [..., L]."""
 
     def next_latent(self, z: jax.Array, action: jax.Array, task: jax.Array | None) -> jax.Array:
         """Dynamics: [..., L]."""
@@ -160,13 +160,13 @@ def model_loss(model: LossModel, batch: TrainBatch, key: jax.Array | None, *, re
     weights = jnp.moveaxis(batch.weights, -1, 0)
 
     # Targets: encoded next observations, and values bootstrapped from them.
-    next_z = sg(model.latent(batch.obs[:, 1:], task, next_key))
+    next_z = sg(model.latent(cut(batch.obs, slice(1, None)), task, next_key))
     td_targets = _td_targets(model, batch, next_z, encode_key=encode_key, prior_key=prior_key, pair_key=pair_key)
     next_z, td_targets = unfold(next_z, c.horizon), unfold(td_targets, c.horizon)
 
     # Latent rollout, which gradients flow through.
     starts = batch.rewards.shape[1] - c.horizon
-    rollout = [maybe_remat(model.latent)(batch.obs[:, :starts], task, encode_key)]
+    rollout = [maybe_remat(model.latent)(cut(batch.obs, slice(starts)), task, encode_key)]
     for action in actions:
         rollout.append(maybe_remat(model.next_latent)(rollout[-1], action, task))
     z, z_after = jnp.stack(rollout[:-1]), jnp.stack(rollout[1:])
@@ -300,7 +300,7 @@ def _td_targets(
     discounts = model.gamma(task) * (1.0 - batch.terminated[:, 1:])
     targets = batch.rewards[:, 1:] + discounts * next_q
     if c.advantage_weight:
-        z = jnp.concatenate([sg(model.latent(batch.obs[:, :1], task, encode_key)), next_z[:, :-1]], axis=1)
+        z = jnp.concatenate([sg(model.latent(cut(batch.obs, slice(1)), task, encode_key)), next_z[:, :-1]], axis=1)
         prior = model.prior(z, task)
         assert isinstance(prior, CategoricalSample)
         targets -= c.advantage_weight * prior.regret(target_q(z), batch.actions[:, :-1])

@@ -1,7 +1,8 @@
-"""Networks of TD-MPC2: encoders, task embedding, policy priors, the value scale, the planner's fused networks.
+"""Networks of TD-MPC2: task embedding, policy priors, the value scale, the planner's fused networks.
 
-Inputs are concatenated as in the reference (``common/world_model.py``): [observation | task] for the encoder,
-[latent | task] for the policy and the termination head, [latent | task | action] for dynamics, reward and Q networks.
+The encoders are in ``encoders``. Inputs are concatenated as in the reference (``common/world_model.py``):
+[observation | task] for the encoder, [latent | task] for the policy and the termination head, [latent | task | action]
+for dynamics, reward and Q networks.
 
 Discrete actions are not in the reference. Here the policy prior is a categorical over one-hot actions, and values are
 exact expectations over them, as in the discrete soft actor-critic (Christodoulou 2019), instead of reparameterised
@@ -11,7 +12,6 @@ et al. 2018): see ``CategoricalSample.objective``. How discrete actions are plan
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,111 +22,11 @@ from flax import nnx
 from worldloom.models.base import Statistic
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.nn.normed import NormedMLP
-from worldloom.ops.random_shift import random_shift
-from worldloom.ops.simnorm import simnorm
-from worldloom.ops.symlog import symlog
 
 # log(2π) / 2, with as many digits as the reference's `math.gaussian_logprob`.
 _HALF_LOG_2PI = 0.9189385175704956
 _MASKED = -1e9
 """Logit of actions that a task does not have."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SimNorm:
-    """:func:`worldloom.ops.simnorm.simnorm` with its group size, as an activation.
-
-    Compares by value, unlike a closure: models of equal configs then have equal graph definitions and share one
-    compilation.
-    """
-
-    group: int
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., L] → [..., L]."""
-        return simnorm(x, self.group)
-
-
-class VectorEncoder(nnx.Module):
-    """Vector observation and task embedding → latent (reference: ``layers.enc``, ``state``)."""
-
-    def __init__(self, config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.symlog_obs = config.symlog_obs
-        self.mlp = NormedMLP(
-            config.obs_shape[0] + config.embedding_dim,
-            [config.encoder_dim] * max(config.encoder_layers - 1, 1),
-            config.latent_dim,
-            out_activation=SimNorm(config.simnorm_dim),
-            dtype=dtype,
-            rngs=rngs,
-        )
-
-    def __call__(self, obs: jax.Array, embedding: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """[..., D] and [..., E] → [..., L]. Deterministic: ``key`` is unused, as only images are shifted."""
-        del key
-        obs = obs.astype(jnp.float32)
-        return self.mlp(jnp.concatenate([symlog(obs) if self.symlog_obs else obs, embedding], axis=-1))
-
-
-class ImageEncoder(nnx.Module):
-    """64×64 images → latent: random shift, four valid convolutions, SimNorm; no linear layer, no LayerNorm.
-
-    Reference: ``layers.conv``. The shift (data augmentation of Kostrikov et al. 2020) is part of the encoder, both in
-    training and in acting.
-    """
-
-    def __init__(self, config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.channels_first = config.channels_first
-        self.simnorm = SimNorm(config.simnorm_dim)
-        channels = config.obs_shape[0] if config.channels_first else config.obs_shape[-1]
-        layers = ((channels, 7, 2), (32, 5, 2), (32, 3, 2), (32, 3, 1))
-        self.convs = nnx.List(_convolution(inputs, size, stride, dtype, rngs) for inputs, size, stride in layers)
-
-    def __call__(self, obs: jax.Array, embedding: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """[..., C, 64, 64] or [..., 64, 64, C] (uint8 0–255, or float 0–1) → [..., 512].
-
-        ``embedding`` has width 0: image models have one task. Without a key images are not shifted.
-        """
-        del embedding
-        x = obs.reshape(-1, *obs.shape[-3:])
-        x = x.transpose(0, 2, 3, 1) if self.channels_first else x
-        x = x if key is None else random_shift(x, key)
-        x = (x / jnp.float32(255) if x.dtype == jnp.uint8 else x.astype(jnp.float32)) - 0.5
-        for conv in self.convs[:-1]:
-            x = nnx.relu(conv(x))
-        x = self._last_conv(x).astype(jnp.float32)
-        # Channel-major, as PyTorch flattens: with 8 features a simplex is 8 neighbouring pixels of one channel.
-        return self.simnorm(x.transpose(0, 3, 1, 2).reshape(*obs.shape[:-3], -1))
-
-    def _last_conv(self, x: jax.Array) -> jax.Array:
-        """The last convolution, without gradient to its bias where the bias cannot change the output.
-
-        The feature map is 4×4, so that a simplex of 2, 4, 8 or 16 neighbours lies within one channel. The channel's
-        bias shifts all inputs of its softmax alike, which a softmax is invariant to. The bias's exact gradient is then
-        0; the computed one is rounding noise, and Adam would scale that up to full steps.
-        """
-        conv = self.convs[-1]
-        if conv.bias is None or 16 % self.simnorm.group:
-            return conv(x)
-        x, kernel, bias = (a.astype(conv.dtype) for a in (x, conv.kernel[...], jax.lax.stop_gradient(conv.bias[...])))
-        layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout) + bias
-
-
-def _convolution(inputs: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    bound = (inputs * size * size) ** -0.5  # PyTorch's default: uniform in ±1 / √fan-in, for the bias too.
-    init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
-    return nnx.Conv(
-        inputs,
-        32,
-        (size, size),
-        strides=stride,
-        padding="VALID",
-        kernel_init=init,
-        bias_init=init,
-        dtype=dtype,
-        rngs=rngs,
-    )
 
 
 class TaskEmbedding(nnx.Module):

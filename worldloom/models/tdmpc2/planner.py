@@ -86,13 +86,14 @@ def _entry(function: F) -> F:
 
     @functools.wraps(function)
     def call(model: PlannerModel, z: jax.Array | LatentState, *args: Any, **kwargs: Any) -> Any:
-        z = _latent_array(z)
+        latent = _latent_array(z)
         if isinstance(model, WorldModel):
-            return run(model, z, *args, **kwargs)
+            # As it was given: what is on the host is checked there.
+            return run(model, z.z if isinstance(z, LatentState) else z, *args, **kwargs)
         _check_model(model)
         bound = functools.partial(function, model)
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((z, args, kwargs)))
-        return bound(z, *args, **kwargs) if traced else jax.jit(bound)(z, *args, **kwargs)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((latent, args, kwargs)))
+        return bound(latent, *args, **kwargs) if traced else jax.jit(bound)(latent, *args, **kwargs)
 
     return call  # type: ignore[return-value]
 

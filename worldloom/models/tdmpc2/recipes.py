@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from worldloom.algorithm import Recipe, env_shapes, window_prefill
+from worldloom.models.pictures import MIN_SIDE, picture_layout
+from worldloom.models.tdmpc2.config import PICTURE_CHANNELS, picture_features
+from worldloom.spaces import OBS, named
 
-_REFERENCE: dict[str, Any] = {"batch_size": 256, "sequence_length": 4, "learning_rate": 3e-4, "grad_clip": 20.0}
+_log = logging.getLogger("worldloom")
+
+FRAME_STACK = 3
+"""Images that the reference stacks, since one shows no velocities."""
+REFERENCE_TRAINING: dict[str, Any] = {
+    "batch_size": 256,
+    "sequence_length": 4,
+    "learning_rate": 3e-4,
+    "grad_clip": 20.0,
+}
+"""The reference's settings in every suite."""
+REFERENCE_GYM: dict[str, Any] = {"discount_max": 0.99, "rho": 0.7}
+"""What the reference's wrapper of Gymnasium tasks sets."""
 _TINY: dict[str, Any] = {
     "batch_size": 64,
     "sequence_length": 4,
@@ -28,6 +45,9 @@ _DISCRETE_MODEL = {
 }
 _DISCRETE_TRAINING = {"batch_size": 32, "sequence_length": 8, "learning_rate": 5e-4, "train_ratio": 128.0}
 
+_REFERENCE_LATENT = 512
+"""Features of the reference's convolutions, which are the latent of its image models."""
+
 _PREFILL_EPISODES, _LEAST_PREFILL = 5, 1_000
 """The reference begins with five whole episodes of random actions and as many updates; here at least 1,000 steps."""
 
@@ -38,7 +58,7 @@ _ONLY_TIME_LIMIT_IDS = ("Pendulum", "HalfCheetah", "Swimmer", "Reacher", "Pusher
 
 def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     """See :class:`worldloom.algorithm.Algorithm`."""
-    training = {"device": "auto", **(_TINY if size == "tiny" else _REFERENCE)}
+    training = {"device": "auto", **(_TINY if size == "tiny" else REFERENCE_TRAINING)}
     if env is None:
         return Recipe({}, training, {}).override(given)
     model: dict[str, Any] = env_shapes(env)
@@ -50,19 +70,40 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     endless = never_terminates(env)
     model["episodic"] = not endless
     reasons["episodic"] = "only time limits end its episodes" if endless else "its episodes may terminate"
-    if isinstance(env.obs_shape, tuple) and len(env.obs_shape) == 3:
-        model["latent_dim"] = 512
+    if reference_latent := _reference_latent(env.obs_shape):
+        model["latent_dim"] = reference_latent
         reasons["latent_dim"] = "where the image encoder ends"
+        if not env.settings.get("frame_stack"):
+            _log.warning(
+                "TD-MPC2 sees one image at a time, which shows no velocities; the reference stacks %d: "
+                "make_env(…, frame_stack=%d).",
+                FRAME_STACK,
+                FRAME_STACK,
+            )
     if env.episode_length:
         model["episode_length"] = env.episode_length
         reasons["episode_length"] = "of the environment, in decision steps"
-    # Where episodes can terminate, random actions end them early: five of them may be a handful of steps.
+    gym = not str(env.settings.get("spec")).startswith(_ONLY_TIME_LIMITS)
+    if gym and size != "tiny":
+        model |= REFERENCE_GYM
+        reasons |= dict.fromkeys(REFERENCE_GYM, "the reference's for Gymnasium tasks")
     length = given.get("episode_length", env.episode_length) or 0
-    training["prefill"] = max(_LEAST_PREFILL, _PREFILL_EPISODES * length if endless else 0)
+    # The reference takes five times the longest episode. Random actions may end episodes long before; the tiny size,
+    # which has learned such tasks with the least prefill, does without.
+    training["prefill"] = max(_LEAST_PREFILL, _PREFILL_EPISODES * length if endless or size != "tiny" else 0)
     reasons |= {"prefill": "random actions first", "prefill_updates": "as many as prefill"}
     reasons |= window_prefill(training, env, given)
     training["prefill_updates"] = given.get("prefill", training["prefill"])
     return Recipe(model, training, reasons).override(given)
+
+
+def _reference_latent(obs_shape: Any) -> int | None:
+    """The latent of a single image of about 64×64 pixels, for which the encoder is the reference's."""
+    shapes = list(named(obs_shape, OBS).values())
+    if len(shapes) != 1 or len(shapes[0]) != 3 or min(picture_layout(shapes[0])[:2]) < MIN_SIDE:
+        return None
+    features = PICTURE_CHANNELS * math.prod(picture_features(shapes[0]))
+    return features if features == _REFERENCE_LATENT else None
 
 
 def never_terminates(env: Any) -> bool:

@@ -19,7 +19,7 @@ from worldloom.models.tdmpc2.losses import Rollouts, first_values, update_scale,
 from worldloom.models.tdmpc2.networks import project_rows
 from worldloom.models.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.ops.keys import split_key
-from worldloom.optim import clip_by_norm, decay_kernels, warmup_schedule
+from worldloom.optim import clip_by_norm, decay_kernels, learning_rate_schedule
 
 _OWN_PARTS = frozenset({*TDMPC2WorldModel.__annotations__} - {"config", "loss_terms"})
 """Names of the parts that the family itself has."""
@@ -128,7 +128,7 @@ def make_update(
             "grad_norm": optax.tree.norm(grads),
             "pi_grad_norm": optax.tree.norm(of_policy),
             **pi_metrics,
-            "lr": warmup_schedule(training.learning_rate, training.warmup_steps)(state.step),
+            "lr": learning_rate_schedule(training)(state.step),
         }
         opt_state = {"model": model_opt, "policy": policy_opt, "policy_grad_of_tasks": _tasks(pi_grads)}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
@@ -153,10 +153,10 @@ def replay_spec(config: TDMPC2Config, training: Any) -> ReplaySpec:
     """Rows per window: ``sequence_length``, at least ``horizon`` + 1, which is the published update.
 
     Windows lie within one episode, as in the reference, unless episodes terminate: then they run over the end, so that
-    rollouts start in an episode's last rows too.
+    rollouts start in an episode's last rows too. As in the reference, an episode is replayed once it is over.
     """
     rows = max(training.sequence_length, config.horizon + 1)
-    return ReplaySpec(rows=rows, cross_episodes=config.episodic, latents={})
+    return ReplaySpec(rows=rows, cross_episodes=config.episodic, latents={}, open_episodes=False)
 
 
 def validate_data(config: TDMPC2Config, *, has_terminals: bool, online: bool) -> None:
@@ -196,7 +196,7 @@ def _adam(training: Any, *, eps: float) -> optax.GradientTransformation:
         clip_by_norm(training.grad_clip),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=eps),
         decay_kernels(training.weight_decay),
-        optax.scale_by_learning_rate(warmup_schedule(training.learning_rate, training.warmup_steps)),
+        optax.scale_by_learning_rate(learning_rate_schedule(training)),
     )
 
 

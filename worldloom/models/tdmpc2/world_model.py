@@ -12,8 +12,9 @@ from flax import nnx
 from worldloom.errors import DataError
 from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
 from worldloom.models.tdmpc2 import losses, planner
-from worldloom.models.tdmpc2.batch import TrainBatch, prepare_batch
+from worldloom.models.tdmpc2.batch import TrainBatch, check_batch_axis, prepare_batch, prepare_observations
 from worldloom.models.tdmpc2.config import TDMPC2Config
+from worldloom.models.tdmpc2.encoders import ImageEncoder, JointEncoder, SimNorm, VectorEncoder, make_encoder
 from worldloom.models.tdmpc2.latent import LatentState
 from worldloom.models.tdmpc2.losses import ModelLoss, PolicyLoss, Rollouts
 from worldloom.models.tdmpc2.networks import (
@@ -22,11 +23,8 @@ from worldloom.models.tdmpc2.networks import (
     FusedDynamicsReward,
     GaussianPolicy,
     GaussianSample,
-    ImageEncoder,
-    SimNorm,
     TaskEmbedding,
     ValueScale,
-    VectorEncoder,
 )
 from worldloom.nn.ensemble import Ensemble
 from worldloom.nn.normed import NormedMLP
@@ -68,7 +66,7 @@ class TDMPC2WorldModel(WorldModel):
     loss_terms: ClassVar[tuple[str, ...]] = losses.LOSS_TERMS
     uncertainty_units: ClassVar[Mapping[str, str]] = {"q_disagreement": "return"}
 
-    encoder: VectorEncoder | ImageEncoder
+    encoder: VectorEncoder | ImageEncoder | JointEncoder
     dynamics: NormedMLP
     reward: NormedMLP
     termination: NormedMLP
@@ -92,7 +90,7 @@ class TDMPC2WorldModel(WorldModel):
             return NormedMLP(za, hidden, c.num_bins, dropout=c.dropout, zero_head=True, dtype=dtype, rngs=rngs)
 
         parts: dict[str, nnx.Module] = {
-            "encoder": (ImageEncoder if c.is_image else VectorEncoder)(c, dtype, rngs),
+            "encoder": make_encoder(c, dtype, rngs),
             "dynamics": NormedMLP(
                 za, hidden, c.latent_dim, out_activation=SimNorm(c.simnorm_dim), dtype=dtype, rngs=rngs
             ),
@@ -121,8 +119,11 @@ class TDMPC2WorldModel(WorldModel):
         return LatentState(jnp.full(shape, 1.0 / self.config.simnorm_dim, jnp.float32))
 
     @compiled
-    def encode(self, obs: jax.Array, key: jax.Array | None = None, *, task: jax.Array | None = None) -> LatentState:
-        """Observations [B, *obs_shape] → latents [B, L]. ``key`` shifts images at random, as in training."""
+    def encode(self, obs: Any, key: jax.Array | None = None, *, task: jax.Array | None = None) -> LatentState:
+        """Observations [B, *obs_shape], or a dict of such arrays, → latents [B, L].
+
+        ``key`` shifts images at random, as in training.
+        """
         return LatentState(self.latent(obs, task, key))
 
     @compiled
@@ -130,7 +131,7 @@ class TDMPC2WorldModel(WorldModel):
         self,
         state: LatentState,
         action: jax.Array,
-        obs: jax.Array,
+        obs: Any,
         key: jax.Array | None = None,
         *,
         task: jax.Array | None = None,
@@ -224,7 +225,7 @@ class TDMPC2WorldModel(WorldModel):
     def act(
         self,
         carry: jax.Array | None,
-        obs: jax.Array,
+        obs: Any,
         key: jax.Array | None = None,
         *,
         task: jax.Array | None = None,
@@ -235,7 +236,7 @@ class TDMPC2WorldModel(WorldModel):
 
         Args:
           carry: [B, H, A] means of the previous plans, the warm start; None at the first step of all episodes.
-          obs: [B, *obs_shape].
+          obs: [B, *obs_shape], or a dict of such arrays.
           key: key of candidates, prior, choice among elites and exploration; None takes the mode of each, hence no
             exploration.
           task: [B] for multitask models.
@@ -250,12 +251,8 @@ class TDMPC2WorldModel(WorldModel):
           DataError: ``obs`` has no batch axis, or ``carry`` or ``is_first`` belongs to another number of environments.
         """
         encode_key, plan_key = split_key(key, 2)
+        check_batch_axis(self.config, obs)
         z = self.latent(obs, task, encode_key)
-        if z.ndim != 2:
-            raise DataError(
-                f"Observations have shape {jnp.shape(obs)}; act takes those of B environments, "
-                f"[B, {', '.join(map(str, self.config.obs_shape))}]. For a single one: obs[None], and action[0]."
-            )
         check_environments(z.shape[0], None if carry is None else carry.shape[0], is_first)
         if carry is None:
             carry = jnp.zeros((z.shape[0], self.config.horizon, self.config.action_dim), jnp.float32)
@@ -288,15 +285,13 @@ class TDMPC2WorldModel(WorldModel):
 
     # Networks as functions of latents [..., L]; ``task`` broadcasts against their batch axes.
 
-    def latent(self, obs: jax.Array, task: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
-        """Observations [..., *obs_shape] → [..., L]. Raises ``DataError`` for another shape."""
-        shape = self.config.obs_shape
-        obs = jnp.asarray(obs)
-        if obs.shape[max(obs.ndim - len(shape), 0) :] != shape:
-            raise DataError(
-                f"Observations have shape {obs.shape}; the model takes [..., {', '.join(map(str, shape))}]."
-            )
-        return self.encoder(obs, self.embed(task, obs.shape[: obs.ndim - len(shape)]), key)
+    def latent(self, obs: Any, task: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
+        """Observations [..., *obs_shape], or a dict of them, → [..., L].
+
+        Raises ``DataError`` for other names, shapes or dtypes.
+        """
+        prepared, lead = prepare_observations(self.config, obs)
+        return self.encoder(prepared, self.embed(task, lead), key)
 
     def next_latent(self, z: jax.Array, action: jax.Array, task: jax.Array | None) -> jax.Array:
         """[..., L] after ``action`` [..., A]."""

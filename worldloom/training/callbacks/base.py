@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from worldloom.algorithm import TrainState
-from worldloom.config import nearest
-from worldloom.errors import ConfigError, UnknownFieldError
+from worldloom.config import as_integer, nearest
+from worldloom.errors import UnknownFieldError
 from worldloom.training.checkpoint_files import Snapshot
 from worldloom.training.config import TrainingConfig
 
@@ -44,6 +44,8 @@ class StepInfo:
       read_state: function () → the :class:`TrainState`.
       model: function () → a copy of the world model with the weights of this step.
       snapshot: function () → the content of a checkpoint.
+      episodes: function () → the training episodes that ended since the last log record, as ``EpisodeRecord``.
+      episodes_ended: number of training episodes that ended so far.
     """
 
     step: int
@@ -63,6 +65,8 @@ class StepInfo:
     read_state: Callable[[], TrainState] = dataclasses.field(repr=False)
     model: Callable[[], Any] = dataclasses.field(repr=False)
     snapshot: Callable[[], Snapshot] = dataclasses.field(repr=False)
+    episodes: Callable[[], list[Any]] = dataclasses.field(default=list, repr=False)
+    episodes_ended: int = 0
 
     @property
     def lr(self) -> float:
@@ -171,9 +175,7 @@ class FunctionCallback(Callback):
     measures = True  # Whether the function returns measurements is only known when it is called.
 
     def __init__(self, function: Callable[[StepInfo], CallbackResult], every: int | None = None):
-        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-            raise ConfigError(f"every must be an integer ≥ 1, not {every!r}.")
-        self.function, self.every = function, every
+        self.function, self.every = function, None if every is None else as_integer("every", every)
 
     def on_step(self, info: StepInfo) -> CallbackResult:
         """Call the function."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from worldloom.config import check
+from worldloom.config import as_integer
 from worldloom.errors import CheckpointError
+from worldloom.files import absolute_path
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.callbacks.monitor import Monitor
 from worldloom.training.checkpoint import Checkpointer
@@ -67,11 +68,8 @@ class CheckpointCallback(Callback):
         *,
         mode: str = "auto",
     ):
-        check(
-            isinstance(save_every, int) and save_every >= 1, f"save_every must be an integer ≥ 1, not {save_every!r}."
-        )
-        check(isinstance(keep_last, int) and keep_last >= 1, f"keep_last must be an integer ≥ 1, not {keep_last!r}.")
-        self.save_dir, self.save_every = Path(save_dir), save_every
+        save_every, keep_last = as_integer("save_every", save_every), as_integer("keep_last", keep_last)
+        self.save_dir, self.save_every = absolute_path(save_dir), save_every
         self.monitor = Monitor(monitor, mode) if save_best else None
         best = {"mode": self.monitor.mode, "monitor": self.monitor.name} if self.monitor else {}
         self.checkpointer = Checkpointer(save_dir, keep_last=keep_last, **best)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from worldloom.config import check
+from worldloom.config import as_integer, check
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo, StopTraining
 from worldloom.training.callbacks.monitor import Monitor
 from worldloom.training.config import TrainingConfig
@@ -28,7 +28,7 @@ class EarlyStoppingCallback(Callback):
     """
 
     def __init__(self, monitor: str = "loss", patience: int = 5000, min_delta: float = 1e-4, mode: str = "min"):
-        check(isinstance(patience, int) and patience >= 1, f"patience must be an integer ≥ 1, not {patience!r}.")
+        patience = as_integer("patience", patience)
         check(min_delta >= 0, f"min_delta must be ≥ 0, not {min_delta!r}.")
         self.monitor, self.patience, self.min_delta = Monitor(monitor, mode), patience, min_delta
         self.best: float | None = None

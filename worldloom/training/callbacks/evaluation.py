@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import numpy as np
-
-from worldloom.config import check
+from worldloom.config import as_integer
 from worldloom.envs import VectorEnv
 from worldloom.errors import ConfigError
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.collector import check_env_fits
 from worldloom.training.config import TrainingConfig
-from worldloom.training.evaluation import evaluate, play
+from worldloom.training.evaluation import evaluate, measure_returns
+from worldloom.training.interrupts import Interrupted
 from worldloom.training.sampler import SequenceSampler
 
 _log = logging.getLogger("worldloom")
 
-_DEFAULT_EPISODES = 10
-"""Number of episodes of the evaluation that online training adds by default."""
+_MAX_EVAL_ENVS = 10
+"""Maximum number of environments that the evaluation of online training steps together."""
 
 
 class EvalCallback(Callback):
@@ -27,24 +26,27 @@ class EvalCallback(Callback):
 
     * A ``ReplayBuffer`` of held-out episodes: publishes the mean loss terms ``eval/loss`` and ``eval/loss/<term>``.
     * A ``VectorEnv``: plays whole episodes with the evaluation policy and publishes ``eval/return`` (the mean),
-      ``eval/return_std`` and ``eval/length``. The episodes are determined by ``seed`` and the step.
+      ``eval/return_std`` and ``eval/length``, see :func:`worldloom.training.evaluation.measure_returns`. The episodes
+      are determined by ``seed`` and the step.
 
     Args:
       source: held-out episodes, such as the second part of ``ReplayBuffer.split``, or environments used for nothing
         else, such as ``env.another(10, seed=1)``.
       every: steps between two evaluations; None follows ``TrainingConfig.eval_interval``.
       batches: number of batches per evaluation, the same ones every time.
-      episodes: number of episodes per evaluation.
+      episodes: number of episodes per evaluation; None follows ``TrainingConfig.eval_episodes``.
       seed: determines the batches or episodes.
     """
 
     order = -1
     measures = True
 
-    def __init__(self, source: Any, every: int | None = None, *, batches: int = 8, episodes: int = 10, seed: int = 0):
-        check(every is None or (isinstance(every, int) and every >= 1), f"every must be an integer ≥ 1, not {every!r}.")
-        check(isinstance(batches, int) and batches >= 1, f"batches must be an integer ≥ 1, not {batches!r}.")
-        check(isinstance(episodes, int) and episodes >= 1, f"episodes must be an integer ≥ 1, not {episodes!r}.")
+    def __init__(
+        self, source: Any, every: int | None = None, *, batches: int = 8, episodes: int | None = None, seed: int = 0
+    ):
+        every = None if every is None else as_integer("every", every)
+        batches = as_integer("batches", batches)
+        episodes = None if episodes is None else as_integer("episodes", episodes)
         self.source, self.every, self.batches, self.episodes, self.seed = source, every, batches, episodes, seed
 
     def interval(self, config: TrainingConfig) -> int:
@@ -65,25 +67,23 @@ class EvalCallback(Callback):
         """Evaluate and publish the results."""
         model = info.model()
         if isinstance(self.source, VectorEnv):
-            ends = play(model, self.source, episodes=self.episodes, seed=self.seed + info.step)
-            returns = np.array([end.episode_return for end in ends])
-            return {
-                "eval/return": float(returns.mean()),
-                "eval/return_std": float(returns.std()),
-                "eval/length": float(np.mean([end.length for end in ends])),
-            }
+            seed = self.seed + info.step
+            try:
+                return measure_returns(model, self.source, info.config, episodes=self.episodes, seed=seed)
+            except Interrupted:
+                return None
         terms = evaluate(model, self.source, info.config, batches=self.batches, seed=self.seed)
         return {f"eval/loss/{name}" if name != "loss" else "eval/loss": value for name, value in terms.items()}
 
 
-def default_evaluation(env: VectorEnv) -> list[EvalCallback]:
-    """The default evaluation of an online run: ten episodes in separate environments made like ``env``.
+def default_evaluation(env: VectorEnv, episodes: int) -> list[EvalCallback]:
+    """The default evaluation of an online run: ``episodes`` in separate environments made like ``env``.
 
     Empty, with a warning, if such environments cannot be made.
     """
     try:
-        eval_env = env.another(_DEFAULT_EPISODES, env.seed + 1)
+        eval_env = env.another(min(episodes, _MAX_EVAL_ENVS), env.seed + 1)
     except ConfigError as error:
         _log.warning("There will be no evaluation: %s", error)
         return []
-    return [EvalCallback(eval_env, episodes=_DEFAULT_EPISODES, seed=env.seed + 1)]
+    return [EvalCallback(eval_env, seed=env.seed + 1)]

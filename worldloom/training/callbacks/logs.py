@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -9,12 +10,13 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from worldloom.config import check
 from worldloom.errors import MissingDependencyError
-from worldloom.files import write_atomically
+from worldloom.files import absolute_path, make_folder, write_atomically
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
+from worldloom.training.callbacks.log_files import AppendFile, TensorBoardFile
 from worldloom.training.metrics import tag
 
 FILE_NAME = "metrics.jsonl"
@@ -41,7 +43,8 @@ class LoggingCallback(Callback):
     Raises:
       ConfigError: TensorBoard without a folder.
       MissingDependencyError: the package ``wandb`` is not installed.
-      OSError: when training begins, if the folder cannot be written to.
+      OSError: when training begins, if the folder cannot be written to. Later, such as on a full disk, records are kept
+        until they can be written, with a warning.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class LoggingCallback(Callback):
             not log_to_tensorboard or log_dir is not None,
             "log_to_tensorboard=True needs a folder: LoggingCallback(log_dir='./logs', log_to_tensorboard=True).",
         )
-        self.log_dir = None if log_dir is None else Path(log_dir)
+        self.log_dir = None if log_dir is None else absolute_path(log_dir)
         if log_to_wandb and importlib.util.find_spec("wandb") is None:
             raise MissingDependencyError("log_to_wandb=True needs: pip install 'worldloom[wandb]'.")
         self.log_to_console, self.log_to_tensorboard, self.log_to_wandb = (
@@ -63,10 +66,12 @@ class LoggingCallback(Callback):
             log_to_tensorboard,
             log_to_wandb,
         )
-        self._file: TextIO | None = None
-        self._writer: Any = None
+        self._file: AppendFile | None = None
+        self._events: TensorBoardFile | None = None
         self._wandb: Any = None
         self._finish_wandb = False
+        # Step at which training began or was resumed, and the names in each record that the file then had of it.
+        self._begun_at, self._written = 0, set[frozenset[str]]()
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Open the files; a resumed run first removes records after its step."""
@@ -74,15 +79,14 @@ class LoggingCallback(Callback):
             self._open_wandb(info)
         if self.log_dir is None:
             return None
-        self.log_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self.log_dir)
         path = self.log_dir / FILE_NAME
         if path.exists():
             _truncate_or_rename(path, info.step)
-        self._file = path.open("a", encoding="utf-8")
+        self._begun_at, self._written = info.step, _records_at(path, info.step)
+        self._file = AppendFile(path)
         if self.log_to_tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.log_dir), purge_step=_x_axis(info) + 1 if info.step else None)
+            self._events = TensorBoardFile(self.log_dir, _x_axis(info) + 1 if info.step else None)
         return None
 
     def on_step(self, info: StepInfo) -> CallbackResult:
@@ -106,14 +110,14 @@ class LoggingCallback(Callback):
 
     def close(self) -> None:
         """Close the files."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
         if self._file is not None:
             self._file.close()
         # A run that the user began is theirs to finish.
         if self._wandb is not None and self._finish_wandb:
             self._wandb.finish()
-        self._writer = self._file = self._wandb = None
+        self._events = self._file = self._wandb = None
 
     def _open_wandb(self, info: StepInfo) -> None:
         import wandb
@@ -132,21 +136,20 @@ class LoggingCallback(Callback):
         self._wandb.define_metric("*", step_metric="env_steps" if info.env_steps or info.config.env_steps else "step")
 
     def _write(self, info: StepInfo, record: Mapping[str, float]) -> None:
+        if info.step == self._begun_at and frozenset(record) in self._written:
+            return  # A run that was killed at its end, after this record, ends once more.
         if self.log_to_console:
             env_steps = f"env steps {info.env_steps:,}  " if info.env_steps else ""
-            _print(f"step {info.step:,}/{info.total_steps:,}  {env_steps}" + "  ".join(_console_items(record)))
+            print_line(f"step {info.step:,}/{info.total_steps:,}  {env_steps}" + "  ".join(_console_items(record)))
         if self._file is not None:
             # JSON has no NaN or infinity.
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
             position = {"step": info.step, "env_steps": info.env_steps, "time": time.time()}
-            self._file.write(json.dumps({**position, **finite}) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps({**position, **finite}).encode() + b"\n")
         if self._wandb is not None:
             self._wandb.log({"step": info.step, "env_steps": info.env_steps, **record})
-        if self._writer is not None:
-            for name, value in record.items():
-                self._writer.add_scalar(name, value, _x_axis(info))
-            self._writer.flush()
+        if self._events is not None:
+            self._events.add(record, _x_axis(info))
 
 
 def _x_axis(info: StepInfo) -> int:
@@ -159,28 +162,42 @@ def _console_items(record: Mapping[str, float]) -> list[str]:
     return [f"{name.removeprefix('train/').removeprefix('loss/')} {value:.4g}" for name, value in record.items()]
 
 
-def _print(line: str) -> None:
+def print_line(line: str) -> None:
+    """Print ``line`` above a progress bar. A terminal or pipe that was closed does not end training."""
     from tqdm.auto import tqdm
 
-    # Plain print would break up a progress bar.
-    tqdm.write(line)
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(line)
 
 
 def _truncate_or_rename(path: Path, step: int) -> None:
     """For a resumed run, remove the records after ``step``; for a new one (step 0), rename the existing file."""
     if step == 0:
-        number = 1
-        while (renamed := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(renamed)
+        rename_old(path)
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
-    write_atomically(path, "".join(kept))
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+    write_atomically(path, b"".join(kept))
 
 
-def _step_of(line: str) -> float:
+def rename_old(path: Path) -> None:
+    """Rename a file of an earlier run to ``name.<n>.jsonl``."""
+    number = 1
+    while (renamed := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(renamed)
+
+
+def _records_at(path: Path, step: int) -> set[frozenset[str]]:
+    """The names of the values in each record of ``step``."""
+    if not path.exists():
+        return set()
+    records = [json.loads(line) for line in path.read_bytes().splitlines() if _step_of(line + b"\n") == step]
+    return {frozenset(record) - {"step", "env_steps", "time"} for record in records}
+
+
+def _step_of(line: bytes) -> float:
     """The step of a record; infinite if the line is incomplete because the process was killed while writing it."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from worldloom.algorithm import Curve
 from worldloom.envs import VectorEnv
+from worldloom.files import absolute_path
 from worldloom.replay import ReplayBuffer
 from worldloom.report.curves import learning_curve, read_records
 from worldloom.report.imagination import draw_imagination
@@ -18,9 +20,10 @@ from worldloom.report.recording import Recording
 from worldloom.report.trust import draw_trust
 from worldloom.report.video import save_gif
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
-from worldloom.training.callbacks.logs import FILE_NAME
+from worldloom.training.callbacks.logs import FILE_NAME, print_line
 from worldloom.training.config import TrainingConfig
-from worldloom.training.evaluation import play
+from worldloom.training.evaluation import measure_returns
+from worldloom.training.interrupts import Interrupted
 
 _log = logging.getLogger("worldloom")
 _MAX_ROWS = 20_000
@@ -41,7 +44,7 @@ class FrameRecorder(list[np.ndarray]):
 class EvalReportCallback(Callback):
     """Plays whole episodes with the evaluation policy, as ``EvalCallback`` does, and writes a video and plots of them.
 
-    Publishes ``eval/return``, ``eval/return_std`` and ``eval/length``. Writes ``eval.gif`` of the first episode, and
+    Publishes the same measurements. Writes ``eval.gif`` of the first episode, and
     plots of the model's predictions in these episodes, see :func:`worldloom.report.imagination.draw_imagination` and
     :func:`worldloom.report.trust.draw_trust`.
 
@@ -49,7 +52,7 @@ class EvalReportCallback(Callback):
       env: environments used for nothing else; made with ``render=True`` for a video.
       folder: folder of the video and the plots.
       title: function () → title of the plots.
-      episodes: number of episodes per evaluation.
+      episodes: number of episodes per evaluation; None follows ``TrainingConfig.eval_episodes``.
       seed: determines the episodes.
     """
 
@@ -57,9 +60,15 @@ class EvalReportCallback(Callback):
     measures = True
 
     def __init__(
-        self, env: VectorEnv, folder: str | Path, title: Callable[[], str], *, episodes: int = 10, seed: int = 0
+        self,
+        env: VectorEnv,
+        folder: str | Path,
+        title: Callable[[], str],
+        *,
+        episodes: int | None = None,
+        seed: int = 0,
     ):
-        self.env, self.folder, self.title, self.episodes, self.seed = env, Path(folder), title, episodes, seed
+        self.env, self.folder, self.title, self.episodes, self.seed = env, absolute_path(folder), title, episodes, seed
         self.step: int | None = None
         self._records_video = True
 
@@ -67,45 +76,62 @@ class EvalReportCallback(Callback):
         """``config.eval_interval``."""
         return config.eval_interval
 
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the newest evaluation."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        self.step = state.get("step")
+
     def on_step(self, info: StepInfo) -> CallbackResult:
         """Evaluate and publish the results."""
         # Play and record.
         model, replay, frames = info.model(), ReplayBuffer(_MAX_ROWS), FrameRecorder()
-        env: Any = Recording(self.env, replay)
         self._records_video = self._records_video and can_render(self.env, self.seed)
         recorded = frames if self._records_video else None
-        ends = play(model, env, episodes=self.episodes, seed=self.seed + info.step, frames=recorded)
+        try:
+            measured = measure_returns(
+                model,
+                self.env,
+                info.config,
+                episodes=self.episodes,
+                seed=self.seed + info.step,
+                frames=recorded,
+                recorder=lambda env: Recording(env, replay),
+            )
+        except Interrupted:
+            return None
         self.step = info.step
         # Video, plots, measurements.
         if frames:
             draw_or_warn("eval.gif", lambda: save_gif(frames, self.folder / "eval.gif"))
-        title = f"{self.title()}, {info.env_steps:,} environment steps"
-        draw_or_warn("imagination", lambda: draw_imagination(model, replay, self.folder, title=title))
-        draw_or_warn("trust.png", lambda: draw_trust(model, replay, self.folder, title=title))
-        returns = [end.episode_return for end in ends]
-        return {
-            "eval/return": float(np.mean(returns)),
-            "eval/return_std": float(np.std(returns)),
-            "eval/length": float(np.mean([end.length for end in ends])),
-        }
+        draw_predictions(model, replay, self.folder, lambda: f"{self.title()}, {info.env_steps:,} environment steps")
+        return measured
 
 
-class FinalEvaluation(Callback):
-    """Evaluates the final weights, unless they were just evaluated.
+class EndEvaluation(Callback):
+    """Evaluates the weights before the first update and after the last one, as the config says.
 
-    Runs after the last checkpoint, and only if training reached ``total_steps``: stops and interrupts should be quick.
+    The final weights are evaluated unless they just were, and only if training reached ``total_steps``: stops and
+    interrupts should be quick. That is before the last checkpoint, so that a run which is killed meanwhile does it when
+    it is resumed.
     """
 
     every = 0
-    order = 2
+    order = 0
     measures = True
 
     def __init__(self, evaluation: EvalReportCallback):
         self.evaluation = evaluation
 
+    def on_train_begin(self, info: StepInfo) -> CallbackResult:
+        """Evaluate the untrained weights and publish the results, if the config says so."""
+        return self.evaluation.on_step(info) if info.config.eval_at_start and info.step == 0 else None
+
     def on_train_end(self, info: StepInfo) -> CallbackResult:
-        """Evaluate and publish the results."""
-        due = info.step >= info.total_steps and info.step != self.evaluation.step
+        """Evaluate the final weights and publish the results, if the config says so."""
+        due = info.config.eval_at_end and info.step >= info.total_steps and info.step != self.evaluation.step
         return self.evaluation.on_step(info) if due else None
 
 
@@ -116,13 +142,21 @@ class CurveCallback(Callback):
       folder: folder of a ``LoggingCallback``, which must run before this callback.
       title: function () → title of the plots.
       held_out: recorded episodes; if given, the model's predictions of them are plotted too.
+      published: function () → the published curve to draw behind the run's, or None.
     """
 
     every = 0
     order = 2
 
-    def __init__(self, folder: str | Path, title: Callable[[], str], held_out: ReplayBuffer | None = None):
-        self.folder, self.title, self.held_out = Path(folder), title, held_out
+    def __init__(
+        self,
+        folder: str | Path,
+        title: Callable[[], str],
+        held_out: ReplayBuffer | None = None,
+        *,
+        published: Callable[[], Curve | None] = lambda: None,
+    ):
+        self.folder, self.title, self.held_out, self.published = absolute_path(folder), title, held_out, published
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Warn once about missing packages."""
@@ -143,15 +177,16 @@ class CurveCallback(Callback):
         return None
 
     def _plot(self, info: StepInfo) -> None:
+        draw_or_warn("learning_curve.png", self._plot_curve)
+        if self.held_out is not None:
+            title = lambda: f"{self.title()}, {info.step:,} updates"  # noqa: E731
+            draw_predictions(info.model(), self.held_out, self.folder, title)
+
+    def _plot_curve(self) -> None:
         records = read_records(self.folder / FILE_NAME)
         if any({"eval/return", "collect/return", "train/loss"} & record.keys() for record in records):
-            path = self.folder / "learning_curve.png"
-            draw_or_warn(path.name, lambda: learning_curve(records, path, title=self.title()))
-        if self.held_out is not None:
-            title, held_out = f"{self.title()}, {info.step:,} updates", self.held_out
-            model = info.model()
-            draw_or_warn("imagination", lambda: draw_imagination(model, held_out, self.folder, title=title))
-            draw_or_warn("trust.png", lambda: draw_trust(model, held_out, self.folder, title=title))
+            path, published = self.folder / "learning_curve.png", self.published()
+            learning_curve(records, path, title=self.title(), published=published)
 
 
 class EvalPrinter(Callback):
@@ -161,17 +196,17 @@ class EvalPrinter(Callback):
 
     def on_eval(self, info: StepInfo, measurements: Mapping[str, float]) -> CallbackResult:
         """Print it, above a progress bar."""
-        from tqdm.auto import tqdm
-
         if "eval/return" in measurements:
             value, spread = measurements["eval/return"], measurements["eval/return_std"]
             collected = info.measurements.get("collect/return")
-            tqdm.write(
+            greedy = measurements.get("eval/greedy_return")
+            print_line(
                 f"env steps {info.env_steps:>9,}   updates {info.step:>9,}   return {value:9.1f} ± {spread:<7.1f}"
+                + ("" if greedy is None else f" greedy {greedy:.1f}")
                 + ("" if collected is None else f" while collecting {collected:.1f}")
             )
         elif "eval/loss" in measurements:
-            tqdm.write(f"updates {info.step:>9,}   loss on held-out episodes {measurements['eval/loss']:.4g}")
+            print_line(f"updates {info.step:>9,}   loss on held-out episodes {measurements['eval/loss']:.4g}")
         return None
 
 
@@ -186,6 +221,12 @@ def can_render(env: VectorEnv, seed: int) -> bool:
         _log.warning("There will be no video: %s", error)
         return False
     return True
+
+
+def draw_predictions(model: Any, replay: ReplayBuffer, folder: Path, title: Callable[[], str]) -> None:
+    """Plot what ``model`` predicts in recorded episodes, and how far it can be trusted there."""
+    draw_or_warn("imagination", lambda: draw_imagination(model, replay, folder, title=title()))
+    draw_or_warn("trust.png", lambda: draw_trust(model, replay, folder, title=title()))
 
 
 def draw_or_warn(name: str, draw: Callable[[], Any]) -> None:

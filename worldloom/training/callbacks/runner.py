@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from worldloom.errors import NonFiniteError
+from worldloom.errors import FileFormatError, NonFiniteError
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo, StopTraining, name_of
 from worldloom.training.config import TrainingConfig
 from worldloom.training.metrics import LazyMetrics, MetricsAccumulator, MetricsStream
@@ -93,13 +93,21 @@ class CallbackRunner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Inverse of :meth:`state_dict`. Metrics of a callback without saved state are accumulated from ``step``."""
-        self.measurements = dict(state["measurements"])
-        for index, (name, callback) in enumerate(zip(self.names, self.callbacks, strict=True)):
-            saved = state["intervals"].get(name)
-            self._accumulators[index] = MetricsAccumulator.from_state_dict(saved) if saved else MetricsAccumulator(step)
-            if name in state["states"]:
-                callback.load_state_dict(state["states"][name])
+        """Inverse of :meth:`state_dict`. Metrics of a callback without saved state are accumulated from ``step``.
+
+        Raises ``FileFormatError`` if ``state`` is not what :meth:`state_dict` returned.
+        """
+        name = ""
+        try:
+            self.measurements = {str(key): float(value) for key, value in state["measurements"].items()}
+            for index, (name, callback) in enumerate(zip(self.names, self.callbacks, strict=True)):
+                saved = state["intervals"].get(name)
+                accumulator = MetricsAccumulator.from_state_dict(saved) if saved else MetricsAccumulator(step)
+                self._accumulators[index] = accumulator
+                if name in state["states"]:
+                    callback.load_state_dict(state["states"][name])
+        except (LookupError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"The saved state of the callbacks {name} cannot be restored: {error!r}.") from error
 
     def _call(
         self, index: int, run: Run, method: Callable[..., CallbackResult], accumulator: MetricsAccumulator

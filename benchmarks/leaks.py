@@ -1,0 +1,135 @@
+"""What does a process keep of what it has closed? Prints JSON; ``python benchmarks/leaks.py``.
+
+Trainers, models and environments are made, used and closed many times in one process. After a warm-up of a third,
+resident memory may grow by 1 %, and threads, open files, child processes and arrays not at all. Exit code 1 if not. The
+number of programs compiled is reported.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "training"))
+
+
+def counts():
+    """What the process holds now."""
+    gc.collect()
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else None
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    return {
+        "resident_mb": round(pages * resource.getpagesize() / 2**20, 2) if pages else None,
+        "threads": threading.active_count(),
+        "files": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None,
+        "children": len(children.read_text().split()) if children.exists() else None,
+        "arrays": len(jax.live_arrays()),
+    }
+
+
+def trainer(number):
+    """A run of a toy model with log, events, checkpoints and evaluation, in a folder of its own."""
+    from toy_family import ToyConfig, ToyWorldModel, fill
+
+    from worldloom.replay import ReplayBuffer
+    from worldloom.training import RunFolder, Trainer, TrainingConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder) / f"run [{number}]")
+        config = TrainingConfig(
+            total_steps=6, batch_size=4, sequence_length=5, log_interval=2, save_interval=3, device="cpu", seed=number
+        )
+        model = ToyWorldModel(ToyConfig(latents=True), seed=number)
+        trainer = Trainer(model, config, run.callbacks(progress=False))
+        trainer.train(fill(ReplayBuffer(500, latents={"memory": (1,)}), seed=number))
+
+
+def model(number):
+    """A new model of one of both families, which acts once."""
+    import numpy as np
+
+    from worldloom import create_world_model
+
+    small = {"latent_dim": 16, "hidden_dim": 16, "encoder_dim": 16, "num_q": 2, "num_bins": 21, "iterations": 1}
+    small |= {"num_samples": 8, "num_elites": 4, "num_pi_trajs": 2, "horizon": 2}
+    small_dreamer = {
+        "deter_dim": 16,
+        "stoch_dim": 8,
+        "num_categories": 4,
+        "hidden_dim": 16,
+        "mlp_layers": 1,
+        "blocks": 2,
+    }
+    name, changes = ("tdmpc2:tiny", small) if number % 2 else ("dreamerv3:tiny", small_dreamer)
+    made = create_world_model(name, obs_shape=(3,), action_dim=2, seed=number, device="cpu", **changes)
+    made.act(None, np.zeros((1, 3), np.float32), None)
+
+
+def environment(number):
+    """Environments in this process or in workers, which are stepped once."""
+    import numpy as np
+
+    from worldloom.envs import make_env
+
+    options = {"num_envs": 2, "parallel": "subprocess"} if number % 10 == 0 else {"num_envs": 3}
+    with make_env("CartPole-v1", seed=number, **options) as env:
+        env.reset()
+        env.step(env.sample_actions(np.random.default_rng(number)))
+
+
+def measure(make, count):
+    """Make and close ``count`` of them; figures after the warm-up and at the end."""
+    warm_up = max(count // 3, 1)
+    start = time.perf_counter()
+    for number in range(warm_up):
+        make(number)
+    before = counts()
+    for number in range(warm_up, count):
+        make(number)
+    after = counts()
+    grown = {name: after[name] - value for name, value in before.items() if value is not None}
+    percent = 100 * grown.get("resident_mb", 0) / (before["resident_mb"] or 1)
+    kept = {name: value for name, value in grown.items() if value > 0 and name not in ("resident_mb",)}
+    return {
+        "count": count,
+        "after_warm_up": before,
+        "at_the_end": after,
+        "resident_percent": round(percent, 2),
+        "kept": kept,
+        "seconds": round(time.perf_counter() - start, 1),
+        "right": percent < 1 and not kept,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trainers", type=int, default=300)
+    parser.add_argument("--models", type=int, default=2000)
+    parser.add_argument("--environments", type=int, default=500)
+    options = parser.parse_args()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    report = {}
+    for name, make in (("environments", environment), ("models", model), ("trainers", trainer)):
+        count = getattr(options, name)
+        if count:
+            third = len(compiled)
+            report[name] = measure(make, count) | {"programs_compiled": len(compiled) - third}
+    report["right"] = all(entry["right"] for entry in report.values())
+    print(json.dumps(report, indent=1))
+    raise SystemExit(0 if report["right"] else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""``episodes.jsonl`` has each training episode once, whatever stops the run; rewards never seen are reported."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from hypothesis import given
+from hypothesis import strategies as st
+from online_worlds import ONLINE_CONFIG, toy
+from tiny_envs import Walk
+from toy_family import ALGORITHM, PrefillingToy, ToyWorldModel
+
+from worldloom.envs import make_env
+from worldloom.training import Trainer
+from worldloom.training.callbacks import CheckpointCallback
+from worldloom.training.callbacks.episodes import EpisodeLog
+from worldloom.training.rewards_seen import RewardsSeen
+
+
+class Reporting(Walk):
+    """:class:`Walk` whose ``info`` has numbers, and things that are none."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        info = {"success": terminated, "deep": {"steps": np.int64(self.steps)}, "name": "walk", "obs": obs}
+        return obs, reward, terminated, truncated, {**info, "undefined": float("nan")}
+
+
+def run(folder, *, total, resume=False, num_envs=2, kind=Reporting, config=ONLINE_CONFIG, log_interval=4, seed=3):
+    """Train up to ``total`` updates; a checkpoint every 7. Returns the trainer."""
+    env = make_env(kind, num_envs, seed=seed)
+    callbacks = [EpisodeLog(folder), CheckpointCallback(str(folder / "checkpoints"), 7, keep_last=99, save_best=False)]
+    trainer = Trainer(toy(env, PrefillingToy), config.replace(log_interval=log_interval), callbacks)
+    trainer.train(env, total_steps=total, resume=resume)
+    return trainer
+
+
+def lines(folder, name="episodes.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_every_episode_has_a_line(tmp_path):
+    trainer = run(tmp_path, total=60)
+    found = lines(tmp_path)
+    assert [line["episode"] for line in found] == list(range(trainer.run.collector.episodes))
+    replayed = [episode for episode in trainer.replay.episodes() if episode["is_last"][-1]]
+    assert len(found) >= len(replayed) > 10
+    # The same returns as the rows in replay, environment by environment.
+    for worker in (0, 1):
+        mine = [line for line in found if line["worker"] == worker]
+        assert [line["env_steps"] for line in mine] == sorted(line["env_steps"] for line in mine)
+        for line in mine:
+            assert line["info"] == {"success": float(line["terminated"]), "deep/steps": float(line["length"])}
+    returns = sorted(float(np.sum(e["rewards"], dtype=np.float64)) for e in replayed)
+    written = sorted(line["return"] for line in found)
+    for value in returns:
+        assert np.min(np.abs(np.array(written) - value)) < 1e-4
+    prefill = [line["env_steps"] for line in found if line.get("prefill")]
+    assert prefill
+    assert max(prefill) <= ONLINE_CONFIG.prefill < min(x["env_steps"] for x in found if not x.get("prefill"))
+
+
+@pytest.mark.parametrize("stop", [14, 17])
+@pytest.mark.parametrize("log_interval", [4, 1_000])
+def test_a_resumed_run_has_the_lines_of_an_uninterrupted_one(tmp_path, stop, log_interval):
+    run(tmp_path / "whole", total=40, log_interval=log_interval)
+    run(tmp_path / "parts", total=stop, log_interval=log_interval)
+    # Killed while writing a line, after a checkpoint that is older than what is in the file.
+    with (tmp_path / "parts" / "episodes.jsonl").open("a") as file:
+        file.write('{"episode": 99, "env_st')
+    run(tmp_path / "parts", total=40, resume=tmp_path / "parts" / "checkpoints" / "7", log_interval=log_interval)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    # From the newest checkpoint, which is that of the end: nothing is left to do or to write.
+    run(tmp_path / "parts", total=40, resume="auto", log_interval=log_interval)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_further_call_continues_the_file(tmp_path):
+    run(tmp_path / "whole", total=40)
+    env = make_env(Reporting, 2, seed=3)
+    trainer = Trainer(toy(env, PrefillingToy), ONLINE_CONFIG, [EpisodeLog(tmp_path)])
+    for total in (13, 40):
+        trainer.train(env, total_steps=total)
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+def test_a_new_run_renames_the_file_of_another(tmp_path):
+    run(tmp_path / "a", total=10)
+    before = lines(tmp_path / "a")
+    for checkpoint in (tmp_path / "a" / "checkpoints").iterdir():
+        checkpoint.rename(tmp_path / checkpoint.name)
+    run(tmp_path / "a", total=10, seed=4)
+    assert lines(tmp_path / "a", "episodes.1.jsonl") == before
+    assert lines(tmp_path / "a") != before
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_numbers_of_a_gymnasium_vector_arrive_too(mode):
+    with make_env(SyncVectorEnv([Reporting] * 3, autoreset_mode=mode)) as env:
+        env.reset(seed=1)
+        ends = [e for _ in range(30) for e in env.step(np.random.default_rng(0).integers(2, size=3)).events]
+    assert len(ends) > 5
+    for end in ends:
+        assert end.info == {"success": float(end.terminated), "deep/steps": float(end.length)}
+
+
+def test_numbers_of_a_worker_process_arrive_too():
+    with make_env(Reporting, 1, parallel="subprocess") as env:
+        env.reset(seed=1)
+        ends = [event for _ in range(15) for event in env.step(np.array([1])).events]
+    assert ends
+    assert all(end.info["deep/steps"] == end.length for end in ends)
+
+
+def seen(prefill, since=(), returns=()):
+    """The statistics of these rewards of the prefill, of those since, and of returns."""
+    found = RewardsSeen()
+    for reward in prefill:
+        found.add_rewards(np.array([reward]), prefill=True)
+    for reward in since:
+        found.add_rewards(np.array([reward]), prefill=False)
+    for value in returns:
+        found.add_return(value)
+    return found
+
+
+COSTS = [-0.1, -0.05, -0.01, -1e-5]
+"""Of actions on a hill whose goal pays 100."""
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (seen(COSTS, [0.0]), "No step since the prefill has paid more"),  # the agent has learned to do nothing
+        (seen(COSTS, [0.0, 100.0]), None),
+        (seen([-16.0, -8.0, -0.3], [-1e-4]), None),
+        (seen([0.0] * 98 + [1.0], [1.0]), None),  # random actions have met the goal, and nothing pays more
+        (seen([0.0] * 50 + [-1.0], [0.0]), "No step since the prefill has paid more"),  # a game without a point won
+        (seen([-1.0] * 9, [-1.0] * 9, [-500.0, -500.0]), "every episode has returned -500"),
+        (seen([-1.0] * 9, [-1.0] * 9, [-500.0, -200.0]), None),  # the length of an episode tells good from bad
+        (seen([1.0] * 9, [1.0] * 9, [9.0, 20.0]), None),
+        (seen([-1.0] * 9, [-1.0] * 9), None),  # no episode is over
+        (seen([0.0, 1.0]), None),  # the prefill is not over
+        (seen([]), None),
+    ],
+)
+def test_a_reward_that_was_never_met_is_said(found, said):
+    text = found.nothing_new()
+    assert (said in text and "prefill_policy='correlated'" in text) if said else text is None
+    assert RewardsSeen(**json.loads(json.dumps(found.to_dict()))) == found
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50))
+def test_the_statistics_of_the_prefill_are_those_of_its_rewards(rewards):
+    found = seen(rewards)
+    assert (found.steps, found.low, found.high) == (len(rewards), min(rewards), max(rewards))
+    np.testing.assert_allclose(found.mean, np.mean(rewards), atol=1e-6)
+    np.testing.assert_allclose(found.spread / found.steps, np.var(rewards), rtol=1e-6, atol=1e-6)
+
+
+class Inert(Walk):
+    """A walk that costs as much as it moves: nothing pays more than the cheapest step of the prefill."""
+
+    def step(self, action):
+        obs, *_, info = super().step(action)
+        return obs, -float(self.steps), False, self.steps >= 5, info
+
+
+def test_the_log_says_so_once(tmp_path, caplog):
+    config = ONLINE_CONFIG.replace(prefill=20)
+    with caplog.at_level(logging.WARNING, "worldloom"):
+        trainer = run(tmp_path, total=240, kind=Inert, num_envs=1, config=config)
+    assert caplog.text.count("No step since the prefill has paid more") == 1
+    found = trainer.run.collector.seen
+    assert (found.low, found.high, found.since, found.worst, found.best) == (-5.0, -1.0, -1.0, -15.0, -15.0)
+
+
+def test_what_was_seen_survives_a_resume(tmp_path):
+    whole = run(tmp_path / "whole", total=30)
+    run(tmp_path / "parts", total=14)
+    parts = run(tmp_path / "parts", total=30, resume=True)
+    assert parts.run.collector.seen == whole.run.collector.seen
+    assert None not in parts.run.collector.seen.to_dict().values()
+
+
+# ---- actions of the prefill ---------------------------------------------------------------------------------------
+
+
+def prefill_actions(policy, *, model=PrefillingToy, num_envs=2, steps=400):
+    """Rows [N, ...] of the prefill of a run, by environment."""
+    env = make_env(Walk, num_envs, seed=3)
+    config = ONLINE_CONFIG.replace(prefill=steps, prefill_policy=policy)
+    trainer = Trainer(toy(env, model), config, [])
+    trainer.train(env, total_steps=1)
+    rows = trainer.replay.take(np.arange(num_envs * (steps // num_envs - 2)))
+    return [{name: rows[name][i::num_envs] for name in ("actions", "is_first", "is_last")} for i in range(num_envs)]
+
+
+def test_correlated_actions_are_kept_for_ten_steps_on_average():
+    same = []
+    for rows in prefill_actions("correlated"):
+        within = ~rows["is_first"][1:] & ~rows["is_last"][1:]
+        kept = (rows["actions"][1:] == rows["actions"][:-1]).all(-1)
+        same.append(kept[within])
+    # Two classes: a new draw is the old action half of the time.
+    assert abs(np.mean(np.concatenate(same)) - 0.95) < 0.05
+    uniform = []
+    for rows in prefill_actions("random"):
+        within = ~rows["is_first"][1:] & ~rows["is_last"][1:]
+        uniform.append((rows["actions"][1:] == rows["actions"][:-1]).all(-1)[within])
+    assert abs(np.mean(np.concatenate(uniform)) - 0.5) < 0.15
+
+
+def test_auto_is_the_choice_of_the_family():
+    for model, policy in ((PrefillingToy, "random"), (ToyWorldModel, "initial")):
+        for one, other in zip(prefill_actions("auto", model=model), prefill_actions(policy, model=model), strict=True):
+            np.testing.assert_array_equal(one["actions"], other["actions"])
+    assert ALGORITHM.random_prefill is False
+    assert dataclasses.replace(ALGORITHM, random_prefill=True).random_prefill
+
+
+def test_correlated_actions_are_the_same_after_a_resume(tmp_path):
+    config = ONLINE_CONFIG.replace(prefill=50, prefill_policy="correlated", prefill_updates=3)
+    whole = run(tmp_path / "whole", total=20, config=config)
+    run(tmp_path / "parts", total=9, config=config)
+    parts = run(tmp_path / "parts", total=20, config=config, resume=tmp_path / "parts" / "checkpoints" / "7")
+    ids = np.arange(len(whole.replay))
+    np.testing.assert_array_equal(whole.replay.take(ids)["actions"], parts.replay.take(ids)["actions"])

@@ -1,0 +1,133 @@
+"""``worldloom score``: the published statistic of runs, and its spread over seeds and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from worldloom.algorithm import Curve, ScoreRule
+from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser
+from worldloom.errors import ConfigError, DataError
+from worldloom.report.curves import read_records
+from worldloom.report.score import Score, bootstrap_interval, interquartile_mean, published_at
+from worldloom.report.score import score as score_run
+from worldloom.training.callbacks.episodes import EPISODES_FILE
+from worldloom.training.callbacks.logs import FILE_NAME
+from worldloom.training.run_folder import RunFolder
+
+_STATISTICS = {
+    "training": "mean return of training episodes",
+    "evaluation": "mean return of the newest evaluation",
+    "greedy": "mean return of the newest greedy evaluation",
+    "achievements": "success rates of training episodes, and their geometric mean in %",
+}
+_FLAGS = [
+    Flag("at", int, "Environment steps at which to score; by default the end of the budget, or of a shorter run."),
+    Flag("statistic", str, f"{', '.join(_STATISTICS)}; the protocol's by default, without one evaluation."),
+    Flag("window", int, "Environment steps before --at in which training episodes must end; usually the protocol's."),
+    FAMILY_FLAG,
+]
+
+
+class _Run(NamedTuple):
+    """A scored run: its folder, protocol (or None), model, environment and score, and its published curve or None."""
+
+    run: RunFolder
+    protocol: str | None
+    changed: list[str]
+    model: str
+    env: str
+    score: Score
+    curve: Curve | None
+
+
+def score(words: Sequence[str]) -> int:
+    """Print the scores of runs by task, and their aggregate."""
+    flags = FlagParser(
+        "score",
+        "The published statistic of runs: by task, and the interquartile mean of all with a 95 % interval.",
+        argument="run",
+        argument_help="folders of runs: seeds of one task, or of several tasks",
+        many=True,
+    )
+    flags.group("options", _FLAGS)
+    given = flags.parse(words)
+    if given.get("statistic", "training") not in _STATISTICS:
+        raise ConfigError(f"--statistic is {', '.join(_STATISTICS)}, not '{given['statistic']}'.")
+    runs = [_scored(RunFolder(folder), given) for folder in dict.fromkeys(given["run"])]
+    groups: dict[tuple[str, str | None], dict[str, list[_Run]]] = {}
+    for each in runs:
+        groups.setdefault((each.model, each.protocol), {}).setdefault(each.env, []).append(each)
+    for (model, protocol), tasks in groups.items():
+        print(f"{protocol or model}" + ("" if protocol else " (no protocol)"))
+        for env, of_task in tasks.items():
+            print(*_task_lines(env, of_task), sep="\n")
+        print(*_aggregate_lines([[each.score.value for each in of_task] for of_task in tasks.values()]), sep="\n")
+    return 0
+
+
+def _scored(run: RunFolder, given: dict[str, Any]) -> _Run:
+    settings = run.settings()
+    if settings.get("env") is None:
+        raise ConfigError(f"{run.path} was trained from recorded episodes: it has no returns to score.")
+    experiment = run.experiment()
+    rule = experiment.protocol.score if experiment else ScoreRule("evaluation", None, _STATISTICS["evaluation"])
+    if "statistic" in given and given["statistic"] != rule.source:
+        rule = ScoreRule(given["statistic"], None, _STATISTICS[given["statistic"]])
+    records = read_records(run.path / FILE_NAME) if (run.path / FILE_NAME).exists() else []
+    path = run.path / EPISODES_FILE
+    episodes = read_records(path) if path.exists() else []
+    budget = settings["training"].get("env_steps") or max(
+        [line.get("env_steps", 0) for line in (*records, *episodes)], default=0
+    )
+    try:
+        found = score_run(rule, episodes, records, budget=budget, at=given.get("at"), window=given.get("window"))
+    except DataError as error:
+        raise DataError(f"{run.path}: {error} Other statistics: --statistic {' | '.join(_STATISTICS)}.") from None
+    env = settings["env"].get("spec") or settings["env"].get("made_of") or "?"
+    followed = settings.get("protocol") or {}
+    model = settings["model"]["model_type"]
+    curve = run.published_curve()
+    return _Run(run, followed.get("name"), list(followed.get("changed", {})), model, env, found, curve)
+
+
+def _task_lines(env: str, runs: Sequence[_Run]) -> Iterator[str]:
+    """Lines about the runs of one task."""
+    values = np.array([each.score.value for each in runs])
+    spread = f" (from {values.min():.1f} to {values.max():.1f})" if len(values) > 1 else ""
+    count = f"{len(values)} run{'s' if len(values) > 1 else ''}"
+    yield f"  {env}: {values.mean():.1f}{spread}, {count}; {runs[0].score.text}"
+    curve, at = runs[0].curve, runs[0].score.env_steps
+    if curve is not None:
+        band = published_at(curve, at)
+        if band is None:
+            yield f"    published: nothing at {at:,} environment steps; the curve ends at {curve.steps[-1]:,} (--at)"
+        else:
+            mean, low, high = band
+            seeds = f" (from {low:.1f} to {high:.1f} over seeds)" if low < high else ""
+            yield f"    published: {mean:.1f}{seeds} at {at:,} environment steps"
+    ends = {each.score.env_steps for each in runs}
+    if len(ends) > 1:
+        yield f"    not at the same point: {', '.join(f'{end:,}' for end in sorted(ends))} environment steps (--at)"
+    for each in runs:
+        if each.changed:
+            yield f"    {each.run.path} changes the protocol: {', '.join(each.changed)}"
+    if runs[0].score.rates:
+        names = list(dict.fromkeys(name for each in runs for name in each.score.rates))
+        rates = {name: np.mean([each.score.rates.get(name, 0.0) for each in runs]) for name in names}
+        yield from (f"    {name:22} {rate:6.2f} %" for name, rate in sorted(rates.items(), key=lambda item: -item[1]))
+
+
+def _aggregate_lines(tasks: Sequence[Sequence[float]]) -> Iterator[str]:
+    """The interquartile mean over all runs and tasks, with its interval if there are several runs."""
+    everything = [value for runs in tasks for value in runs]
+    if len(everything) < 2:
+        return
+    line = f"  interquartile mean of {len(everything)} runs, {len(tasks)} task{'s' if len(tasks) > 1 else ''}: "
+    line += f"{interquartile_mean(everything):.1f}"
+    if max(len(runs) for runs in tasks) > 1:
+        low, high = bootstrap_interval(tasks)
+        line += f", 95 % interval from {low:.1f} to {high:.1f} (stratified bootstrap over runs)"
+    yield line

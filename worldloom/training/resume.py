@@ -1,0 +1,70 @@
+"""Resuming a run: exactly as it was, or with changes that are listed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from worldloom.training.callbacks import CheckpointCallback
+from worldloom.training.callbacks.runner import CallbackRunner
+from worldloom.training.checkpoint import Checkpointer, locate_checkpoint
+from worldloom.training.checkpoint_files import MAY_CHANGE
+from worldloom.training.run_state import Run
+
+_log = logging.getLogger("worldloom")
+
+
+def resume_run(run: Run, callbacks: CallbackRunner, resume: bool | str | Path) -> None:
+    """Restore ``run`` and the state of its callbacks from the checkpoint that ``resume`` names.
+
+    Args:
+      run: the run, with its source of data.
+      callbacks: its callbacks.
+      resume: see ``Trainer.train``.
+
+    Raises what ``Trainer.train`` raises for ``resume``.
+    """
+    save_dirs = [c.save_dir for c in callbacks.callbacks if isinstance(c, CheckpointCallback)]
+    folder, step = locate_checkpoint(resume, next(iter(save_dirs), None))
+    checkpoints, exact = Checkpointer(folder), resume != "continue"
+    if resume in ("auto", "continue") and not checkpoints.steps():
+        _begin_again(run, callbacks)
+        return
+    identity = run.identity()
+    snapshot = checkpoints.restore(run.state, identity, step, exact=exact)
+    changes = [] if exact else _changes(snapshot.record, identity)
+    changes += run.restore(snapshot, folder, exact=not changes and exact)
+    callbacks.load_state_dict(snapshot.record["callbacks"], run.step)
+    if changes:
+        _log.warning(
+            "Continuing from step %d of %s with changes, so the run is not the one it would have been: %s.",
+            *(run.step, folder, "; ".join(changes)),
+        )
+
+
+def _begin_again(run: Run, callbacks: CallbackRunner) -> None:
+    """Keep the id of a run that was stopped before its first checkpoint: the same run begins again."""
+    # Only the callback that records the run in its folder knows an id.
+    recorders = [callback for callback in callbacks.callbacks if hasattr(callback, "recorded_run_id")]
+    run_id = next((each for recorder in recorders if (each := recorder.recorded_run_id())), None)
+    if run_id and run.step == 0:
+        run.run_id = run_id
+        _log.warning("The run was stopped before its first checkpoint: the same run begins again from step 0.")
+
+
+def _changes(record: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """How the configs and the class of a saved run differ from those that go on, other than without effect."""
+    found = []
+    for part in ("config", "training"):
+        saved = record.get(part)
+        saved = saved if isinstance(saved, Mapping) else {}
+        found += [
+            f"{name} {saved.get(name)!r} → {value!r}"
+            for name, value in identity[part].items()
+            if name not in MAY_CHANGE and saved.get(name) != value
+        ]
+    if record.get("model_class") != identity["model_class"]:
+        found.append(f"model {record.get('model_class')} → {identity['model_class']}")
+    return found

@@ -1,0 +1,86 @@
+"""What rewards a run has met: whether there was anything to learn from that random actions had not found already."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+_SAME = 1e-3
+"""Part of the range of the prefill's rewards by which a reward must exceed them to count as larger."""
+_RARE = 3.0
+"""Standard deviations above the mean from which the best reward of the prefill is a rare event, such as a goal."""
+
+
+@dataclasses.dataclass
+class RewardsSeen:
+    """Statistics of the rewards of single steps, in the prefill and since, and of the returns of whole episodes.
+
+    Attributes:
+      steps: steps of the prefill.
+      mean: mean of their rewards.
+      spread: sum of their squared deviations from it.
+      low: smallest of them; None before the first step.
+      high: largest of them; None before the first step.
+      since: largest reward after the prefill; None until then.
+      worst: smallest return of an episode; None before the first end.
+      best: largest return of an episode; None before the first end.
+    """
+
+    steps: int = 0
+    mean: float = 0.0
+    spread: float = 0.0
+    low: float | None = None
+    high: float | None = None
+    since: float | None = None
+    worst: float | None = None
+    best: float | None = None
+
+    def add_rewards(self, rewards: np.ndarray, *, prefill: bool) -> None:
+        """Add the rewards [N] of one step of the environments."""
+        for reward in map(float, rewards):
+            if not prefill:
+                self.since = reward if self.since is None else max(self.since, reward)
+                continue
+            self.low = reward if self.low is None else min(self.low, reward)
+            self.high = reward if self.high is None else max(self.high, reward)
+            self.steps += 1  # Welford's update of mean and spread
+            deviation = reward - self.mean
+            self.mean += deviation / self.steps
+            self.spread += deviation * (reward - self.mean)
+
+    def add_return(self, value: float) -> None:
+        """Add the return of a whole episode."""
+        self.worst = value if self.worst is None else min(self.worst, value)
+        self.best = value if self.best is None else max(self.best, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON values."""
+        return dataclasses.asdict(self)
+
+    def nothing_new(self) -> str | None:
+        """A sentence if the run has met no reward that the prefill had not, else None.
+
+        Nothing is said where the best reward of the prefill is a rare event: the goal has been met then. Where every
+        step pays the same, episodes must differ in length.
+        """
+        if self.low is None or self.high is None or self.since is None:
+            return None
+        if self.low == self.high == self.since:
+            if self.worst is None or self.worst != self.best:
+                return None
+            return (
+                f"Every step so far has paid {self.since:.4g} and every episode has returned {self.best:.4g}: there "
+                f"was nothing to learn from. {_ADVICE}"
+            )
+        rare = self.high - self.mean > _RARE * (self.spread / self.steps) ** 0.5
+        if rare or self.since > self.high + _SAME * (self.high - self.low):
+            return None
+        return (
+            f"No step since the prefill has paid more than the best step of it ({self.since:.4g}, prefill "
+            f"{self.high:.4g}). If the task pays more at its goal, the agent has not seen it. {_ADVICE}"
+        )
+
+
+_ADVICE = "Try prefill_policy='correlated', a longer prefill or more environments."
