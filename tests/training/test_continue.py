@@ -12,9 +12,8 @@ from toy_family import ToyConfig, ToyWorldModel, fill
 from worldloom.envs import make_env
 from worldloom.errors import ConfigError
 from worldloom.replay import ReplayBuffer
-from worldloom.training import RunFolder, Trainer
+from worldloom.training import RunFolder, Trainer, collect
 from worldloom.training.callbacks import CheckpointCallback
-from worldloom.training.collecting import collect
 
 
 def train(folder, steps, *, resume=False, kind=Glide, num_envs=2, config=ONLINE_CONFIG, latents=True):

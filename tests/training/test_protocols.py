@@ -42,7 +42,9 @@ TABLE = transcribed()
 
 
 def test_every_transcribed_protocol_exists_and_no_other():
-    assert set(protocol_names()) == set(TABLE)
+    # Families of other tests may have taken these protocols over.
+    built_in = {name for name in protocol_names() if name.partition("/")[0] in ("dreamerv3", "tdmpc2")}
+    assert built_in == set(TABLE)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in TABLE.items() if "offline" not in entry])

@@ -294,7 +294,7 @@ def test_public_names():
     assert sorted(worldloom.training.__all__) == sorted(
         [
             *("ReplayBuffer", "RunFolder", "TrainState", "Trainer", "TrainingConfig"),
-            *("evaluate", "play", "recipe", "train"),
+            *("collect", "evaluate", "play", "protocol", "recipe", "train"),
         ]
     )
     for name in worldloom.training.__all__:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worldloom.algorithm import TrainState
     from worldloom.replay import ReplayBuffer
+    from worldloom.training.collecting import collect
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
     from worldloom.training.protocols import protocol
@@ -21,6 +22,7 @@ _LAZY = {
     "TrainState": "worldloom.algorithm",
     "Trainer": "worldloom.training.trainer",
     "TrainingConfig": "worldloom.training.config",
+    "collect": "worldloom.training.collecting",
     "evaluate": "worldloom.training.evaluation",
     "play": "worldloom.training.evaluation",
     "protocol": "worldloom.training.protocols",
@@ -34,6 +36,7 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingConfig",
+    "collect",
     "evaluate",
     "play",
     "protocol",

@@ -66,7 +66,7 @@ class TrainingConfig(BaseConfig):
     """Updates done at once when the prefill is complete; the TD-MPC2 reference does as many as prefill steps."""
     train_ratio: Annotated[float, Ge(0)] = 0.0
     """Rows replayed per decision step, of which an update replays ``batch_size`` × ``sequence_length`` (TD-MPC2:
-    rows of its window); 0 is one update per decision step (no updates at all: ``training.collecting.collect``)."""
+    rows of its window); 0 is one update per decision step (no updates at all: ``training.collect``)."""
     replay_capacity: Annotated[int, Ge(1)] = 1_000_000
     """Capacity of the replay buffer of online training, in rows; ignored if you pass a buffer."""
     updates_per_call: Annotated[int, Ge(0)] = 0
