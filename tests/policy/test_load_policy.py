@@ -133,7 +133,7 @@ def test_a_model_of_recorded_episodes_says_that_it_knows_no_environment(tmp_path
             FileFormatError,
             "no observation and action",
         ),
-        (lambda run: edit(run / "config.json", run_id=7), FileFormatError, "not a run.s config of format 1"),
+        (lambda run: edit(run / "config.json", run_id=7), FileFormatError, "is damaged: run_id is 7"),
         (lambda run: (run / "config.json").write_text("{"), FileFormatError, "not valid JSON"),
         (lambda run: (run / "config.json").unlink(), FileFormatError, "no config.json"),
     ],

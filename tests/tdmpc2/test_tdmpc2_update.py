@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tdmpc2_variants import VARIANTS, make, observations, random_batch
 
+from worldloom.algorithm import ReplaySpec
 from worldloom.errors import ConfigError, DataError
 from worldloom.models.tdmpc2 import (
     ALGORITHM,
@@ -215,12 +216,13 @@ def state_of(model):
 
 def test_window_holds_whole_rollouts_of_one_episode():
     config = make(horizon=3).config
-    assert replay_spec(config, TrainingConfig(sequence_length=50)) == (50, False, {})
+    assert replay_spec(config, TrainingConfig(sequence_length=50)) == ReplaySpec(50, False, open_episodes=False)
     assert replay_spec(config, TrainingConfig(sequence_length=1)).rows == 4
 
 
 def test_windows_of_terminating_episodes_run_over_their_ends():
-    assert replay_spec(make("episodic").config, TrainingConfig(sequence_length=5)) == (5, True, {})
+    spec = replay_spec(make("episodic").config, TrainingConfig(sequence_length=5))
+    assert spec == ReplaySpec(5, True, open_episodes=False)
 
 
 def test_terminal_rows_need_an_episodic_model():
