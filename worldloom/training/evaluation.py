@@ -203,17 +203,18 @@ def measure_returns(
     Args:
       model: see :func:`play`.
       env: see :func:`play`.
-      config: number of episodes and greedy episodes.
+      config: number of episodes, greedy episodes, and the limit where the environment has none.
       episodes: number of episodes in place of ``config.eval_episodes``.
       seed: see :func:`play`; greedy episodes are those of the same seed.
       frames: see :func:`play`.
       recorder: wraps ``env`` for the first episodes.
     """
     count = config.eval_episodes if episodes is None else episodes
-    measured = _summary(play(model, recorder(env), episodes=count, seed=seed, frames=frames))
+    limit = env.episode_length or config.max_episode_steps
+    measured = _summary(play(model, recorder(env), episodes=count, seed=seed, frames=frames, max_steps=limit))
     greedy = model.algorithm.samples_in_evaluation if config.eval_greedy is None else config.eval_greedy
     if greedy:
-        ends = play(model, env, episodes=count, seed=seed, greedy=True)
+        ends = play(model, env, episodes=count, seed=seed, greedy=True, max_steps=limit)
         measured |= {f"eval/greedy_{name}": value for name, value in _mean_and_std(ends).items()}
     return measured
 
