@@ -1,7 +1,12 @@
 """A run survives any name that its folder may have: save, stop, move, resume, load."""
 
 import os
+import signal
 import string
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,10 +16,10 @@ from toy_family import ToyConfig, ToyWorldModel, fill
 from worldloom.errors import CheckpointError
 from worldloom.files import absolute_path, plain_path
 from worldloom.replay import ReplayBuffer
-from worldloom.training import RunFolder, Trainer, TrainingConfig
+from worldloom.training import RunFolder, Trainer, TrainingConfig, evaluate
 from worldloom.training import checkpoint_files as files
-from worldloom.training.callbacks import CheckpointCallback
-from worldloom.training.checkpoint import load_weights
+from worldloom.training.callbacks import Callback, CheckpointCallback
+from worldloom.training.checkpoint import Checkpointer, load_weights
 
 SPECIAL = "[]{}*?\\'\"#%&;"
 NAMES = [
@@ -65,6 +70,49 @@ def test_a_run_survives_the_name_of_its_folder(start, tmp_path, whole):
         assert load_weights(model, moved / "checkpoints", 2) == 2
         assert load_weights(model, moved / "checkpoints") == 4
         jax.tree.map(np.testing.assert_array_equal, model.params, whole.state.params)
+
+
+class Killed(Callback):
+    """Ends the process by SIGKILL after three updates, once there is a checkpoint."""
+
+    every = 3
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step(self, info):
+        while not Checkpointer(self.folder).steps():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(folder):
+    """For a process of its own: save after two updates, die after three."""
+    callbacks = [CheckpointCallback(folder, save_best=False), Killed(folder)]
+    trainer = Trainer(ToyWorldModel(ToyConfig(latents=True)), CONFIG, callbacks)
+    trainer.train(fill(ReplayBuffer(500, latents={"memory": (1,)})), total_steps=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(0, len(NAMES), 10))
+def test_a_run_killed_in_a_folder_of_any_name_goes_on(start, tmp_path, whole):
+    """Save, kill, resume, move, evaluate; each kill takes a process."""
+    program = "import os, test_folder_names; test_folder_names.train_until_killed(os.environ['FOLDER'])"
+    held_out = fill(ReplayBuffer(500, latents={"memory": (1,)}))
+    for number, name in enumerate(NAMES[start : start + 10]):
+        folder, moved = tmp_path / "here" / name, tmp_path / f"there-{number}" / name
+        environment = {**os.environ, "FOLDER": str(folder / "checkpoints"), "PYTHONPATH": os.pathsep.join(sys.path)}
+        ended = subprocess.run(
+            [sys.executable, "-c", program], env=environment, cwd=Path(__file__).parent, check=False, timeout=120
+        )
+        assert ended.returncode == -signal.SIGKILL, name
+        trainer = train(folder / "checkpoints", 4, resume=True)
+        jax.tree.map(np.testing.assert_array_equal, trainer.state.params, whole.state.params)
+        moved.parent.mkdir(parents=True)
+        folder.rename(moved)
+        model = ToyWorldModel(ToyConfig(latents=True))
+        assert load_weights(model, moved / "checkpoints") == 4
+        assert evaluate(model, held_out, CONFIG) == evaluate(whole.model, held_out, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "b\\c {}*?", "~ü #%&;'\"", "x" * 200])
