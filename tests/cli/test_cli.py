@@ -22,17 +22,6 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def run_command(capsys):
-    """Run a command: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        code = main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "pendulum"

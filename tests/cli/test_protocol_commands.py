@@ -25,17 +25,6 @@ SMALL = [
 PROTOCOL = ["train", "--protocol", "tdmpc2/gym", "--env", "Pendulum-v1", *SMALL]
 
 
-@pytest.fixture
-def run_command(capsys):
-    """Run a command: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        code = main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
     """Folder of a run of 30 environment steps that follows a protocol, and what the command printed."""
