@@ -5,8 +5,7 @@ The public names below are imported when first used, so that ``import worldloom`
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from worldloom._version import __version__
 from worldloom.errors import (
@@ -24,15 +23,21 @@ from worldloom.errors import (
     WeightsError,
     WorldloomError,
 )
+from worldloom.lazy import lazy_names
 
 if TYPE_CHECKING:
     from worldloom.acting import Policy, load_policy
     from worldloom.algorithm import Algorithm
+    from worldloom.envs import make_env
     from worldloom.families import register_family
     from worldloom.models.base import WorldModel
     from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
-    from worldloom.models.registry import create_world_model, from_pretrained, get_config, list_models
+    from worldloom.models.registry import create_world_model, from_pretrained, get_config, get_model_info, list_models
     from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
+    from worldloom.replay import ReplayBuffer
+    from worldloom.training.config import TrainingConfig
+    from worldloom.training.recipes import recipe
+    from worldloom.training.trainer import Trainer, train
 
 _LAZY = {
     "Algorithm": "worldloom.algorithm",
@@ -42,12 +47,19 @@ _LAZY = {
     "DreamerV3WorldModel": "worldloom.models.dreamer",
     "TDMPC2Config": "worldloom.models.tdmpc2",
     "TDMPC2WorldModel": "worldloom.models.tdmpc2",
+    "ReplayBuffer": "worldloom.replay",
+    "Trainer": "worldloom.training.trainer",
+    "TrainingConfig": "worldloom.training.config",
     "WorldModel": "worldloom.models.base",
     "create_world_model": "worldloom.models.registry",
     "from_pretrained": "worldloom.models.registry",
     "get_config": "worldloom.models.registry",
+    "get_model_info": "worldloom.models.registry",
     "list_models": "worldloom.models.registry",
+    "make_env": "worldloom.envs",
+    "recipe": "worldloom.training.recipes",
     "register_family": "worldloom.families",
+    "train": "worldloom.training.trainer",
 }
 
 __all__ = [
@@ -64,8 +76,11 @@ __all__ = [
     "MissingDependencyError",
     "NonFiniteError",
     "Policy",
+    "ReplayBuffer",
     "TDMPC2Config",
     "TDMPC2WorldModel",
+    "Trainer",
+    "TrainingConfig",
     "UnknownFieldError",
     "UnknownModelError",
     "WeightsError",
@@ -75,17 +90,13 @@ __all__ = [
     "create_world_model",
     "from_pretrained",
     "get_config",
+    "get_model_info",
     "list_models",
     "load_policy",
+    "make_env",
+    "recipe",
     "register_family",
+    "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'worldloom' has no attribute '{name}'")
-    return getattr(importlib.import_module(_LAZY[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)

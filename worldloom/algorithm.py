@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from worldloom.config import FrozenMapping
+from worldloom.describe import described
 
 Params = dict[str, Any]
 """All weights of a model: a nested dict of arrays, by part and layer."""
@@ -32,7 +33,7 @@ LATENTS = "replay"
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainState:
     """Everything that one update changes, and the run's key: a pytree of arrays only.
 
@@ -51,6 +52,17 @@ class TrainState:
     def replace(self, **changes: Any) -> TrainState:
         """A copy with ``changes``."""
         return dataclasses.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        arrays = f"params={described(self.params)}, opt_state={described(self.opt_state)}"
+        return f"TrainState(step={_shown_step(self.step)}, {arrays})"
+
+
+def _shown_step(step: Any) -> str:
+    """The number in ``TrainState.step``, or what is left of it: in traced code and after donation it has no value."""
+    if isinstance(step, jax.core.Tracer) or getattr(step, "is_deleted", bool)():
+        return "?"
+    return f"{int(step):,}"
 
 
 class ReplaySpec(NamedTuple):

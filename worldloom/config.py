@@ -27,6 +27,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 from worldloom.errors import ConfigError, FileFormatError, UnknownFieldError
 from worldloom.files import absolute_path, write_atomically
+from worldloom.migration import field_of_training, renamed
 
 T = TypeVar("T")
 
@@ -179,8 +180,9 @@ def thaw(value: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string if none is close."""
-    close = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.5)
+    """`` Did you mean 'x'?`` for the known name that replaces ``name`` or is closest to it; "" if none is close."""
+    names = list(known)
+    close = [renamed(name, names)] if renamed(name, names) else difflib.get_close_matches(name[:100], names, 1, 0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
@@ -311,8 +313,10 @@ def config_dataclass(cls: type[T]) -> type[T]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in names:
+                elsewhere = None if renamed(name, names) else field_of_training(name, names)
+                hint = f" Training has it: TrainingConfig({elsewhere}=…)." if elsewhere else nearest(name, names)
                 raise UnknownFieldError(
-                    f"{cls.__name__} has no field '{name}'.{nearest(name, names)} Its fields are: {', '.join(names)}."
+                    f"{cls.__name__} has no field '{name}'.{hint} Its fields are: {', '.join(names)}."
                 )
         missing = [name for name in required[len(args) :] if name not in kwargs]
         if missing:
@@ -342,6 +346,9 @@ class BaseConfig:
 
     example_shapes: ClassVar[Mapping[str, Any]] = {"obs_shape": (24,), "action_dim": 6}
     """Shapes for a look at a model without an environment (``worldloom info``)."""
+
+    preset_parameters: ClassVar[Mapping[str, int]] = {}
+    """Parameters of models of the presets for :attr:`example_shapes`; those of others are counted when asked for."""
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import struct
 import time
 
@@ -25,6 +26,7 @@ from worldloom.training.callbacks import (
     ProgressCallback,
     StopTraining,
     every,
+    progress,
 )
 
 
@@ -82,8 +84,7 @@ def test_without_a_folder_nothing_is_written(model, buffer, config, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
     captured = capsys.readouterr()
     assert "step 20/20" in captured.out
-    assert "training: 100%" in captured.err
-    assert "20/20" in captured.err
+    assert "training: 20 of 20 updates" in captured.err
 
 
 def test_tensorboard_needs_a_folder():
@@ -301,7 +302,13 @@ def test_invalid_settings_are_refused():
             make()
 
 
-def test_progress_starts_at_the_step_of_a_continued_run(buffer, config, model, capsys):
+@pytest.fixture
+def terminal(monkeypatch):
+    """Makes stderr a terminal."""
+    monkeypatch.setattr(progress, "_shows_bars", lambda: True)
+
+
+def test_progress_starts_at_the_step_of_a_continued_run(buffer, config, model, capsys, terminal):
     trainer = Trainer(model, config, [ProgressCallback("fitting")])
     trainer.train(buffer, total_steps=10)
     trainer.train(buffer)
@@ -318,15 +325,51 @@ def test_a_plain_function_may_stop_training(model, buffer, config):
     assert trainer.stop_reason.endswith(": enough")
 
 
-def test_progress_measures_speed_from_the_first_update_on(buffer, config, model, capsys):
+def test_progress_measures_speed_from_the_first_update_on(buffer, config, model, capsys, terminal):
     """The time before it, for collecting and compiling, is labelled and does not affect the remaining time."""
     waiting = every(1, lambda info: time.sleep(1.0 if info.step == 1 else 0.0))
     Trainer(model, config, [waiting, ProgressCallback("fitting")]).train(buffer)
     shown = capsys.readouterr().err
     assert "compiling" in shown
     first = next(line for line in shown.split("\r") if "| 1/20" in line)
-    assert "loss=" in first
-    assert "?step/s" in first
+    assert "loss " in first
+    assert "? updates/s" in first
+
+
+def test_a_bar_shows_that_time_goes_by_before_the_first_update(capsys):
+    bar = progress._Bar("fitting", 0, 10)
+    bar.wait("compiling")
+    time.sleep(2.5)
+    bar.close()
+    assert re.search(r"00:0[12]<\?.*compiling", capsys.readouterr().err)
+
+
+def test_a_file_gets_a_line_at_the_beginning_and_the_end_and_every_30_seconds(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    lines = progress._Lines("fitting", 0, 1_200)
+    lines.wait("compiling")
+    for step in range(1, 1_201):
+        now[0] += 0.125
+        if lines.is_due() or step == 1_200:
+            lines.show(step, ["loss 1"], last=step == 1_200)
+    shown = capsys.readouterr().err
+    assert "\r" not in shown
+    assert shown.splitlines() == [
+        "fitting: 0 of 1,200 updates, compiling",
+        "fitting: 240 of 1,200 updates, 8 updates/s, 2 min left, loss 1",
+        "fitting: 480 of 1,200 updates, 8 updates/s, 2 min left, loss 1",
+        "fitting: 720 of 1,200 updates, 8 updates/s, 60 s left, loss 1",
+        "fitting: 960 of 1,200 updates, 8 updates/s, 30 s left, loss 1",
+        "fitting: 1,200 of 1,200 updates, 8 updates/s, loss 1",
+    ]
+
+
+def test_training_into_a_file_writes_few_lines(buffer, config, model, capsys):
+    Trainer(model, config, [ProgressCallback()]).train(buffer)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "training: 0 of 20 updates, compiling"
+    assert re.fullmatch(r"training: 20 of 20 updates, \S+ updates/s, loss \S+", last)
 
 
 def wandb_records(path):

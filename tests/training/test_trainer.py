@@ -10,7 +10,7 @@ from toy_family import MATRIX, ToyConfig, ToyWorldModel, fill
 import worldloom.training
 from worldloom import ConfigError, DataError
 from worldloom.replay import ReplayBuffer
-from worldloom.training import Trainer, TrainingConfig, train
+from worldloom.training import Trainer, TrainingConfig, callbacks, train
 from worldloom.training.callbacks import Callback, CheckpointCallback, StopTraining, every
 
 
@@ -295,6 +295,7 @@ def test_public_names():
         [
             *("ReplayBuffer", "RunFolder", "TrainState", "Trainer", "TrainingConfig"),
             *("collect", "evaluate", "play", "protocol", "recipe", "train"),
+            *("StepInfo", "StopTraining", *(name for name in callbacks.__all__ if name.endswith("Callback"))),
         ]
     )
     for name in worldloom.training.__all__:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from worldloom.files import absolute_path
 from worldloom.report.video import save_gif
 from worldloom.training.evaluation import play
 from worldloom.training.run_folder import RunFolder
+
+_log = logging.getLogger("worldloom")
 
 _TRANSLATION = ("action_bounds", "drop_keys", "join_actions", "on_bad_step")
 """Flags of ``worldloom train`` about the environment's spaces; runs of earlier versions do not have them."""
@@ -47,6 +50,7 @@ def evaluate(words: Sequence[str]) -> int:
     given = flags.parse(words)
     episodes, seed = given.get("episodes", 10), given.get("seed", 0)
     with _open_run(given, given.get("num_envs", min(episodes, 10))) as (model, env, step, limit):
+        _announce(given, step, f"playing {episodes} episodes of at most {limit:,} steps")
         ends = play(model, env, episodes=episodes, seed=seed, **_acting(given), max_steps=limit)
     returns = np.array([end.episode_return for end in ends])
     lengths = np.array([end.length for end in ends])
@@ -75,6 +79,7 @@ def play_video(words: Sequence[str]) -> int:
         raise ConfigError(f"--video writes a GIF: {path.with_suffix('.gif').name}, not {path.name}.")
     frames: list[np.ndarray] = []
     with _open_run(given, 1, render=True) as (model, env, step, limit):
+        _announce(given, step, f"filming an episode of at most {limit:,} steps")
         options = {**_acting(given), "max_steps": limit}
         for episode in range(given.get("episodes", 1)):
             pictures: list[np.ndarray] = []
@@ -102,6 +107,11 @@ def _open_run(given: Mapping[str, Any], num_envs: int, *, render: bool = False) 
         model, step = load_run_model(run, _parse_checkpoint(given.get("checkpoint", "latest")), device)
         limit = given.get("max_steps") or env.episode_length or run.training_config().max_episode_steps
         yield model, env, step, limit
+
+
+def _announce(given: Mapping[str, Any], step: int, what: str) -> None:
+    """Say on stderr what is done, because the policy is compiled first, which takes a while."""
+    _log.info("%s: %s with the weights after %s updates.", RunFolder(given["folder"]).title(), what, f"{step:,}")
 
 
 def _acting(given: Mapping[str, Any]) -> dict[str, Any]:

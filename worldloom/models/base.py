@@ -30,7 +30,7 @@ from worldloom.models.compilation import (
 )
 from worldloom.models.compilation import compiled as compiled
 from worldloom.models.compilation import merge as merge
-from worldloom.models.params import check_shapes, count_parameters, flatten, unflatten
+from worldloom.models.params import check_shapes, count_parameters, describe_model, flatten, unflatten
 
 if TYPE_CHECKING:
     from worldloom.models.trust import Trust
@@ -140,6 +140,11 @@ class WorldModel(nnx.Module):
         check_shapes(type(self).__name__, old, new)
         placed = {name: jax.device_put(jnp.asarray(new[name], old[name].dtype), old[name].sharding) for name in old}
         nnx.update(self, unflatten(placed))
+
+    def __repr__(self) -> str:
+        return describe_model(self)
+
+    __str__ = __repr__
 
     policy = _PolicyMethod()
 

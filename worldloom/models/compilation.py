@@ -133,6 +133,12 @@ def abstract_params(cls: Any, config: Any) -> Params:
     return nnx.to_pure_dict(nnx.state(abstract_model(cls, config, compute_dtype(config.precision))))
 
 
+def trained_parameters(cls: Any, config: Any) -> int:
+    """``num_parameters`` of a model of ``config``; allocates nothing."""
+    params = abstract_params(cls, config)
+    return count_parameters({name: part for name, part in params.items() if name not in cls.untrained})
+
+
 def abstract_model(cls: Any, config: Any, dtype: jnp.dtype) -> Any:
     """The model with shapes in place of weights; allocates nothing."""
     return nnx.eval_shape(lambda: cls(config, dtype=dtype))

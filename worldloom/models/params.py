@@ -44,6 +44,17 @@ def count_parameters(params: Mapping[str, Any]) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def describe_model(model: Any) -> str:
+    """``repr`` of a world model: its shapes and the number of its parameters instead of all weights."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return f"{type(model).__name__}(without a config yet)"
+    return (
+        f"{type(model).__name__}({config.model_type}: observations {config.obs_shape}, {config.action_dim} "
+        f"{config.action_type} actions, {model.num_parameters():,} parameters, {model.dtype})"
+    )
+
+
 def check_shapes(owner: str, expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ``WeightsError`` naming the arrays of ``given`` that are missing, unexpected or misshapen.
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,25 @@ def read_model(folder: Path) -> SavedModel:
     return SavedModel(folder, config, arrays, metadata.get(_CLASS), spaces)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of ``config.json``. Raises ``UnknownModelError`` if it is missing, ``FileFormatError`` if damaged."""
+    if not is_model_folder(folder):
+        raise UnknownModelError(f"{folder} holds no saved model: {CONFIG_FILE} is missing.{_run_folder_hint(folder)}")
+    return read_json_object(folder / CONFIG_FILE)
+
+
+def count_saved(folder: Path, untrained: Sequence[str]) -> int:
+    """Numbers in the saved weights but for the parts ``untrained``; reads no weights. Raises ``FileFormatError``."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(folder / WEIGHTS_FILE), "numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, ValueError, OSError) as error:
+        raise FileFormatError(f"{folder / WEIGHTS_FILE} is not a readable safetensors file: {error}") from error
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.partition(".")[0] not in untrained)
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Arrays of a ``.safetensors`` file by name, and its metadata. Raises ``FileFormatError`` on a damaged file."""
     from safetensors import SafetensorError, safe_open
@@ -127,6 +147,8 @@ def find_model_folder(
     if is_plain_name(text):
         if is_model_folder(named_folder(text)):
             return named_folder(text)
+        raise UnknownModelError(unknown_model(text, known))
+    if re.fullmatch(r"[\w-]+:[\w.-]*", text):  # like a preset
         raise UnknownModelError(unknown_model(text, known))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         raise UnknownModelError(f"{text} is not a folder with a saved model, nor the name of one.")

@@ -2,28 +2,81 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from worldloom.errors import ConfigError, UnknownModelError
+from worldloom.errors import ConfigError, UnknownModelError, WorldloomError
 from worldloom.families import Family, family_names, find_family, get_family
 from worldloom.families import register_family as register_family
 from worldloom.files import absolute_path
 from worldloom.models import pretrained
 from worldloom.models.base import WorldModel, build_saved, find_class
+from worldloom.models.compilation import trained_parameters
+
+_log = logging.getLogger("worldloom")
 
 
-def list_models() -> list[str]:
-    """Names that :func:`create_world_model` accepts: presets as ``family:size``, then models saved by name.
+def list_models(verbose: bool = False) -> Any:
+    """Names that :func:`create_world_model` accepts, a list: presets as ``family:size``, then models saved by name.
 
     A family without presets is listed by its name alone.
+
+    Args:
+      verbose: return a dict instead, from each name to its :func:`get_model_info`; a warning names what it leaves
+        out because its files are damaged.
     """
-    presets = []
+    names = []
     for name in family_names():
         sizes = get_family(name).config_class.presets()
-        presets += [f"{name}:{size}" for size in sizes] or [name]
-    return presets + pretrained.saved_names()
+        names += [f"{name}:{size}" for size in sizes] or [name]
+    names += pretrained.saved_names()
+    if not verbose:
+        return names
+    found = {}
+    for name in names:
+        try:
+            found[name] = get_model_info(name)
+        except WorldloomError as error:
+            _log.warning("%s is left out: %s", name, error)
+    return found
+
+
+def get_model_info(name: str) -> dict[str, Any]:
+    """What is known of a preset or saved model without building it.
+
+    Returns:
+      ``name``, ``family``, ``size`` (empty for a bare family and a saved model), ``about`` (one sentence),
+      ``parameters`` (trainable scalars), the ``obs_shape`` and ``action_dim`` that they are counted for, and ``path``:
+      the folder of a saved model, None for a preset.
+
+    Raises:
+      UnknownModelError: there is no model of that name; the message names the closest one.
+      FileFormatError: the files of the saved model are damaged.
+    """
+    path = None
+    if find_family(name.partition(":")[0]):
+        family, size = split_name(name)
+        cls, config = family.model_class, get_config(name, **family.config_class.example_shapes)
+        parameters = family.config_class.preset_parameters.get(size) or trained_parameters(cls, config)
+    else:
+        path = pretrained.find_model_folder(name, known=list_models(), local_files_only=True)
+        config = config_from_dict(pretrained.read_config(path))
+        family, size = get_family(config.model_type), ""
+        cls = family.model_class
+        parameters = pretrained.count_saved(path, cls.untrained)
+    return {
+        "name": name,
+        "family": family.name,
+        "size": size,
+        "about": (inspect.getdoc(cls) or "").partition("\n")[0].partition(":")[0].rstrip("."),
+        "parameters": parameters,
+        "obs_shape": config.obs_shape,
+        "action_dim": config.action_dim,
+        "path": None if path is None else str(path),
+    }
 
 
 def split_name(name: str) -> tuple[Family, str]:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from worldloom.errors import DataError
+from worldloom.explain import explain_arguments, explain_attributes
 from worldloom.files import absolute_path
 from worldloom.replay import sampling, validation
 from worldloom.replay.index import FIRST, GIVEN_FLAGS, TERMINAL
@@ -23,6 +24,7 @@ OFFLINE_STREAM = -1
 """Number of the stream to which :meth:`ReplayBuffer.add_episode` adds episodes, one after the other."""
 
 
+@explain_attributes({"num_transitions": "len(buffer) is the number of rows held."})
 class ReplayBuffer(EpisodeSources):
     """The newest ``capacity`` rows of experience, from which batches of windows are drawn.
 
@@ -53,6 +55,7 @@ class ReplayBuffer(EpisodeSources):
     the order of sampling and adding anyway, because batches are a function of the content.
     """
 
+    @explain_arguments()
     def __init__(
         self,
         capacity: int = 1_000_000,
@@ -262,6 +265,7 @@ class ReplayBuffer(EpisodeSources):
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 
+    @explain_arguments({"device": "Batches are NumPy arrays; training moves them to TrainingConfig.device."})
     def sample(
         self,
         batch_size: int,
@@ -272,7 +276,7 @@ class ReplayBuffer(EpisodeSources):
         cross_episodes: bool = False,
         latents: bool = False,
     ) -> Batch:
-        """A batch of windows, ``take(draw(...))``: a dict of arrays [B, T, ...], see :meth:`take`.
+        """A batch of windows, ``take(draw(...))`` and ``continues`` = 1 − is_terminal: a dict of arrays [B, T, ...].
 
         Args:
           batch_size: windows, B.
@@ -284,7 +288,8 @@ class ReplayBuffer(EpisodeSources):
           DataError: nothing held is long enough for such a window.
         """
         options: Any = {"seed": seed, "update": update, "cross_episodes": cross_episodes}
-        return self.take(self.draw(batch_size, sequence_length, **options), latents=latents)
+        batch = self.take(self.draw(batch_size, sequence_length, **options), latents=latents)
+        return batch | {"continues": np.float32(1) - batch["is_terminal"]}
 
     def draw(
         self,

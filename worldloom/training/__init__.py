@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from worldloom.lazy import lazy_names
 
 if TYPE_CHECKING:
     from worldloom.algorithm import TrainState
     from worldloom.replay import ReplayBuffer
+    from worldloom.training.callbacks import (
+        Callback,
+        CheckpointCallback,
+        EarlyStoppingCallback,
+        EpisodesCallback,
+        EvalCallback,
+        LoggingCallback,
+        ProgressCallback,
+        StepInfo,
+        StopTraining,
+    )
     from worldloom.training.collecting import collect
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
@@ -17,8 +29,17 @@ if TYPE_CHECKING:
     from worldloom.training.trainer import Trainer, train
 
 _LAZY = {
+    "Callback": "worldloom.training.callbacks",
+    "CheckpointCallback": "worldloom.training.callbacks",
+    "EarlyStoppingCallback": "worldloom.training.callbacks",
+    "EpisodesCallback": "worldloom.training.callbacks",
+    "EvalCallback": "worldloom.training.callbacks",
+    "LoggingCallback": "worldloom.training.callbacks",
+    "ProgressCallback": "worldloom.training.callbacks",
     "ReplayBuffer": "worldloom.replay",
     "RunFolder": "worldloom.training.run_folder",
+    "StepInfo": "worldloom.training.callbacks",
+    "StopTraining": "worldloom.training.callbacks",
     "TrainState": "worldloom.algorithm",
     "Trainer": "worldloom.training.trainer",
     "TrainingConfig": "worldloom.training.config",
@@ -31,8 +52,17 @@ _LAZY = {
 }
 
 __all__ = [
+    "Callback",
+    "CheckpointCallback",
+    "EarlyStoppingCallback",
+    "EpisodesCallback",
+    "EvalCallback",
+    "LoggingCallback",
+    "ProgressCallback",
     "ReplayBuffer",
     "RunFolder",
+    "StepInfo",
+    "StopTraining",
     "TrainState",
     "Trainer",
     "TrainingConfig",
@@ -44,12 +74,4 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'worldloom.training' has no attribute '{name}'")
-    return getattr(importlib.import_module(_LAZY[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)

@@ -97,6 +97,8 @@ class SequenceSampler:
             batch = self.buffer.take(ids, observations=on_host, latents=self.uses_latents and on_host)
             return batch, batch.pop("row_ids")
         batch = self.buffer.sample(self._batch_size, self.rows, **options, latents=self.uses_latents)
+        if "is_terminal" in batch:
+            batch.pop("continues", None)  # It says the same.
         return batch, batch.pop("row_ids", None)
 
     def _check_finished(self) -> None:

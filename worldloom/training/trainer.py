@@ -13,6 +13,7 @@ from worldloom.algorithm import TrainState
 from worldloom.config import as_integer
 from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.errors import NonFiniteError
+from worldloom.explain import explain_arguments, explain_attributes
 from worldloom.training.callbacks import EpisodesCallback, LoggingCallback, ProgressCallback
 from worldloom.training.callbacks.base import as_callback
 from worldloom.training.callbacks.checkpointing import recovery_hint
@@ -28,6 +29,7 @@ from worldloom.training.run_state import Run
 _log = logging.getLogger("worldloom")
 
 
+@explain_attributes({"add_callback": "Callbacks are given at once: Trainer(model, config, callbacks=[…])."})
 class Trainer:
     """Trains a world model and runs callbacks; the loop is :func:`worldloom.training.fit.fit`.
 
@@ -48,6 +50,7 @@ class Trainer:
       TypeError: an object is not a callback, or a callback has a method that is never called.
     """
 
+    @explain_arguments()
     def __init__(self, model: Any, config: TrainingConfig | None = None, callbacks: Sequence[Any] | None = None):
         self.run = Run(model, config or TrainingConfig())
         self._add_evaluation = callbacks is None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import inf
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, cast
 
-from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer
+from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
 from worldloom.errors import ConfigError
 from worldloom.models.pictures import PictureLayout, check_sides, picture_layout
 from worldloom.spaces import ACTION, OBS, attribute_name
@@ -69,6 +69,10 @@ class DreamerV3Config(BaseConfig):
     """
 
     example_shapes: ClassVar[Mapping[str, Any]] = {"obs_shape": (64, 64, 3), "action_dim": 6}
+    preset_parameters: ClassVar[Mapping[str, int]] = {
+        "tiny": 480_766, "size1m": 686_846, "size12m": 10_494_158, "size25m": 23_489_326, "size50m": 41_650_062,
+        "size100m": 93_468_238, "size200m": 165_948_686, "size400m": 372_896_398,
+    }  # fmt: skip
 
     obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]
     """Shape of one observation, or a mapping of names to shapes. Three axes are an image (channels first or last,
@@ -286,7 +290,9 @@ class DreamerV3Config(BaseConfig):
         Raises ``ConfigError`` for a size that does not exist.
         """
         if size not in _PRESETS:
-            raise ConfigError(f"size={size!r} is not known; use one of {', '.join(_PRESETS)}.")
+            raise ConfigError(
+                f"There is no DreamerV3 size '{size}'.{nearest(str(size), _PRESETS)} Known: {', '.join(_PRESETS)}."
+            )
         return cls(obs_shape=obs_shape, action_dim=action_dim, **{**_PRESETS[size], **overrides})
 
     @classmethod

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from worldloom.models.dreamer.config import DreamerV3Config
+from worldloom.models.states import LatentBase
 from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm, block_matmul
 from worldloom.ops.distributions import OneHot
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Latent:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Latent(LatentBase):
     """State of the world model.
 
     Attributes:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from worldloom.describe import described_fields
 from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
 from worldloom.models.dreamer.arrays import (
     embed_actions,
@@ -39,6 +40,9 @@ class Trajectory(NamedTuple):
     states: Latent
     rewards: jax.Array
     continues: jax.Array
+
+    def __repr__(self) -> str:
+        return described_fields(self)
 
 
 @jax.tree_util.register_dataclass

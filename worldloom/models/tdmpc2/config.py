@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, ClassVar, Self, cast
 
 from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
 from worldloom.errors import ConfigError
@@ -51,6 +51,10 @@ class TDMPC2Config(BaseConfig):
     Defaults are those of the reference program's 5M model. Learning rate, gradient clip (20 in the reference), batch
     size and weight decay belong to ``TrainingConfig``.
     """
+
+    preset_parameters: ClassVar[Mapping[str, int]] = {
+        "tiny": 75_195, "1m": 1_214_651, "5m": 4_960_618, "19m": 18_062_442, "48m": 47_208_298, "317m": 312_595_417,
+    }  # fmt: skip
 
     obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]
     """Shape of one observation, or a mapping of names to shapes: ``(D,)`` is a vector, three axes are a (stacked)

@@ -6,10 +6,12 @@ import dataclasses
 
 import jax
 
+from worldloom.models.states import LatentBase
+
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LatentState:
+@dataclasses.dataclass(frozen=True, repr=False)
+class LatentState(LatentBase):
     """A latent ``z`` [..., L]: L / ``simnorm_dim`` simplices side by side."""
 
     z: jax.Array

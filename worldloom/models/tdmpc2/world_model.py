@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from worldloom.describe import described_fields
 from worldloom.errors import DataError
 from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
 from worldloom.models.tdmpc2 import losses, planner
@@ -44,6 +45,9 @@ class Trajectory(NamedTuple):
     states: LatentState
     rewards: jax.Array
     continues: jax.Array
+
+    def __repr__(self) -> str:
+        return described_fields(self)
 
 
 class TDMPC2WorldModel(WorldModel):

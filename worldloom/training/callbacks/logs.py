@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -168,6 +169,7 @@ def print_line(line: str) -> None:
 
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(line)
+        sys.stdout.flush()  # A file or pipe would show it much later.
 
 
 def _truncate_or_rename(path: Path, step: int) -> None:
