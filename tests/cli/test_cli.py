@@ -260,7 +260,7 @@ def test_doctor_reports_a_gpu_that_jax_does_not_use(run_command, monkeypatch):
 
 def test_the_listed_extras_are_those_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(EXTRAS) == set(project["optional-dependencies"]) - {"cuda12", "cuda13", "tpu", "test", "dev"}
+    assert set(EXTRAS) == set(project["optional-dependencies"]) - {"cuda12", "cuda13", "tpu", "test", "dev", "docs"}
     assert project["scripts"]["worldloom"] == "worldloom.cli:main"
 
 

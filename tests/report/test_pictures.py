@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from worldloom import create_world_model
+from worldloom.envs.names import entry_names
 from worldloom.errors import ConfigError, DataError, MissingDependencyError
 from worldloom.report.curves import learning_curve, points, read_records
 from worldloom.report.figure import new_figure
-from worldloom.report.imagination import draw_horizon_errors, draw_open_loop, horizon_errors
+from worldloom.report.imagination import _separate_windows, draw_horizon_errors, draw_open_loop, horizon_errors
 from worldloom.report.openloop import OpenLoop
 from worldloom.report.video import save_gif
 
@@ -74,7 +75,7 @@ def test_offline_every_loss_term_has_its_panel(tmp_path, drawn):
     records.append({"step": 3, "eval/loss": 2.0})
     assert is_picture(learning_curve(records, tmp_path / "curve.png"))
     titles = [axis.get_title(loc="left") for axis in drawn[0][1].flat]
-    assert titles == ["loss", "reward", ""]
+    assert titles == ["total loss", "reward", ""]
     total = drawn[0][1].flat[0]
     np.testing.assert_allclose(total.lines[0].get_xydata(), [[1, 3], [2, 1.5], [3, 1]])
     np.testing.assert_allclose(total.lines[1].get_xydata(), [[3, 2]])
@@ -174,3 +175,40 @@ def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
         save_gif([np.zeros((4, 4, 3), np.uint8)], tmp_path / "a.gif")
     with pytest.raises(MissingDependencyError, match=r"worldloom\[video\]"):
         learning_curve([{"step": 1, "train/loss": 3.0}], tmp_path / "curve.png")
+
+
+def test_of_several_records_at_one_place_the_last_one_is_drawn():
+    records = [{"step": step, "env_steps": 1000, "collect/return": float(step)} for step in (250, 500, 750)]
+    x, y = points([*records, {"step": 800, "env_steps": 1050, "collect/return": 9.0}], "collect/return")
+    np.testing.assert_array_equal(x, [1000, 1050])
+    np.testing.assert_array_equal(y, [750, 9])
+
+
+def test_a_loss_term_that_is_always_zero_has_no_panel(tmp_path, drawn):
+    records = [{"step": s, "train/loss": 1.0, "train/loss/reward": 1.0, "train/loss/termination": 0.0} for s in (1, 2)]
+    learning_curve(records, tmp_path / "curve.png")
+    assert [axis.get_title(loc="left") for axis in drawn[0][1].flat if axis.axison] == ["total loss", "reward"]
+
+
+def test_traces_are_named_and_their_colours_and_styles_explained(tmp_path, drawn):
+    truth = np.random.default_rng(0).normal(size=(2, 6, 3))
+    report = OpenLoop({"obs": truth}, {"obs": truth}, observed=2)
+    draw_open_loop(report, tmp_path / "a.png", entry_names=entry_names("Pendulum-v1"))
+    figure, axes = drawn[0]
+    assert [axis.get_title(loc="left") for axis in axes.flat] == [*entry_names("Pendulum-v1")]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["sequence 1", "sequence 2", "recorded", "model", "the model imagines"]
+    draw_open_loop(report, tmp_path / "b.png", entry_names=("one", "two"))
+    assert drawn[1][1].flat[0].get_title(loc="left") == "obs[0]"
+
+
+def test_entries_are_named_for_ids_of_known_environments():
+    assert entry_names("CartPole-v1")[2] == "pole angle (rad)"
+    for spec in ("dmc:walker-walk", "Unknown-v0", "module:Pendulum-v1", None, len):
+        assert entry_names(spec) == ()
+
+
+def test_sequences_in_a_plot_have_no_row_in_common():
+    ids = np.array([[0, 1, 2], [2, 3, 4], [10, 11, 12], [1, 2, 3], [20, 21, 22], [30, 31, 32]])
+    np.testing.assert_array_equal(_separate_windows(ids), ids[[0, 2, 4]])
+    np.testing.assert_array_equal(_separate_windows(ids[[0, 0]]), ids[:1])

@@ -82,7 +82,7 @@ def test_a_finished_run_has_all_files(finished):
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith("events.")}
     assert names == {
         "config.json", "versions.json", "metrics.jsonl", "episodes.jsonl", "checkpoints", "model", "learning_curve.png",
-        "eval.gif", "horizon.png", "trust.png",
+        "eval.gif", "horizon.png", "trust.png", "summary.html",
     }  # fmt: skip
     assert any(path.name.startswith("events.") for path in finished.path.iterdir())
     with Image.open(finished.path / "eval.gif") as gif:

@@ -44,6 +44,7 @@ EXTRAS = {
     "video": ("matplotlib", "PIL"),
     "hub": ("huggingface_hub",),
     "wandb": ("wandb",),
+    "tensorboard": ("tensorboard",),
     "minari": ("minari", "h5py"),
 }
 """Extras and the packages that they install."""
@@ -388,7 +389,7 @@ def _extras() -> Iterator[str]:
     yield "extras:"
     for extra, packages in EXTRAS.items():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
-        yield f"  {extra:8}" + (
+        yield f"  {extra:12}" + (
             f"missing {', '.join(missing)}: pip install 'worldloom[{extra}]'" if missing else "there"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import re
 import shlex
@@ -18,6 +19,7 @@ from worldloom.envs.make import module_of
 from worldloom.errors import ConfigError
 from worldloom.families import Family, get_family, import_from_current_folder, imported_modules
 from worldloom.models.registry import config_from_dict, create_world_model, get_config, saved_class, split_name
+from worldloom.report.summary import SUMMARY_FILE
 from worldloom.training.config import TrainingConfig
 from worldloom.training.run_folder import RunFolder
 from worldloom.training.run_lock import RunLock
@@ -116,10 +118,13 @@ def train(words: Sequence[str]) -> int:
                     plan.run.path.rmdir()  # Only if it is empty: training was refused.
         seconds = time.perf_counter() - start
     spec = plan.env.settings["spec"]
+    pages = [f"open {shlex.quote(str(Path(shown) / SUMMARY_FILE))} in a browser"]
+    if importlib.util.find_spec("tensorboard") is not None:
+        pages.append(f"tensorboard --logdir {shlex.quote(shown)}")
     trust = f" --env {shlex.quote(spec)}" if isinstance(spec, str) and module_of(spec) else ""
     print(
         f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {shlex.quote(shown)}{flags}{trust}; "
-        f"worldloom play {shlex.quote(shown)}{flags}{trust}; tensorboard --logdir {shlex.quote(shown)}"
+        f"worldloom play {shlex.quote(shown)}{flags}{trust}; {'; '.join(pages)}"
     )
     return 0
 

@@ -32,12 +32,17 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def points(records: Iterable[Record], name: str) -> Points:
-    """x and y of a metric, [N] each: x is environment steps online and updates offline; non-finite y are NaN."""
-    found = [record for record in records if name in record]
-    x = [record.get("env_steps") or record["step"] for record in found]
+    """x and y of a metric, [N] each: x is environment steps online and updates offline; non-finite y are NaN.
+
+    Of several records at one x, as in the burst of updates after the prefill, the last one counts.
+    """
     # LoggingCallback writes null for NaN and infinities, which JSON lacks.
-    y = [np.nan if record[name] is None else record[name] for record in found]
-    return np.array(x, float), np.array(y, float)
+    found = {
+        record.get("env_steps") or record["step"]: np.nan if record[name] is None else record[name]
+        for record in records
+        if name in record
+    }
+    return np.array([*found], float), np.array([*found.values()], float)
 
 
 def learning_curve(
@@ -66,18 +71,27 @@ def _draw_returns(records: Sequence[Record], path: str | Path, title: str, publi
     axis = axes[0, 0]
     if published is not None:
         axis.fill_between(published.steps, published.low, published.high, color=GREY, alpha=0.25, linewidth=0)
-        axis.plot(published.steps, published.mean, color=GREY, linewidth=1.2, linestyle="--", label="published")
+        axis.plot(
+            published.steps,
+            published.mean,
+            color=GREY,
+            linewidth=1.2,
+            linestyle="--",
+            label="published: mean, worst and best seed",
+        )
     x, y = points(records, "collect/return")
     if len(x):
-        axis.plot(x, y, color=ORANGE, linewidth=1.0, alpha=0.75, label="while collecting")
+        axis.plot(x, y, color=ORANGE, linewidth=1.0, alpha=0.75, label="training episodes")
     x, y = points(records, "eval/return")
     if len(x):
         spread = points([record for record in records if "eval/return" in record], "eval/return_std")[1]
         if len(spread) == len(y):
             axis.fill_between(x, y - spread, y + spread, color=BLUE, alpha=0.18, linewidth=0)
-        axis.plot(x, y, color=BLUE, linewidth=1.8, marker="o", markersize=3, label="evaluation (± std over episodes)")
+        axis.plot(
+            x, y, color=BLUE, linewidth=1.8, marker="o", markersize=3, label="evaluation: mean ± std over episodes"
+        )
     count_axis(axis, "environment steps" if _is_online(records) else "updates")
-    axis.set_ylabel("return", fontsize=9)
+    axis.set_ylabel("return of an episode", fontsize=9)
     axis.set_title(title, fontsize=10, loc="left")
     axis.legend(frameon=False, fontsize=8, loc="best")
     return save_figure(figure, path)
@@ -85,7 +99,8 @@ def _draw_returns(records: Sequence[Record], path: str | Path, title: str, publi
 
 def _draw_losses(records: Sequence[Record], path: str | Path, title: str) -> Path:
     prefix = "train/loss/"
-    terms = [name for name in _names(records) if name.startswith(prefix)]
+    # A term that a model does not have (terminations that never happen) is 0 throughout.
+    terms = [name for name in _names(records) if name.startswith(prefix) and np.any(points(records, name)[1] != 0)]
     rows = -(-(1 + len(terms)) // 3)  # the total and its terms, three panels in a row
     figure, axes = new_figure(rows, 3, width=9.6, height=2.2 * rows + 0.3)
     for index, axis in enumerate(axes.flat):
@@ -97,8 +112,8 @@ def _draw_losses(records: Sequence[Record], path: str | Path, title: str) -> Pat
         axis.plot(x, y, color=COLOURS[0], linewidth=1.4, label="training")
         x, y = points(records, name.replace("train/", "eval/"))
         if len(x):
-            axis.plot(x, y, color=ORANGE, linewidth=1.4, marker="o", markersize=3, label="held out")
-        axis.set_title("loss" if index == 0 else name.removeprefix(prefix), fontsize=9, loc="left")
+            axis.plot(x, y, color=ORANGE, linewidth=1.4, marker="o", markersize=3, label="held-out episodes")
+        axis.set_title("total loss" if index == 0 else name.removeprefix(prefix), fontsize=9, loc="left")
         count_axis(axis, "updates")
         axis.axhline(0, color=GREY, linewidth=0.6)
     if len(axes.flat[0].lines) > 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,42 @@ from worldloom.report.openloop import OpenLoop, open_loop
 from worldloom.spaces import attribute_name
 
 _MAX_SEQUENCES, _MAX_ENTRIES, _MAX_COLUMNS = 3, 12, 16  # of a plot: sequences, entries of a vector, images in a row
+_CANDIDATES = 48  # windows that are drawn to find sequences without common rows
 _OBSERVED, _IMAGINED = 8, 24  # rows of an open-loop prediction
+_UNITS = {"latent": " (in its std)", "reward": " (per step)", "value": " (return)"}
 _HORIZON, _HORIZON_SEQUENCES = 15, 256  # imagined steps and sequences behind the errors by horizon
 
 
-def draw_open_loop(report: OpenLoop, path: str | Path, *, name: str | None = None, title: str = "") -> Path:
+def draw_open_loop(
+    report: OpenLoop,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    title: str = "",
+    entry_names: Sequence[str] = (),
+) -> Path:
     """Plot one observation of an open-loop prediction and return the path of the PNG.
 
-    Images become strips of truth, prediction and difference with time to the right; those right of the red line are
+    Images become strips of record, prediction and difference with time to the right; those right of the red line are
     imagined. Vectors become a panel per entry with the recorded (solid) and the predicted values (dashed); the imagined
-    steps have a grey background.
+    steps have a grey background. Colours are sequences.
 
     Args:
       report: from :func:`worldloom.report.openloop.open_loop`.
       path: the PNG file; its folder is created.
       name: the observation to plot; None means the first image, or else the first observation.
       title: text above the plot.
+      entry_names: names of the entries of a vector, such as those of :func:`worldloom.envs.names.entry_names`; used if
+        they are as many as the entries.
 
     Raises:
       MissingDependencyError: Matplotlib is missing.
     """
     name = name or next((n for n, x in report.truth.items() if x.ndim == 5), next(iter(report.truth)))
-    draw = _draw_images if report.truth[name].ndim == 5 else _draw_vectors
-    return draw(report, name, Path(path), title)
+    if report.truth[name].ndim == 5:
+        return _draw_images(report, name, Path(path), title)
+    size = int(np.prod(report.truth[name].shape[2:]))
+    return _draw_vectors(report, name, Path(path), title, entry_names if len(entry_names) == size else ())
 
 
 def _draw_images(report: OpenLoop, name: str, path: Path, title: str) -> Path:
@@ -55,7 +68,7 @@ def _draw_images(report: OpenLoop, name: str, path: Path, title: str) -> Path:
     sequences, kinds, columns, height, width, _ = bands.shape
     # Inches: the strips are 9.2 wide, and 0.7 is left for labels.
     figure, axes = new_figure(
-        sequences, 1, width=10.0, height=9.2 * sequences * kinds * height / (columns * width) + 0.7
+        sequences, 1, width=10.0, height=9.2 * sequences * kinds * height / (columns * width) + 0.7 + 0.25 * sequences
     )
     for axis, strip in zip(axes[:, 0], bands, strict=True):
         picture = strip.transpose(0, 2, 1, 3, 4).reshape(kinds * height, columns * width, -1)
@@ -63,15 +76,19 @@ def _draw_images(report: OpenLoop, name: str, path: Path, title: str) -> Path:
         axis.grid(visible=False)
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
-        axis.set_yticks((np.arange(kinds) + 0.5) * height, ["truth", "model", "difference"], fontsize=8)
+        axis.set_yticks((np.arange(kinds) + 0.5) * height, ["recorded", "model", "difference"], fontsize=8)
         axis.set_xticks((np.arange(columns) + 0.5) * width, [str(row) for row in shown], fontsize=8)
         axis.axvline(np.searchsorted(shown, report.observed) * width - gap / 2 - 0.5, color=RED, linewidth=2)
-    axes[-1, 0].set_xlabel("row (observed left of the line, imagined right of it)", fontsize=9)
+    for number, axis in enumerate(axes[:, 0], 1):
+        axis.set_title(f"sequence {number}", fontsize=9, loc="left")
+    axes[-1, 0].set_xlabel(
+        "step of the sequence: left of the red line the model observes, right of it it imagines", fontsize=9
+    )
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return save_figure(figure, path)
 
 
-def _draw_vectors(report: OpenLoop, name: str, path: Path, title: str) -> Path:
+def _draw_vectors(report: OpenLoop, name: str, path: Path, title: str, entry_names: Sequence[str]) -> Path:
     truth, prediction = (x[name][:_MAX_SEQUENCES] for x in (report.truth, report.prediction))
     truth, prediction = (x.reshape(*x.shape[:2], -1) for x in (truth, prediction))
     entries, rows = min(truth.shape[2], _MAX_ENTRIES), np.arange(truth.shape[1])
@@ -82,22 +99,33 @@ def _draw_vectors(report: OpenLoop, name: str, path: Path, title: str) -> Path:
         if entry >= entries:
             axis.set_axis_off()
             continue
-        axis.axvspan(report.observed - 0.5, rows[-1], color="#eef0f3", linewidth=0)
+        grey = axis.axvspan(report.observed - 0.5, rows[-1], color="#eef0f3", linewidth=0)
         axis.margins(x=0)
         for sequence, colour in zip(range(len(truth)), COLOURS, strict=False):
-            axis.plot(rows, truth[sequence, :, entry], color=colour, linewidth=1.4)
+            axis.plot(rows, truth[sequence, :, entry], color=colour, linewidth=1.4, label=f"sequence {sequence + 1}")
             axis.plot(rows, prediction[sequence, :, entry], color=colour, linewidth=1.4, linestyle=(0, (2, 1.5)))
-        axis.set_title(f"{name}[{entry}]", fontsize=9, loc="left")
+        axis.set_title(entry_names[entry] if entry_names else f"{name}[{entry}]", fontsize=9, loc="left")
+        axis.set_xlabel("step of the sequence", fontsize=9)
         whole_ticks(axis)
-    for axis in axes[-1]:
-        axis.set_xlabel("row", fontsize=9)
-    more = "" if entries == truth.shape[2] else f"; the first {entries} of {truth.shape[2]} entries"
-    legend = f"solid: recorded; dashed: the model, imagining on grey background{more}"
-    figure.suptitle(f"{title}\n{legend}" if title else legend, fontsize=9, x=0.01, ha="left")
+    lines = axes[0, 0].lines
+    handles = [*lines[::2], *_style_samples(), grey]
+    labels = [*(line.get_label() for line in lines[::2]), "recorded", "model", "the model imagines"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    more = "" if entries == truth.shape[2] else f" (the first {entries} of {truth.shape[2]} entries)"
+    figure.suptitle(f"{title}{more}", fontsize=10, x=0.01, ha="left")
     return save_figure(figure, path)
 
 
-def draw_imagination(model: Any, replay: ReplayBuffer, folder: str | Path, *, title: str = "") -> list[Path]:
+def _style_samples() -> list[Any]:
+    """Lines for a legend: solid for what was recorded, dashed for what the model predicts."""
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], color="black", linewidth=1.4, linestyle=style) for style in ("-", (0, (2, 1.5)))]
+
+
+def draw_imagination(
+    model: Any, replay: ReplayBuffer, folder: str | Path, *, title: str = "", entry_names: Sequence[str] = ()
+) -> list[Path]:
     """Plot how well ``model`` imagines recorded episodes, and return the paths of the PNGs.
 
     A model whose ``decode`` returns ``"obs"`` gets an open-loop prediction: ``open_loop.png``, or
@@ -114,14 +142,26 @@ def draw_imagination(model: Any, replay: ReplayBuffer, folder: str | Path, *, ti
     if longest < 2:
         raise DataError("There is nothing to imagine: no recorded episode has two rows.")
     rows = min(_OBSERVED + _IMAGINED, longest)
-    batch = replay.sample(_MAX_SEQUENCES, rows)
+    batch = replay.take(_separate_windows(replay.draw(_CANDIDATES, rows)))
     if not _decodes_observations(model, batch):
         errors = horizon_errors(model, replay.sample(_HORIZON_SEQUENCES, min(_HORIZON + 1, longest)))
         return [draw_horizon_errors(errors, folder / "horizon.png", title=title)]
     report = open_loop(model, batch, observed=min(_OBSERVED, rows // 2))
     single = len(report.truth) == 1
     files = {name: "open_loop.png" if single else f"open_loop_{attribute_name(name)}.png" for name in report.truth}
-    return [draw_open_loop(report, folder / file, name=name, title=title) for name, file in files.items()]
+    return [
+        draw_open_loop(report, folder / file, name=name, title=title, entry_names=entry_names)
+        for name, file in files.items()
+    ]
+
+
+def _separate_windows(row_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Up to ``_MAX_SEQUENCES`` of the windows [N, T] that have no row in common, in the order given; at least one."""
+    chosen = [row_ids[0]]
+    for window in row_ids[1:]:
+        if len(chosen) < _MAX_SEQUENCES and not np.isin(window, chosen).any():
+            chosen.append(window)
+    return np.stack(chosen)
 
 
 def _decodes_observations(model: Any, batch: Mapping[str, Any]) -> bool:
@@ -145,12 +185,14 @@ def plot_horizon_errors(errors: HorizonErrors, axes: NDArray[Any]) -> None:
     for axis, name in zip(axes, errors.imagined, strict=True):
         steps = np.arange(1, len(errors.imagined[name]) + 1)
         axis.plot(steps, errors.imagined[name], color=BLUE, linewidth=1.8, label="imagined")
-        axis.plot(steps, errors.still[name], color=ORANGE, linewidth=1.4, linestyle="--", label="no change")
+        axis.plot(
+            steps, errors.still[name], color=ORANGE, linewidth=1.4, linestyle="--", label="guess that nothing changes"
+        )
         axis.set_ylim(bottom=0)
         whole_ticks(axis)
-        axis.set_title(f"{name} (relative to its std)" if name == "latent" else name, fontsize=9, loc="left")
+        axis.set_title(f"error of the imagined {name}{_UNITS.get(name, '')}", fontsize=9, loc="left")
         axis.set_xlabel("imagined steps", fontsize=9)
-    axes[0].set_ylabel("root mean square error", fontsize=9)
+        axis.set_ylabel("root mean square error", fontsize=9)
     axes[0].legend(frameon=False, fontsize=8)
 
 

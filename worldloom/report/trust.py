@@ -41,17 +41,23 @@ def plot_trust(trust: Trust, path: str | Path, *, title: str = "") -> Path:
     Of a signal the median of the B sequences is a line, their 10th to 90th percentiles are a band.
     """
     panels = len(trust.rows) + len(trust.errors.imagined)
-    figure, axes = new_figure(1, panels, width=3.2 * panels, height=2.9)
-    for axis, (name, signal) in zip(axes[0], trust.rows.items(), strict=False):
+    columns = min(panels, 2)
+    lines = -(-panels // columns)
+    figure, axes = new_figure(lines, columns, width=3.9 * columns, height=2.6 * lines + 0.3)
+    for axis in axes.flat[panels:]:
+        axis.set_axis_off()
+    for axis, (name, signal) in zip(axes.flat, trust.rows.items(), strict=False):
         low, median, high = np.percentile(signal, (10, 50, 90), axis=0)
         rows = np.arange(signal.shape[1])
-        axis.fill_between(rows, low, high, color=GREY, alpha=0.3, linewidth=0, label="10 to 90 %")
+        axis.fill_between(rows, low, high, color=GREY, alpha=0.3, linewidth=0, label="10 to 90 % of sequences")
         axis.plot(rows, median, color=BLUE, linewidth=1.8, label="median")
         axis.set_ylim(bottom=0)
         whole_ticks(axis)
-        axis.set_title(f"{name} ({trust.units[name]})", fontsize=9, loc="left")
-        axis.set_xlabel("row of the sequence", fontsize=9)
+        axis.set_title(
+            f"the model's own signal: {name.replace('_', ' ')} ({trust.units[name]})", fontsize=9, loc="left"
+        )
+        axis.set_xlabel("step of the recorded sequence", fontsize=9)
         axis.legend(frameon=False, fontsize=8)
-    plot_horizon_errors(trust.errors, axes[0, len(trust.rows) :])
+    plot_horizon_errors(trust.errors, axes.flat[len(trust.rows) : panels])
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return save_figure(figure, path)

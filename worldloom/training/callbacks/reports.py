@@ -1,10 +1,10 @@
-"""Evaluations with videos and plots, written to a run's folder."""
+"""Evaluations with videos, plots and a summary page, written to a run's folder."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy as np
 
 from worldloom.algorithm import Curve
 from worldloom.envs import VectorEnv
+from worldloom.envs.names import entry_names
 from worldloom.files import absolute_path
 from worldloom.replay import ReplayBuffer
 from worldloom.report.curves import learning_curve, read_records
 from worldloom.report.imagination import draw_imagination
 from worldloom.report.recording import Recording
+from worldloom.report.summary import SUMMARY_FILE, write_summary
 from worldloom.report.trust import draw_trust
 from worldloom.report.video import save_gif
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
@@ -106,7 +108,8 @@ class EvalReportCallback(Callback):
         # Video, plots, measurements.
         if frames:
             draw_or_warn("eval.gif", lambda: save_gif(frames, self.folder / "eval.gif"))
-        draw_predictions(model, replay, self.folder, lambda: f"{self.title()}, {info.env_steps:,} environment steps")
+        title, names = f"{self.title()}, {info.env_steps:,} environment steps", entry_names(self.env.settings["spec"])
+        draw_predictions(model, replay, self.folder, lambda: title, names)
         return measured
 
 
@@ -137,6 +140,8 @@ class EndEvaluation(Callback):
 
 class CurveCallback(Callback):
     """Plots ``learning_curve.png`` from the ``metrics.jsonl`` in its folder after every evaluation and at the end.
+
+    ``summary.html`` is written with it, see :func:`worldloom.report.summary.write_summary`.
 
     Args:
       folder: folder of a ``LoggingCallback``, which must run before this callback.
@@ -181,6 +186,7 @@ class CurveCallback(Callback):
         if self.held_out is not None:
             title = lambda: f"{self.title()}, {info.step:,} updates"  # noqa: E731
             draw_predictions(info.model(), self.held_out, self.folder, title)
+        draw_or_warn(SUMMARY_FILE, lambda: write_summary(self.folder))
 
     def _plot_curve(self) -> None:
         records = read_records(self.folder / FILE_NAME)
@@ -223,15 +229,18 @@ def can_render(env: VectorEnv, seed: int) -> bool:
     return True
 
 
-def draw_predictions(model: Any, replay: ReplayBuffer, folder: Path, title: Callable[[], str]) -> None:
+def draw_predictions(
+    model: Any, replay: ReplayBuffer, folder: Path, title: Callable[[], str], entry_names: Sequence[str] = ()
+) -> None:
     """Plot what ``model`` predicts in recorded episodes, and how far it can be trusted there."""
-    draw_or_warn("imagination", lambda: draw_imagination(model, replay, folder, title=title()))
+    draw_or_warn("imagination", lambda: draw_imagination(model, replay, folder, title=title(), entry_names=entry_names))
     draw_or_warn("trust.png", lambda: draw_trust(model, replay, folder, title=title()))
 
 
 def draw_or_warn(name: str, draw: Callable[[], Any]) -> None:
     """Call ``draw`` if its package is installed; an exception is logged as a warning, so that the run continues."""
-    if not _installed("matplotlib" if name != "eval.gif" else "PIL"):
+    needs = {"eval.gif": "PIL", SUMMARY_FILE: None}.get(name, "matplotlib")
+    if needs and not _installed(needs):
         return
     try:
         draw()
