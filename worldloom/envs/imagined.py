@@ -86,8 +86,10 @@ class ImaginedVectorEnv(gym.vector.VectorEnv[Any, Any, Any]):
     or evaluate on.
 
     Args:
-      model, start, options: as for :class:`worldloom.envs.imagined_world.ImaginedWorld`, or one of these alone.
+      model: a model, as for :class:`worldloom.envs.imagined_world.ImaginedWorld`, or one of these alone.
+      start: as there.
       num_envs: N.
+      **options: as there.
 
     ``reset`` takes new weights of the model into account; steps use those of the last reset.
     ``infos["continue"]`` [N] is the probability that the episode does not terminate at this observation.

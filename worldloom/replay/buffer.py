@@ -278,10 +278,11 @@ class ReplayBuffer(EpisodeSources):
     ) -> Batch:
         """A batch of windows, ``take(draw(...))`` and ``continues`` = 1 − is_terminal: a dict of arrays [B, T, ...].
 
+        ``seed``, ``update`` and ``cross_episodes`` choose them as in :meth:`draw`.
+
         Args:
           batch_size: windows, B.
           sequence_length: rows per window, T.
-          seed, update, cross_episodes: see :meth:`draw`.
           latents: add the stored latents of row 0 as ``context``.
 
         Raises:
