@@ -165,7 +165,7 @@ def _console_items(record: Mapping[str, float]) -> list[str]:
 
 def print_line(line: str) -> None:
     """Print ``line`` above a progress bar. A terminal or pipe that was closed does not end training."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm  # tqdm.auto warns in notebooks without ipywidgets
 
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(line)
