@@ -69,9 +69,8 @@ def main() -> None:
     rates = {name: args.batches / float(np.median(each)) for name, each in spent.items()}
     for name, rate in rates.items():
         print(f"{name:8} {rate:8,.0f} batches of {args.batch_size}x{args.rows} rows per second of processor time")
-    print(
-        f"streamed at {rates['dataset'] / rates['buffer']:.0%} of the buffer's rate; resident growth {largest / 1e6:.0f} MB"
-    )
+    share = rates["dataset"] / rates["buffer"]
+    print(f"streamed at {share:.0%} of the buffer's rate; resident growth {largest / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

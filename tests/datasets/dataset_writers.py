@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -162,7 +162,7 @@ class _Call:
 class _Writer(pickle._Pickler):  # type: ignore[name-defined]
     """Python's own pickler, taught to write names of classes that do not exist here, and storages."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, _Storage):

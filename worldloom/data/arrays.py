@@ -203,14 +203,16 @@ def flat_part(place: str, arrays: Mapping[str, Any], files: tuple[MappedFile, ..
 
     Raises ``FileFormatError`` if an array is missing, and ``DataError`` if lengths differ or nothing ends an episode.
     """
-    found = _find(arrays, place)
+    known = {name: arrays[name] for name in arrays if name != "num_actions"}
+    num_actions = _number(arrays.get("num_actions"))
+    found = _find(known, place)
     length = _common_length(found, place)
     used = {"obs": found["obs"], "actions": found["actions"], "rewards": found["rewards"]}
     task = found.get("task")
     if "is_first" in found:
         begin, rows, terminal = _episodes_of_rows(found, length, place)
         columns = Columns(used["obs"], used["actions"], used["rewards"], task=task)
-        return Part(place, begin, rows, terminal, lambda: columns, reward_offset=0, files=files)
+        return Part(place, begin, rows, terminal, lambda: columns, 0, 0, files=files, num_actions=num_actions)
     begin, steps, terminal = _episodes_of_steps(found, length, place)
     last_obs = found.get("next_obs")
     columns = Columns(used["obs"], used["actions"], used["rewards"], last_obs, task)
@@ -222,6 +224,14 @@ def flat_part(place: str, arrays: Mapping[str, Any], files: tuple[MappedFile, ..
     if not whole.all():
         _log.warning("%d episodes of %s of a single row are left out.", int((~whole).sum()), place)
     return Part(place, begin[whole], steps[whole], np.zeros(int(whole.sum()), bool), lambda: columns, files=files)
+
+
+def _number(array: Any) -> int | None:
+    """The number of discrete actions that a converted file names; None if it makes no sense, or there is none."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "i" or array.size != 1:
+        return None
+    number = int(array.reshape(-1)[0])
+    return number if 0 < number < 1 << 20 else None
 
 
 def _find(arrays: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from worldloom.data.parts import Columns, Part
 from worldloom.errors import ConfigError, DataError, FileFormatError
+from worldloom.files import mapped_bytes
 from worldloom.replay import ReplayBuffer
 from worldloom.replay.conversion import (
     as_finite_floats,
@@ -29,10 +30,10 @@ from worldloom.spaces import ACTION, OBS, named
 
 Batch = dict[str, Any]
 
-_TOUCHED_BYTES = 192 << 20
-"""How much mapped memory may have been read, at most, before it is given back."""
-_PER_READ = 64 << 10
-"""What the system maps around a page that is read."""
+_MAPPED_BYTES = 320 << 20
+"""How much of the mapped files is kept in this process's memory before it is given back."""
+_READS = 16
+"""After so many reads it is measured how much that is."""
 _SCAN_ROWS = 65_536
 
 
@@ -72,7 +73,7 @@ class Dataset:
             raise DataError(f"{spec} holds no episode of at least two observations.")
         declared = Declared.check(obs_shape, action_dim, action_type)
         self._index()
-        self._touched = 0
+        self._reads, self._mapped_before = 0, mapped_bytes()
         self._schema = self._infer_schema(declared, progress)
 
     def _index(self, kept: np.ndarray | None = None) -> None:
@@ -102,6 +103,11 @@ class Dataset:
     def episode_lengths(self) -> np.ndarray:
         """Rows of each episode, int64 [E]."""
         return np.diff(self._starts)
+
+    @property
+    def first_rows(self) -> np.ndarray:
+        """Number of each episode's first row, and of all rows: int64 [E + 1]."""
+        return self._starts
 
     @property
     def has_terminals(self) -> bool:
@@ -256,7 +262,7 @@ class Dataset:
                 if name not in out:
                     out[name] = np.empty((len(index), *values.shape[1:]), values.dtype)
                 out[name][mine] = values
-        self._release(int(first.sum() + (np.diff(index) != 1).sum() + 1))
+        self._release()
         return out
 
     def _convert(self, raw: Columns, last: np.ndarray, observations: bool) -> dict[str, np.ndarray]:
@@ -299,11 +305,10 @@ class Dataset:
                 return DataError(f"Row {step[row]} of {self.place(int(episode[row]))}: {text}")
         return DataError(f"{self.spec}: {error}")
 
-    def _release(self, reads: int) -> None:
-        """Give mapped memory back before much of it was read; ``reads`` runs of rows were."""
-        self._touched += reads * (3 + len(self._schema.obs)) * _PER_READ
-        if self._touched > _TOUCHED_BYTES:
-            self._touched = 0
+    def _release(self) -> None:
+        """Give mapped memory back when much of it was read."""
+        self._reads += 1
+        if self._files and self._reads % _READS == 0 and mapped_bytes() - self._mapped_before > _MAPPED_BYTES:
             for file in self._files:
                 file.release()
 
@@ -321,7 +326,7 @@ class Dataset:
             raw = part.read(rows, np.array([True, False]), np.array([False, part.length[0] == 2]))
             obs = self._named(raw.obs)
             columns = {key: infer_obs_column(array, f"obs {key}") for key, array in obs.items()}
-            kind, dim = declared.action_type, declared.action_dim
+            kind, dim = declared.action_type, declared.action_dim or part.num_actions
             actions = np.asarray(raw.actions)
             if actions.ndim == 2 and actions.shape[1] == 1 and actions.dtype.kind in "iu":
                 actions = actions[:, 0]

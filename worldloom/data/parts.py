@@ -50,6 +50,7 @@ class Part:
       reward_offset: likewise, 0 if rewards lie beside the observation they came with, −1 beside the action before.
       order: int64 [N] or None: index ``i`` of the episodes is row ``order[i]`` of the arrays.
       files: the mapped files, whose pages may be released.
+      num_actions: number of discrete actions, where the file says it.
     """
 
     place: str
@@ -61,6 +62,7 @@ class Part:
     reward_offset: int = -1
     order: np.ndarray | None = None
     files: tuple[MappedFile, ...] = ()
+    num_actions: int | None = None
 
     def read(self, index: np.ndarray, first: np.ndarray, last: np.ndarray, *, observations: bool = True) -> Columns:
         """The rows at ``index`` int64 [N], of which those with ``first`` and ``last`` begin and end an episode.
@@ -101,7 +103,8 @@ class Part:
 def take_rows(array: Any, index: np.ndarray) -> np.ndarray:
     """Rows ``index`` [N] of an array [M, ...], or of a column that finds them itself."""
     if isinstance(array, np.ndarray):
-        return array.take(index, axis=0)
+        # Arrays in a file may begin at any byte; ``take`` would then copy all of the array first.
+        return array.take(index, axis=0) if array.flags.aligned else array[index]
     found: np.ndarray = array.take_rows(index)
     return found
 
