@@ -44,7 +44,10 @@ def main() -> None:
     episodes = int(args.gb * 1e9 / args.files / row_bytes / ROWS)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as folder:
         for number in range(args.files):
-            write_sparse_pt(Path(folder) / f"chunk_{number}.pt", episodes, ROWS, OBS, ACTION, 30)
+            path = write_sparse_pt(Path(folder) / f"chunk_{number}.pt", episodes, ROWS, OBS, ACTION, 30)
+            with path.open("rb") as file:  # The system's cache holds it from now on, as after a first pass.
+                while file.read(1 << 24):
+                    pass
         buffer = ReplayBuffer()
         rng = np.random.default_rng(0)
         for _ in range(int(args.buffer_gb * 1e9 / row_bytes / ROWS)):

@@ -136,9 +136,6 @@ _PLAIN = re.compile(r"[A-Za-z0-9._/-]+")
 class MappedFile:
     """A file mapped into memory for reading: arrays of it cost memory only where they are read.
 
-    Pages that were read count as this process's memory, although the system may take them back at any time;
-    :meth:`release` gives them back now.
-
     Args:
       path: a regular file.
 
@@ -154,9 +151,6 @@ class MappedFile:
             if self.size == 0:
                 raise FileFormatError(f"{self.path} is empty.")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(self._map, "madvise"):
-            # Windows of random episodes: reading ahead would read what nobody asked for.
-            self._map.madvise(mmap.MADV_RANDOM)
 
     def array(self, dtype: DTypeLike, shape: tuple[int, ...], offset: int, what: str = "an array") -> NDArray:
         """The read-only array of ``shape`` at byte ``offset``, not read yet.
@@ -172,16 +166,7 @@ class MappedFile:
         array: NDArray = np.ndarray(shape, dtype, self._map, offset)
         return array
 
-    def release(self) -> None:
-        """Give back the memory of all pages read so far; arrays stay valid, and read them again when needed."""
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-
-def mapped_bytes() -> int:
-    """Bytes of mapped files that are in this process's memory; 0 where the system does not say (not Linux)."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[2]) * mmap.PAGESIZE
-    except (OSError, ValueError, IndexError):
-        return 0
+    def offset(self, array: NDArray) -> int:
+        """At which byte an array of :meth:`array`, or a view of one, begins."""
+        start = np.frombuffer(self._map, np.uint8, 1).__array_interface__["data"][0]
+        return int(array.__array_interface__["data"][0] - start)

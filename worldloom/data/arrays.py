@@ -1,4 +1,4 @@
-"""Flat arrays of many episodes, in ``.npz`` and HDF5 files: mapped where they lie as they are, else read in pieces."""
+"""Flat arrays of many episodes, in ``.npz`` and HDF5 files: read where they lie, or in pieces if compressed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from worldloom.config import nearest
-from worldloom.data.parts import CACHE, Columns, Part, Pieces, take_rows
+from worldloom.data.file_rows import FileRows, forget_open_file
+from worldloom.data.parts import CACHE, Columns, Part, Pieces, take_rows, whole
 from worldloom.errors import DataError, FileFormatError
-from worldloom.files import MappedFile
-from worldloom.interop.archive import Archive, NpyHeader, open_archive, read_npy_header
+from worldloom.interop.archive import Archive, NpyHeader, array_from_bytes, open_archive, read_npy_header
 from worldloom.replay.datasets import import_extra
 from worldloom.replay.sources import FLAT_NAMES
 
 _log = logging.getLogger("worldloom")
 
 MAX_MAPPED_BYTES = 1 << 44
-"""Limit of the size of files that are mapped, and so cost no memory."""
+"""Limit of the size of files of which only rows are read."""
 MAX_PIECE_BYTES = 1 << 30
 """Limit of what has to be held in memory at once: one compressed array, one HDF5 chunk."""
 _HDF5_BLOCK_BYTES = 1 << 20
@@ -55,18 +55,17 @@ class LazyArray(NamedTuple):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def open_npz(path: Path) -> tuple[dict[str, Any], tuple[MappedFile, ...]]:
-    """The arrays of an ``.npz`` file by name; those that are not compressed are mapped.
+def open_npz(path: Path) -> dict[str, Any]:
+    """The arrays of an ``.npz`` file by name; those that are not compressed stay in the file.
 
     Raises ``FileFormatError`` if the file is damaged, or holds pickled objects.
     """
-    mapped = MappedFile(path)
+    forget_open_file(path)
     with open_archive(path, max_bytes=MAX_MAPPED_BYTES) as archive:
-        arrays = dict(_npz_members(path, archive, mapped))
-    return arrays, (mapped,)
+        return dict(_npz_members(path, archive))
 
 
-def _npz_members(path: Path, archive: Archive, mapped: MappedFile) -> Iterator[tuple[str, Any]]:
+def _npz_members(path: Path, archive: Archive) -> Iterator[tuple[str, Any]]:
     for name in archive.names:
         source = f"{path}: array {name[:100]!r}"
         if not name.endswith(".npy"):
@@ -82,19 +81,20 @@ def _npz_members(path: Path, archive: Archive, mapped: MappedFile) -> Iterator[t
             yield name.removesuffix(".npy"), _lazy_member(path, name, header, size, source)
             continue
         start = archive.offset(name)
-        header = read_npy_header(bytes(mapped.array(np.uint8, (min(size, 1 << 14),), start)), source)
+        header = read_npy_header(archive.read_start(name, 1 << 14), source)
         if header.order != "C" and len(header.shape) > 1:
             raise FileFormatError(f"{source} is stored column by column; save numpy.ascontiguousarray of it.")
         _check_size(header, size, source)
-        yield name.removesuffix(".npy"), mapped.array(header.dtype, header.shape, start + header.start, source)
+        if not header.shape:
+            yield name.removesuffix(".npy"), Unread((), header.dtype)
+        else:
+            yield name.removesuffix(".npy"), FileRows(path, header.dtype, header.shape, start + header.start, source)
 
 
 def _lazy_member(path: Path, name: str, header: NpyHeader, size: int, source: str) -> LazyArray:
     _check_size(header, size, source)
 
     def read() -> np.ndarray:
-        from worldloom.interop.archive import array_from_bytes
-
         with open_archive(path, max_bytes=MAX_MAPPED_BYTES) as archive:
             if name not in archive.names or archive.size(name) != size:
                 raise FileFormatError(f"{path} has changed since it was opened.")
@@ -111,18 +111,17 @@ def _check_size(header: NpyHeader, size: int, source: str) -> None:
         raise FileFormatError(f"{source} has another size than its header declares; it is damaged.")
 
 
-def open_hdf5(path: Path) -> tuple[dict[str, Any], tuple[MappedFile, ...]]:
-    """The arrays of an HDF5 file by name, ``/`` between the names of groups; contiguous ones are mapped.
+def open_hdf5(path: Path) -> dict[str, Any]:
+    """The arrays of an HDF5 file by name, ``/`` between the names of groups; contiguous ones stay in the file.
 
     Raises ``FileFormatError`` if the file is damaged, or refers to other files.
     """
     h5py = import_extra("h5py")
+    forget_open_file(path)
     path.open("rb").close()  # The usual OSError for a missing file, which h5py would not tell from a damaged one.
     try:
         file = h5py.File(path, "r")
-        mapped = MappedFile(path)
-        names = _hdf5_names(h5py, file, path)
-        return {name: _hdf5_array(file[name], name, path, mapped) for name in names}, (mapped,)
+        return {name: _hdf5_array(file[name], name, path) for name in _hdf5_names(h5py, file, path)}
     except (OSError, RuntimeError, KeyError) as error:
         raise FileFormatError(f"{path} is not an HDF5 file, or it is damaged: {str(error)[:300]}.") from error
 
@@ -146,7 +145,7 @@ def _hdf5_names(h5py: Any, group: Any, path: Path, prefix: str = "", depth: int 
     return found
 
 
-def _hdf5_array(dataset: Any, name: str, path: Path, mapped: MappedFile) -> Any:
+def _hdf5_array(dataset: Any, name: str, path: Path) -> Any:
     if dataset.external or dataset.is_virtual:
         raise FileFormatError(f"{path}: {name} is stored in other files; save it as an ordinary array.")
     dtype, shape = dataset.dtype, dataset.shape
@@ -154,7 +153,7 @@ def _hdf5_array(dataset: Any, name: str, path: Path, mapped: MappedFile) -> Any:
         return Unread(shape or (), dtype)
     offset = dataset.id.get_offset()
     if offset is not None and dtype.isnative and dataset.id.get_storage_size() == dataset.nbytes:
-        return mapped.array(dtype, shape, offset, name)
+        return FileRows(path, dtype, shape, offset, name)
     row_bytes = max(1, dataset.nbytes // max(1, shape[0]))
     chunk = dataset.chunks[0] if dataset.chunks else 1
     chunk_bytes = int(np.prod(dataset.chunks, dtype=object)) * dtype.itemsize if dataset.chunks else 0
@@ -198,7 +197,7 @@ class Blocks(Pieces):
 # ---- flat arrays as episodes ----------------------------------------------------------------------------------------
 
 
-def flat_part(place: str, arrays: Mapping[str, Any], files: tuple[MappedFile, ...]) -> Part:
+def flat_part(place: str, arrays: Mapping[str, Any]) -> Part:
     """The episodes in flat arrays: steps with the names of D4RL, Gymnasium or Minari, or rows with ``is_first``.
 
     Raises ``FileFormatError`` if an array is missing, and ``DataError`` if lengths differ or nothing ends an episode.
@@ -212,25 +211,25 @@ def flat_part(place: str, arrays: Mapping[str, Any], files: tuple[MappedFile, ..
     if "is_first" in found:
         begin, rows, terminal = _episodes_of_rows(found, length, place)
         columns = Columns(used["obs"], used["actions"], used["rewards"], task=task)
-        return Part(place, begin, rows, terminal, lambda: columns, 0, 0, files=files, num_actions=num_actions)
+        return Part(place, begin, rows, terminal, lambda: columns, 0, 0, in_files=True, num_actions=num_actions)
     begin, steps, terminal = _episodes_of_steps(found, length, place)
     last_obs = found.get("next_obs")
     columns = Columns(used["obs"], used["actions"], used["rewards"], last_obs, task)
     if last_obs is not None:
-        return Part(place, begin, steps + 1, terminal, lambda: columns, files=files)
+        return Part(place, begin, steps + 1, terminal, lambda: columns, in_files=True)
     # Where the last action led is not recorded: with it go its reward and what kind of end it was.
     _log.warning("%s has no next observations: the last action of each of %d episodes is left out.", place, len(begin))
     whole = steps >= 2
     if not whole.all():
         _log.warning("%d episodes of %s of a single row are left out.", int((~whole).sum()), place)
-    return Part(place, begin[whole], steps[whole], np.zeros(int(whole.sum()), bool), lambda: columns, files=files)
+    return Part(place, begin[whole], steps[whole], np.zeros(int(whole.sum()), bool), lambda: columns, in_files=True)
 
 
 def _number(array: Any) -> int | None:
     """The number of discrete actions that a converted file names; None if it makes no sense, or there is none."""
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "i" or array.size != 1:
+    if not isinstance(array, FileRows) or array.dtype.kind != "i" or array.shape != (1,):
         return None
-    number = int(array.reshape(-1)[0])
+    number = int(array.whole()[0])
     return number if 0 < number < 1 << 20 else None
 
 
@@ -282,7 +281,7 @@ def _common_length(found: Mapping[str, Any], place: str) -> int:
 
 def _flags(found: Mapping[str, Any], name: str, length: int, place: str) -> np.ndarray:
     array = found[name]
-    values = array if isinstance(array, np.ndarray) else array.whole()
+    values = whole(array)
     values = values.reshape(-1) if values.size == length else values
     if values.shape != (length,) or not np.isin(values, (0, 1)).all():
         raise DataError(f"{place}: {name} must hold one boolean (or 0 and 1) for each row.")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.data.parts import Columns, Part
+from worldloom.data.file_rows import keep_smallest
+from worldloom.data.parts import Columns, Part, files_of
 from worldloom.errors import ConfigError, DataError, FileFormatError
-from worldloom.files import mapped_bytes
 from worldloom.replay import ReplayBuffer
 from worldloom.replay.conversion import (
     as_finite_floats,
@@ -30,10 +30,6 @@ from worldloom.spaces import ACTION, OBS, named
 
 Batch = dict[str, Any]
 
-_MAPPED_BYTES = 320 << 20
-"""How much of the mapped files is kept in this process's memory before it is given back."""
-_READS = 16
-"""After so many reads it is measured how much that is."""
 _SCAN_ROWS = 65_536
 
 
@@ -73,7 +69,7 @@ class Dataset:
             raise DataError(f"{spec} holds no episode of at least two observations.")
         declared = Declared.check(obs_shape, action_dim, action_type)
         self._index()
-        self._reads, self._mapped_before = 0, mapped_bytes()
+        keep_smallest(each for part in self.parts if part.in_files for each in files_of(part.columns()))
         self._schema = self._infer_schema(declared, progress)
 
     def _index(self, kept: np.ndarray | None = None) -> None:
@@ -225,7 +221,7 @@ class Dataset:
         first, last = step == 0, flat + 1 == self._starts[episode + 1]
         try:
             columns = self._read(episode, step, first, last, observations)
-        except (DataError, FileFormatError) as error:
+        except (DataError, FileFormatError, OSError) as error:
             raise self._located(error, episode, step, first, last) from error
         schema = self._schema
         batch: Batch = {
@@ -250,20 +246,15 @@ class Dataset:
     ) -> dict[str, np.ndarray]:
         """Columns [N, ...] of the rows ``step`` of ``episode``, as a batch holds them."""
         parts, index = self._part[episode], self._begin[episode] + step
-        numbers = np.unique(parts).tolist()
-        out: dict[str, np.ndarray] = {}
-        for number in numbers:
-            mine = slice(None) if len(numbers) == 1 else parts == number
-            raw = self.parts[number].read(index[mine], first[mine], last[mine], observations=observations)
-            for name, values in self._convert(raw, last[mine], observations).items():
-                if len(numbers) == 1:
-                    out[name] = values
-                    continue
-                if name not in out:
-                    out[name] = np.empty((len(index), *values.shape[1:]), values.dtype)
-                out[name][mine] = values
-        self._release()
-        return out
+        if (parts == parts[0]).all():
+            raw = self.parts[parts[0]].read(index, first, last, observations=observations)
+            return self._convert(raw, last, observations)
+        order, found = [], []
+        for number in np.flatnonzero(np.bincount(parts, minlength=0)).tolist():
+            mine = np.flatnonzero(parts == number)
+            order.append(mine)
+            found.append(self.parts[number].read(index[mine], first[mine], last[mine], observations=observations))
+        return self._convert(_joined(found, np.argsort(np.concatenate(order))), last, observations)
 
     def _convert(self, raw: Columns, last: np.ndarray, observations: bool) -> dict[str, np.ndarray]:
         """Rows as they are stored in files, as a batch holds them. Raises ``DataError``."""
@@ -300,21 +291,10 @@ class Dataset:
             one = slice(row, row + 1)
             try:
                 self._read(episode[one], step[one], first[one], last[one], True)
-            except (DataError, FileFormatError) as found:
+            except (DataError, FileFormatError, OSError) as found:
                 text = str(found).replace(" Nothing was stored.", "").replace(", first at step 0", "")
                 return DataError(f"Row {step[row]} of {self.place(int(episode[row]))}: {text}")
         return DataError(f"{self.spec}: {error}")
-
-    def _release(self) -> None:
-        """Give mapped memory back when much of it was read."""
-        self._reads += 1
-        if self._files and self._reads % _READS == 0 and mapped_bytes() - self._mapped_before > _MAPPED_BYTES:
-            for file in self._files:
-                file.release()
-
-    @functools.cached_property
-    def _files(self) -> list[Any]:
-        return list({id(file): file for part in self.parts for file in part.files}.values())
 
     # ---- shapes ---------------------------------------------------------------------------------------------------
 
@@ -397,6 +377,22 @@ def check_declared(values: Mapping[str, Any]) -> None:
     for name in ("action_dim", "action_type"):
         if isinstance(values.get(name), Mapping):
             raise ConfigError(f"{name} must be a single value: a recorded dataset has one array of actions.")
+
+
+def _joined(parts: list[Columns], order: np.ndarray) -> Columns:
+    """Rows that were read from several parts, in the given order. Raises ``DataError`` if they do not fit together."""
+    if any(part.obs.keys() != parts[0].obs.keys() for part in parts) or len({part.task is None for part in parts}) > 1:
+        raise DataError("The files of this dataset do not hold the same arrays.")
+
+    def join(*arrays: Any) -> Any:
+        if len({np.shape(array)[1:] for array in arrays}) > 1:
+            raise DataError(f"The files of this dataset hold arrays of shapes {[np.shape(a)[1:] for a in arrays][:5]}.")
+        return np.concatenate(arrays)[order]
+
+    obs = {name: join(*(part.obs[name] for part in parts)) for name in parts[0].obs}
+    actions, rewards = join(*(part.actions for part in parts)), join(*(part.rewards for part in parts))
+    task = None if parts[0].task is None else join(*(part.task for part in parts))
+    return Columns(obs, actions, rewards, task=task)
 
 
 def _vector(values: Any, what: str) -> np.ndarray:

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.data.arrays import Blocks, LazyArray, episodes_of_rows, open_npz
-from worldloom.data.parts import Columns, Part
+from worldloom.data.arrays import episodes_of_rows, open_npz
+from worldloom.data.parts import Columns, Joined, Part, whole
 from worldloom.errors import DataError, FileFormatError
-from worldloom.files import MappedFile
 
 _log = logging.getLogger("worldloom")
 
@@ -59,32 +58,32 @@ def dreamer_parts(folder: Path) -> list[Part]:
 
 def _chain(paths: Sequence[Path]) -> Part:
     opened = [open_npz(path) for path in paths]
-    for path, (arrays, _) in zip(paths, opened, strict=True):
+    for path, arrays in zip(paths, opened, strict=True):
         missing = [name for name in (_ACTION, _REWARD, "is_first") if name not in arrays]
         if missing:
             held = ", ".join(list(arrays)[:12]) or "no array"
             raise FileFormatError(f"{path} has no {', '.join(missing)}; it holds {held}.")
-    first = opened[0][0]
+    first = opened[0]
     names = [name for name, array in first.items() if _is_obs(name, array)]
     left_out = sorted(set(first) - {*names, *_FLAGS, _ACTION, _REWARD})
     if left_out:
         _log.info("Of %s these arrays are not read: %s.", paths[0].parent, ", ".join(left_out))
     if not names:
         raise DataError(f"{paths[0]} holds no observation; it holds {', '.join(first)}.")
-    lengths = [_length(path, arrays) for path, (arrays, _) in zip(paths, opened, strict=True)]
-    join = {name: _joined(name, paths, opened, lengths) for name in (*names, _ACTION, _REWARD)}
+    for path, arrays in zip(paths, opened, strict=True):
+        _check_lengths(path, arrays)
+    join = {name: _joined(name, paths, opened) for name in (*names, _ACTION, _REWARD)}
     flags = {
-        name: np.concatenate([_whole(arrays[name]).reshape(-1) for arrays, _ in opened]).astype(bool)
+        name: np.concatenate([whole(arrays[name]).reshape(-1) for arrays in opened]).astype(bool)
         for name in _FLAGS
-        if all(name in arrays for arrays, _ in opened)
+        if all(name in arrays for arrays in opened)
     }
     place = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and the {len(paths) - 1} chunks after it"
     begin, length, terminal = episodes_of_rows(flags["is_first"], flags.get("is_terminal"), place)
     columns = Columns(
         {"": join[names[0]]} if len(names) == 1 else {name: join[name] for name in names}, join[_ACTION], join[_REWARD]
     )
-    files: tuple[MappedFile, ...] = tuple(file for _, each in opened for file in each)
-    return Part(place, begin, length, terminal, lambda: columns, reward_offset=0, files=files)
+    return Part(place, begin, length, terminal, lambda: columns, reward_offset=0, in_files=True)
 
 
 def _is_obs(name: str, array: Any) -> bool:
@@ -93,23 +92,18 @@ def _is_obs(name: str, array: Any) -> bool:
     return name not in known and "/" not in name and array.dtype.kind in "biuf"
 
 
-def _length(path: Path, arrays: Any) -> int:
+def _check_lengths(path: Path, arrays: Any) -> None:
     lengths = {name: array.shape[:1] for name, array in arrays.items()}
     if len(set(lengths.values())) != 1 or () in lengths.values():
         raise DataError(f"The arrays of {path} have different lengths: {lengths}.")
-    return int(arrays["is_first"].shape[0])
 
 
-def _joined(name: str, paths: Sequence[Path], opened: Any, lengths: list[int]) -> Any:
+def _joined(name: str, paths: Sequence[Path], opened: Any) -> Joined:
     """The array ``name`` of all chunks, one after the other."""
-    arrays = [each.get(name) for each, _ in opened]
+    arrays = [each.get(name) for each in opened]
     like = arrays[0]
     for path, array in zip(paths, arrays, strict=True):
         if array is None or array.shape[1:] != like.shape[1:] or array.dtype != like.dtype:
             held = None if array is None else (array.dtype, array.shape)
             raise DataError(f"{path}: {name} is {held}, where {like.dtype} [N, …{like.shape[1:]}] is expected.")
-    return Blocks(lengths, lambda number: arrays[number], (sum(lengths), *like.shape[1:]), like.dtype)
-
-
-def _whole(array: Any) -> np.ndarray:
-    return array.whole() if isinstance(array, LazyArray) else array
+    return Joined(arrays)

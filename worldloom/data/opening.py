@@ -177,8 +177,7 @@ def _read_file(kind: str, path: Path) -> Part:
         return tdmpc2_part(path)
     from worldloom.data.arrays import flat_part, open_hdf5, open_npz
 
-    arrays, files = open_npz(path) if kind == "npz" else open_hdf5(path)
-    return flat_part(str(path), arrays, files)
+    return flat_part(str(path), open_npz(path) if kind == "npz" else open_hdf5(path))
 
 
 def _bar(items: Any) -> Any:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from worldloom.files import MappedFile
+from worldloom.data.file_rows import FileRows
 
 CACHE_BYTES = 256 << 20
 """Memory for pieces that cannot be mapped (compressed files, HDF5 in chunks, Parquet), of all datasets together."""
@@ -49,8 +49,8 @@ class Part:
         observation that they were chosen at, 1 beside the one that they led to.
       reward_offset: likewise, 0 if rewards lie beside the observation they came with, −1 beside the action before.
       order: int64 [N] or None: index ``i`` of the episodes is row ``order[i]`` of the arrays.
-      files: the mapped files, whose pages may be released.
       num_actions: number of discrete actions, where the file says it.
+      in_files: whether the columns are always the same, and arrays in files among them.
     """
 
     place: str
@@ -61,8 +61,8 @@ class Part:
     action_offset: int = 0
     reward_offset: int = -1
     order: np.ndarray | None = None
-    files: tuple[MappedFile, ...] = ()
     num_actions: int | None = None
+    in_files: bool = False
 
     def read(self, index: np.ndarray, first: np.ndarray, last: np.ndarray, *, observations: bool = True) -> Columns:
         """The rows at ``index`` int64 [N], of which those with ``first`` and ``last`` begin and end an episode.
@@ -103,8 +103,7 @@ class Part:
 def take_rows(array: Any, index: np.ndarray) -> np.ndarray:
     """Rows ``index`` [N] of an array [M, ...], or of a column that finds them itself."""
     if isinstance(array, np.ndarray):
-        # Arrays in a file may begin at any byte; ``take`` would then copy all of the array first.
-        return array.take(index, axis=0) if array.flags.aligned else array[index]
+        return array.take(index, axis=0)
     found: np.ndarray = array.take_rows(index)
     return found
 
@@ -138,6 +137,33 @@ class Pieces:
             out[mine] = rows
         assert out is not None
         return out
+
+
+class Joined(Pieces):
+    """A column that consists of given columns, one after the other."""
+
+    def __init__(self, columns: Sequence[Any]):
+        super().__init__([column.shape[0] for column in columns], columns.__getitem__)
+        self.columns = columns
+        self.shape, self.dtype = (len(self), *columns[0].shape[1:]), columns[0].dtype
+
+    def whole(self) -> np.ndarray:
+        """The column, in memory."""
+        return np.concatenate([whole(column) for column in self.columns])
+
+
+def whole(column: Any) -> np.ndarray:
+    """All rows of a column, in memory."""
+    return column if isinstance(column, np.ndarray) else column.whole()
+
+
+def files_of(columns: Columns) -> Iterator[FileRows]:
+    """The arrays in files that the columns consist of."""
+    named = [*columns.obs.values(), *(columns.last_obs or {}).values()]
+    for column in (*named, columns.actions, columns.rewards, columns.task):
+        for each in column.columns if isinstance(column, Joined) else (column,):
+            if isinstance(each, FileRows):
+                yield each
 
 
 class PieceCache:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.data.arrays import Blocks, episodes_of_rows
-from worldloom.data.parts import Columns, Part
+from worldloom.data.arrays import episodes_of_rows
+from worldloom.data.file_rows import FileRows, forget_open_file
+from worldloom.data.parts import Columns, Joined, Part
 from worldloom.errors import DataError, FileFormatError
-from worldloom.files import MappedFile
 from worldloom.replay.chunks import CHUNK_NAME, Layout
 from worldloom.replay.index import FIRST, LAST, TERMINAL
 from worldloom.replay.table import Column
@@ -33,7 +33,7 @@ def replay_folder(path: Path) -> Path | None:
 
 
 def chunk_parts(folder: Path) -> list[Part]:
-    """The episodes in the chunk files of rows in ``folder``, all of them mapped: one part for each environment.
+    """The episodes in the chunk files of rows in ``folder``, read row by row: one part for each environment.
 
     Where files overlap, the one with more rows counts. Checksums are not verified.
 
@@ -60,7 +60,7 @@ class _Rows:
     def __init__(self, path: Path, first: int, rows: int):
         self.path, self.first, self.rows = path, first, rows
         self.columns: dict[str, tuple[tuple[int, ...], str]] = {}
-        self.arrays: dict[str, np.ndarray] = {}
+        self.arrays: dict[str, FileRows] = {}
 
     @classmethod
     def named(cls, path: Path) -> _Rows | None:
@@ -70,9 +70,10 @@ class _Rows:
         return cls(path, int(first), int(rows))
 
     def open(self) -> None:
-        """Read the header, and map the columns."""
-        self.file = MappedFile(self.path)
-        start = bytes(self.file.array(np.uint8, (min(_MAX_HEADER_BYTES, self.file.size),), 0))
+        """Read the header, and find the columns."""
+        forget_open_file(self.path)
+        with self.path.open("rb") as file:
+            start = file.read(_MAX_HEADER_BYTES)
         try:
             described = json.loads(start[: start.index(b"\n")])
             self.columns = {
@@ -87,22 +88,19 @@ class _Rows:
             layout = Layout("rows", columns, self.first, self.rows)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{self.path} is not a chunk file, or it is damaged: {str(error)[:200]}.") from error
-        if layout.size != self.file.size:
-            raise FileFormatError(
-                f"{self.path} has {self.file.size} bytes where {layout.size} are expected; it is damaged."
-            )
+        size = self.path.stat().st_size
+        if layout.size != size:
+            raise FileFormatError(f"{self.path} has {size} bytes where {layout.size} are expected; it is damaged.")
         for name, column in columns.items():
             shape = (self.rows, *column.shape)
-            self.arrays[name] = self.file.array(column.dtype, shape, layout.offsets[name], name)
+            self.arrays[name] = FileRows(self.path, column.dtype, shape, layout.offsets[name], name)
 
 
 def _parts(folder: Path, files: list[_Rows]) -> list[Part]:
     sizes, first = [each.rows for each in files], files[0]
 
-    def column(name: str) -> Any:
-        shape, dtype = first.columns[name]
-        arrays = [each.arrays[name] for each in files]
-        return Blocks(sizes, lambda number: arrays[number], (sum(sizes), *shape), np.dtype(dtype))
+    def column(name: str) -> Joined:
+        return Joined([each.arrays[name] for each in files])
 
     names = list(first.columns)
     missing = [name for name in ("rewards", "flags", "stream") if name not in names]
@@ -118,7 +116,6 @@ def _parts(folder: Path, files: list[_Rows]) -> list[Part]:
     ends = np.cumsum(sizes)[:-1]
     gaps[ends] = [a.first + a.rows != b.first for a, b in itertools.pairwise(files)]
     generation = np.cumsum(gaps)
-    mapped = tuple(each.file for each in files)
     found = []
     for number in np.unique(streams).tolist():
         order = np.flatnonzero(streams == number)
@@ -127,7 +124,7 @@ def _parts(folder: Path, files: list[_Rows]) -> list[Part]:
         begins[1:] |= mine[:-1] & LAST != 0
         place = f"{folder}, environment {number}" if number >= 0 else str(folder)
         begin, length, terminal = episodes_of_rows(begins, mine & TERMINAL != 0, place)
-        found.append(Part(place, begin, length, terminal, lambda: columns, reward_offset=0, order=order, files=mapped))
+        found.append(Part(place, begin, length, terminal, lambda: columns, reward_offset=0, order=order, in_files=True))
     return found
 
 

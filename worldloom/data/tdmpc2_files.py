@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.data.arrays import MAX_MAPPED_BYTES
+from worldloom.data.file_rows import FileRows, forget_open_file
 from worldloom.data.parts import Columns, Part
 from worldloom.errors import DataError, FileFormatError
 from worldloom.files import MappedFile
@@ -38,7 +39,11 @@ def tdmpc2_part(path: Path) -> Part:
     episodes, rows = obs.shape[:2]
     if any(shape[:2] != (episodes, rows) for shape in shapes.values()) or rows < 2:
         raise DataError(f"{path} holds tensors of shapes {shapes}, which are not of the same episodes [E, T].")
-    flat = {name: array.reshape(episodes * rows, *array.shape[2:]) for name, array in tensors.items()}
+    forget_open_file(path)
+    flat = {
+        name: FileRows(path, array.dtype, (episodes * rows, *array.shape[2:]), mapped.offset(array), name)
+        for name, array in tensors.items()
+    }
     columns = Columns({"": flat["obs"]}, flat["action"], flat["reward"], task=flat.get("task"))
     return Part(
         str(path),
@@ -48,7 +53,7 @@ def tdmpc2_part(path: Path) -> Part:
         lambda: columns,
         action_offset=1,
         reward_offset=0,
-        files=(mapped,),
+        in_files=True,
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from worldloom.training.collecting import collect
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
+    from worldloom.training.offline_online import offline_then_online
     from worldloom.training.protocols import protocol
     from worldloom.training.recipes import recipe
     from worldloom.training.run_folder import RunFolder
@@ -24,6 +25,7 @@ _LAZY = {
     "TrainingConfig": "worldloom.training.config",
     "collect": "worldloom.training.collecting",
     "evaluate": "worldloom.training.evaluation",
+    "offline_then_online": "worldloom.training.offline_online",
     "play": "worldloom.training.evaluation",
     "protocol": "worldloom.training.protocols",
     "recipe": "worldloom.training.recipes",
@@ -38,6 +40,7 @@ __all__ = [
     "TrainingConfig",
     "collect",
     "evaluate",
+    "offline_then_online",
     "play",
     "protocol",
     "recipe",
