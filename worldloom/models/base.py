@@ -30,6 +30,7 @@ from worldloom.models.compilation import (
 )
 from worldloom.models.compilation import compiled as compiled
 from worldloom.models.compilation import merge as merge
+from worldloom.models.fine_tuning import InitReport, reports
 from worldloom.models.params import check_shapes, count_parameters, flatten, unflatten
 
 if TYPE_CHECKING:
@@ -150,6 +151,11 @@ class WorldModel(nnx.Module):
         ``worldloom.envs.EnvSpaces.from_json`` makes Gymnasium spaces of them. They are saved with the model.
         """
         return _env_spaces.get(self)
+
+    @property
+    def init_report(self) -> InitReport | None:
+        """What this model took from another one (``init_from``); None if it took nothing, or was loaded."""
+        return reports.get(self)
 
     def remember_env_spaces(self, spaces: Mapping[str, Any] | None) -> None:
         """Set :attr:`env_spaces`, the values of ``EnvSpaces.to_json``; None forgets them."""
