@@ -22,6 +22,8 @@ COMMANDS = {
     "eval": ("worldloom.cli.runs:evaluate", "evaluate the policy of a run and print its returns"),
     "play": ("worldloom.cli.runs:play_video", "write a video of the evaluation policy of a run"),
     "export": ("worldloom.cli.export:export", "write the policy of a run to a file that acts without worldloom"),
+    "push": ("worldloom.cli.hub:push", "upload the model of a run with its card, or write both to a folder"),
+    "pull": ("worldloom.cli.hub:pull", "download a model from the Hugging Face hub"),
     "data": ("worldloom.cli.data:data", "look into a recorded dataset, or convert it for streaming"),
     "score": ("worldloom.cli.score:score", "print the published statistic of runs, with its spread over seeds"),
     "list": ("worldloom.cli.about:names", "list model names, kinds of environments, and published experiments"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import re
 import shlex
@@ -54,8 +53,6 @@ ENV_FLAGS = [
     Flag("on_bad_step", str, "stop, or restart: cut an episode at a step that returns NaN and go on.", "stop"),
     Flag("worker_timeout", float, "Seconds after which a silent environment process is replaced.", 60.0),
 ]
-ENV_ONLY = ("prefill", "prefill_updates", "train_ratio", "env_steps")
-"""Fields of the training config that mean nothing without environments."""
 SHAPES = ("obs_shape", "action_dim", "action_type", "model_type")
 """Fields of the model's config that the environment or the preset determines; they are no flags."""
 
@@ -133,7 +130,11 @@ def train(words: Sequence[str]) -> int:
                     plan.run.path.rmdir()  # Only if it is empty: training was refused.
         seconds = time.perf_counter() - start
     if plan.env is None:
-        print(f"{trainer.step:,} updates, {seconds:,.0f} s. Next: tensorboard --logdir {shlex.quote(shown)}")
+        env = "" if plan.model.algorithm.tasks(plan.model.config) else " --env ENVIRONMENT"
+        print(
+            f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {shlex.quote(shown)}{flags}{env}; "
+            f"tensorboard --logdir {shlex.quote(shown)}"
+        )
         return 0
     spec = plan.env.settings["spec"]
     trust = f" --env {shlex.quote(spec)}" if isinstance(spec, str) and module_of(spec) else ""
@@ -231,26 +232,9 @@ def _run_of_data(
     given: Mapping[str, Any],
 ) -> Plan:
     """A new run from recorded data alone, with the settings of a protocol of such data if one is given."""
-    from worldloom.training.protocols import find_protocol
-    from worldloom.training.recipes import recipe
-
-    fixed: dict[str, Any] = {}
-    if "protocol" in given:
-        found = find_protocol(given["protocol"])
-        if not found.data:
-            raise ConfigError(f"The protocol '{given['protocol']}' is run in an environment, not on recorded data.")
-        fixed = {**found.model_fields, **found.training}
-    known = source.fields(split_name(name)[0].config_class, {**fixed, **model_given})
-    recommended = recipe(name, source.as_env(), {**fixed, **known, **model_given, **training_given})
-    config_fields = {field.name for field in dataclasses.fields(split_name(name)[0].config_class)}
-    model_fields = {name: value for name, value in {**fixed, **known}.items() if name in config_fields}
-    training = {name: value for name, value in {**recommended.training, **fixed}.items() if name not in config_fields}
-    training = {name: value for name, value in training.items() if name not in ENV_ONLY} | training_given
+    values, training, reasons = source.settings_of(name, given.get("protocol"), model_given, training_given)
     config = TrainingConfig(**training)
-    values = {**recommended.model, **model_fields, **model_given}
     model = create_world_model(name, **values, seed=config.seed, device=config.device)
-    reasons = {**dict.fromkeys([*values, *training], "recipe"), **dict.fromkeys(known, "of the data")}
-    reasons |= {**dict.fromkeys(fixed, "protocol"), **dict.fromkeys({**model_given, **training_given}, "given")}
     lines = [
         _as_flag(name, value, reasons[name]) for name, value in {**values, **training}.items() if name not in SHAPES
     ]

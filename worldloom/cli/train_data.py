@@ -11,6 +11,9 @@ import numpy as np
 from worldloom.cli.data import DATA_OPTIONS, open_dataset
 from worldloom.cli.flags import Flag
 from worldloom.errors import ConfigError
+from worldloom.models.registry import split_name
+from worldloom.training.protocols import find_protocol
+from worldloom.training.recipes import recipe
 
 DATA_FLAGS = [
     Flag("data", str, "Recorded data to train on, as worldloom data inspect takes them."),
@@ -18,6 +21,8 @@ DATA_FLAGS = [
     Flag("held_out", float, "Share of the episodes that is only evaluated on.", 0.1),
     Flag("then_env", str, "Environment to go on in, after --offline-updates on the data."),
 ]
+_ENV_ONLY = ("prefill", "prefill_updates", "train_ratio", "env_steps")
+"""Fields of the training config that mean nothing without environments."""
 _RECORDED = ("data", "data_option", "held_out")
 
 
@@ -40,17 +45,40 @@ class DataSource:
         if evaluate and share and self.training.num_episodes >= 2:
             self.training, self.held_out = self.training.split(share)
 
-    def fields(self, config: type, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of a model's ``config`` that follow from the data, other than those ``given``."""
-        known = {field.name for field in dataclasses.fields(config)}
+    def settings_of(
+        self, name: str, protocol: str | None, model_given: Mapping[str, Any], training_given: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+        """Fields of the model's and of the training config of a run from the data alone, and a reason for each.
+
+        Args:
+          name: preset of the model.
+          protocol: published experiment with recorded data, or None.
+          model_given: fields of the model's config that were given.
+          training_given: fields of the training config that were given.
+        """
+        config = split_name(name)[0].config_class
+        fields = {field.name for field in dataclasses.fields(config)}
+        fixed: dict[str, Any] = {}
+        if protocol is not None:
+            found = find_protocol(protocol)
+            if not found.data:
+                raise ConfigError(f"The protocol '{protocol}' is run in an environment, not on recorded data.")
+            fixed = {**found.model_fields, **found.training}
+        known = self._fields(fields, {**fixed, **model_given})
+        recommended = recipe(name, _Shapes(self.training), {**fixed, **known, **model_given, **training_given})
+        model = {**recommended.model, **{n: v for n, v in {**fixed, **known}.items() if n in fields}, **model_given}
+        training = {n: v for n, v in {**recommended.training, **fixed}.items() if n not in fields}
+        training = {n: v for n, v in training.items() if n not in _ENV_ONLY} | dict(training_given)
+        reasons = {**dict.fromkeys([*model, *training], "recipe"), **dict.fromkeys(known, "of the data")}
+        reasons |= {**dict.fromkeys(fixed, "protocol"), **dict.fromkeys({**model_given, **training_given}, "given")}
+        return model, training, reasons
+
+    def _fields(self, known: set[str], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the ``known`` fields that follow from the data, other than those ``given``."""
         dataset, found = self.training, {"episodic": self.training.has_terminals}
         if dataset.has_task:
             found["num_tasks"] = 1 + max(int(task) for task in _tasks(dataset))
         return {name: value for name, value in found.items() if name in known and name not in given}
-
-    def as_env(self) -> Any:
-        """What a recipe has to know of an environment, from the data."""
-        return _Shapes(self.training)
 
     def headline(self) -> str:
         """What is trained on."""

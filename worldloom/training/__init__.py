@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from worldloom.training.protocols import protocol
     from worldloom.training.recipes import recipe
     from worldloom.training.run_folder import RunFolder
+    from worldloom.training.task_evaluation import evaluate_tasks
     from worldloom.training.trainer import Trainer, train
 
 _LAZY = {
@@ -25,6 +26,7 @@ _LAZY = {
     "TrainingConfig": "worldloom.training.config",
     "collect": "worldloom.training.collecting",
     "evaluate": "worldloom.training.evaluation",
+    "evaluate_tasks": "worldloom.training.task_evaluation",
     "offline_then_online": "worldloom.training.offline_online",
     "play": "worldloom.training.evaluation",
     "protocol": "worldloom.training.protocols",
@@ -40,6 +42,7 @@ __all__ = [
     "TrainingConfig",
     "collect",
     "evaluate",
+    "evaluate_tasks",
     "offline_then_online",
     "play",
     "protocol",

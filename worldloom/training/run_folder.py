@@ -153,9 +153,14 @@ class RunFolder:
         would have to be imported, or if the folder's arguments are none that ``make_env`` takes.
         """
         settings = self.settings().get("env")
-        if settings is None:
-            raise ConfigError(f"{self.path} was trained from recorded episodes: it has no environment.")
         spec = changes.pop("spec", None)
+        if settings is None and spec is None:
+            raise ConfigError(
+                f"{self.path} was trained from recorded episodes: it has no environment. Name one of the same shapes: "
+                "--env, in Python spec=."
+            )
+        if settings is None:
+            return make_env(spec, **changes)
         if spec is None:
             spec = self._recorded_spec(settings, trust)
         options = {name: value for name, value in settings.items() if name not in ("spec", "made_of")}

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from worldloom.config import nearest
+from worldloom.algorithm import TaskSpec
+from worldloom.config import FrozenMapping, nearest
 from worldloom.errors import ConfigError
+from worldloom.models.tdmpc2.config import TDMPC2Config
 
 _DMCONTROL_STEPS, _OTHER_STEPS = 500, 100
 _MANISKILL = ("lift-cube", "pick-cube", "stack-cube", "pick-ycb", "turn-faucet")
@@ -85,3 +87,16 @@ def task_env(task: str) -> str | None:
         return None
     domain, _, rest = task.partition("-")
     return f"dmc:{'ball_in_cup' if domain == 'cup' else domain}_{rest.replace('-', '_')}"
+
+
+def tasks_of(config: TDMPC2Config) -> list[TaskSpec]:
+    """The tasks of a model of mt30, or those of mt80 that are also in mt30; [] for other models.
+
+    Returns of DMControl's tasks count as score divided by 10, as in the paper.
+    """
+    for name in ("mt30", "mt80"):
+        fields = task_fields(name)
+        if (config.num_tasks, config.valid_actions) == (len(fields["action_dims"]), fields["action_dims"]):
+            options = FrozenMapping({"action_repeat": 2})
+            return [TaskSpec(task, number, task_env(task), options) for number, task in enumerate(MT30)]
+    return []
