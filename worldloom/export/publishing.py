@@ -65,9 +65,9 @@ def save_with_card(
         model.config.to_dict(),
         model.num_parameters(),
         licence=licence,
-        env=env.get("spec") or env.get("made_of") or data.get("data"),
+        env=env.get("spec") or env.get("made_of") or (_public(str(data["data"])) if data else None),
         results=_results(source, str(env.get("spec") or env.get("made_of"))) if env else [],
-        training={**settings["training"], "env": env or None, "data": data or None},
+        training={**settings["training"], "env": env or None, "data": _public(str(data["data"])) if data else None},
         protocol=settings.get("protocol"),
         versions=_versions(source.path / "versions.json"),
         pictures=pictures,
@@ -125,4 +125,10 @@ def _versions(path: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise FileFormatError(f"{path} is damaged: {error}.") from error
     newest = starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
-    return {name: newest[name] for name in ("packages", "device", "git", "command") if name in newest}
+    return {name: newest[name] for name in ("packages", "device") if name in newest}
+
+
+def _public(spec: str) -> str:
+    """What others may know of where data are: an id, or the last part of a path."""
+    kind, colon, place = spec.rpartition(":")
+    return spec if kind == "minari" else f"{kind}{colon}{Path(place).name}"

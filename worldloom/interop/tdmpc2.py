@@ -87,6 +87,14 @@ def load_official_tdmpc2(
     return model
 
 
+def read_official_tdmpc2(path_or_state_dict: str | Path | Mapping[str, Any]) -> Arrays:
+    """The arrays of a file or mapping by their names there, without nesting and wrappers' prefixes.
+
+    Raises as :func:`load_official_tdmpc2`.
+    """
+    return _read(path_or_state_dict)[0]
+
+
 def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState, *, config: TDMPC2Config | None = None) -> Arrays:
     """All weights, including target networks, with the reference program's names, orientation and current layout.
 
