@@ -148,6 +148,28 @@ class ExperimentProtocol:
     data: str = ""
 
 
+class TaskSpec(NamedTuple):
+    """One of the tasks of a multitask model.
+
+    Attributes:
+      name: name of the task.
+      number: its number in data and model.
+      env: its environment, as ``make_env`` takes it; None if there is none here.
+      env_options: further arguments of ``make_env``.
+      best: return that counts as a score of 100.
+    """
+
+    name: str
+    number: int
+    env: str | None
+    env_options: Mapping[str, Any] = _NOTHING
+    best: float = 1000.0
+
+    def score(self, episode_return: float) -> float:
+        """The published score of a return: 0 to 100."""
+        return 100 * episode_return / self.best
+
+
 class Curve(NamedTuple):
     """A published learning curve: returns after ``steps`` environment steps; lists of equal lengths.
 
@@ -205,6 +227,11 @@ def no_short_updates(config: Any) -> bool:
 def no_plans(config: Any) -> list[dict[str, Any]]:
     """For algorithms that do not plan: there is nothing to make smaller."""
     return [{}]
+
+
+def no_tasks(config: Any) -> list[TaskSpec]:
+    """For models of one task, or of tasks that are not known."""
+    return []
 
 
 def no_curve(name: str, env: str) -> Curve | None:
@@ -271,6 +298,8 @@ class Algorithm:
         command line then lets the two overlap, instead of keeping freed memory (``devices.keep_freed_memory``).
       planner_fields: fields of the config that change how the model plans when it acts, and neither weights nor their
         shapes; empty for algorithms that do not plan.
+      tasks: ``config -> [TaskSpec, ...]``, the tasks of a multitask model, where they are known; its ``single_task``
+        method makes a single-task model of one.
       smaller_plans: ``config -> [{field: value}, ...]``, changes of ``planner_fields`` from the config's own plan (an
         empty dict) to the least work; an agent with a time limit acts by the first that is fast enough.
     """
@@ -293,6 +322,7 @@ class Algorithm:
     frame_stack: int | None = None
     protocols: Mapping[str, ExperimentProtocol] = _NOTHING
     published_curve: Callable[[str, str], Curve | None] = no_curve
+    tasks: Callable[[Any], list[TaskSpec]] = no_tasks
 
     @property
     def evaluation_policy(self) -> Policy:

@@ -44,6 +44,7 @@ LAYERS = [
     ("acting",),
     ("export",),
     ("interop",),
+    ("data",),
     ("cli", "__main__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -20,6 +20,7 @@ from worldloom.files import absolute_path
 from worldloom.report.video import save_gif
 from worldloom.training.evaluation import play
 from worldloom.training.run_folder import RunFolder
+from worldloom.training.task_evaluation import evaluate_tasks
 
 _log = logging.getLogger("worldloom")
 
@@ -46,9 +47,14 @@ def evaluate(words: Sequence[str]) -> int:
     flags = FlagParser(
         "eval", "Returns of the evaluation policy of a run.", argument="folder", argument_help="folder of the run"
     )
-    flags.group("options", _FLAGS)
+    flags.group("options", [*_FLAGS, Flag("tasks", str, "Of a multitask model: names or numbers of tasks.", words="+")])
     given = flags.parse(words)
     episodes, seed = given.get("episodes", 10), given.get("seed", 0)
+    settings = RunFolder(given["folder"]).settings()
+    if settings["env"] is None and "env" not in given and settings["model"].get("num_tasks"):
+        return _evaluate_tasks(given, episodes, seed)
+    if "tasks" in given:
+        raise ConfigError("--tasks is for runs of multitask models.")
     with _open_run(given, given.get("num_envs", min(episodes, 10))) as (model, env, step, limit):
         _announce(given, step, f"playing {episodes} episodes of at most {limit:,} steps")
         ends = play(model, env, episodes=episodes, seed=seed, **_acting(given), max_steps=limit)
@@ -59,6 +65,21 @@ def evaluate(words: Sequence[str]) -> int:
         f"length {lengths.mean():.1f}, {sum(end.terminated for end in ends)} of {len(ends)} episodes terminated; "
         f"weights after {step:,} updates"
     )
+    return 0
+
+
+def _evaluate_tasks(given: Mapping[str, Any], episodes: int, seed: int) -> int:
+    """Print the returns and scores of a multitask model by task."""
+    checkpoint = _parse_checkpoint(given.get("checkpoint", "latest"))
+    model, step = load_run_model(RunFolder(given["folder"]), checkpoint, given.get("device", "auto"))
+    scores = []
+    for result in evaluate_tasks(model, tasks=given.get("tasks"), episodes=episodes, seed=seed):
+        scores.append(result.score)
+        returns = f"return {result.returns.mean():8.1f} ± {result.returns.std():6.1f}"
+        print(f"{result.task.name:26} {returns}   score {result.score:5.1f}", flush=True)
+    if not scores:
+        raise ConfigError("None of the tasks has an environment here; pip install 'worldloom[envs]' brings dm_control.")
+    print(f"mean score {np.mean(scores):.1f} of {len(scores)} tasks; weights after {step:,} updates")
     return 0
 
 

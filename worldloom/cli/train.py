@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from worldloom.cli.flags import FALSE, FAMILY_FLAG, TRUE, Flag, FlagParser, config_flags, peek_option
+from worldloom.cli.train_data import DATA_FLAGS, DataSource, check_data_flags
 from worldloom.devices import keep_freed_memory
 from worldloom.envs.make import module_of
 from worldloom.errors import ConfigError
@@ -64,10 +65,11 @@ class Plan(NamedTuple):
     Attributes:
       model: the world model.
       config: the training config.
-      env: the environments.
+      env: the environments; None for a run from recorded data alone.
       run: the run's folder.
       settings: lines that list the settings other than the defaults, with reasons.
       experiment: the published experiment that the run follows, or None.
+      source: its recorded data, or None.
     """
 
     model: Any
@@ -76,10 +78,12 @@ class Plan(NamedTuple):
     run: RunFolder
     settings: list[str]
     experiment: Any = None
+    source: DataSource | None = None
 
 
 def train(words: Sequence[str]) -> int:
     """Train an agent in an environment, or resume a run."""
+    from worldloom.training.offline_online import offline_then_online
     from worldloom.training.trainer import Trainer
 
     # Flags depend on the family, so find it first.
@@ -97,17 +101,27 @@ def train(words: Sequence[str]) -> int:
     import_from_current_folder()
     plan = _resumed_run(existing, given) if existing and not name else _new_run(given, name)
     shown, made = _shown(plan.run.path), not plan.run.path.exists()
-    with plan.env:
+    with plan.env or contextlib.nullcontext():
+        source = plan.source
         # The number of episodes is given here, so that no more environments are made than there are episodes.
-        callbacks = plan.run.callbacks(plan.env, episodes=plan.config.eval_episodes, experiment=plan.experiment)
+        callbacks = plan.run.callbacks(
+            plan.env or (source.held_out if source else None),
+            episodes=plan.config.eval_episodes,
+            experiment=plan.experiment,
+            data=source.settings if source else None,
+        )
         trainer = Trainer(plan.model, plan.config, callbacks)
-        trainer.check_length(plan.env)
+        if plan.env:
+            trainer.check_length(plan.env)
         lines = [_headline(plan), *(f"  {line}" for line in plan.settings), _budget(plan), f"run folder {shown}"]
         print(*lines, sep="\n", flush=True)
         flags = "".join(f" --family-module {shlex.quote(name)}" for name in imported_modules)
         start = time.perf_counter()
         try:
-            trainer.train(plan.env, resume=resume)
+            if source is None or plan.env is None:
+                trainer.train(plan.env if source is None else source.training, resume=resume)
+            else:
+                offline_then_online(trainer, source.training, plan.env, resume=resume)
         except (KeyboardInterrupt, SystemExit):
             command = f"worldloom train --run {shlex.quote(shown)} --resume{flags}"
             print(f"Stopped after {trainer.step:,} updates. To continue: {command}", file=sys.stderr)
@@ -117,6 +131,13 @@ def train(words: Sequence[str]) -> int:
                 with contextlib.suppress(OSError):
                     plan.run.path.rmdir()  # Only if it is empty: training was refused.
         seconds = time.perf_counter() - start
+    if plan.env is None:
+        env = "" if plan.model.algorithm.tasks(plan.model.config) else " --env ENVIRONMENT"
+        print(
+            f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {shlex.quote(shown)}{flags}{env}; "
+            f"tensorboard --logdir {shlex.quote(shown)}"
+        )
+        return 0
     spec = plan.env.settings["spec"]
     pages = [f"open {shlex.quote(str(Path(shown) / SUMMARY_FILE))} in a browser"]
     if importlib.util.find_spec("tensorboard") is not None:
@@ -136,6 +157,7 @@ def _flags(family: Family | None) -> FlagParser:
     )
     flags = FlagParser("train", "Train an agent in an environment, or resume a run.", epilog=epilog)
     flags.group("run", RUN_FLAGS)
+    flags.group("recorded data (worldloom.data.open)", DATA_FLAGS)
     flags.group("environment (make_env)", ENV_FLAGS)
     training = [
         flag._replace(aliases=("steps",)) if flag.name == "env_steps" else flag for flag in config_flags(TrainingConfig)
@@ -157,9 +179,10 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
     run = RunFolder(given["run"]) if "run" in given else None
     if run and run.exists and not given.get("resume"):
         raise ConfigError(f"{run.path} holds a run; add --resume to continue it, or choose another folder by --run.")
-    experiment = protocol(given["protocol"], given.get("env")) if "protocol" in given else None
-    spec = experiment.env if experiment else given.get("env")
-    if name is None or spec is None:
+    experiment = protocol(given["protocol"], given.get("env")) if "protocol" in given and "data" not in given else None
+    check_data_flags(given)
+    spec = experiment.env if experiment else given.get("then_env", given.get("env"))
+    if name is None or (spec is None and "data" not in given):
         if run and given.get("resume"):
             found = "is not there" if not run.path.exists() else "holds no run: it has no config.json"
             raise ConfigError(
@@ -174,9 +197,13 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
     if experiment and split_name(name)[0].name != experiment.model.partition(":")[0]:
         raise ConfigError(f"The protocol '{experiment.name}' is of another family than the model '{name}'.")
     seed = training_given.get("seed", TrainingConfig.seed)
+    of = spec or str(given["data"])
     if given.get("resume") and "run" not in given:
-        newest = max(Path("runs").glob(f"{_slug(spec, name)}-*"), default=Path("runs/FOLDER"))
+        newest = max(Path("runs").glob(f"{_slug(of, name)}-*"), default=Path("runs/FOLDER"))
         raise ConfigError(f"--resume needs the folder of the run, for example --run {newest}.")
+    source = DataSource(given, evaluate=spec is None) if "data" in given else None
+    if source and spec is None:
+        return _run_of_data(source, name, model_given, training_given, run or RunFolder(_new_folder(of, name)), given)
     # Environment, recipe, model.
     env_fixed = dict(experiment.protocol.env_options) if experiment else {}
     env, env_chosen = _make_env(spec, split_name(name)[0], {**env_fixed, **env_given}, seed)
@@ -198,7 +225,25 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
     ]
     if experiment:
         lines = [*_protocol_lines(experiment, model, config, env), *lines]
-    return Plan(model, config, env, run or RunFolder(_new_folder(spec, name)), lines, experiment)
+    return Plan(model, config, env, run or RunFolder(_new_folder(of, name)), lines, experiment, source)
+
+
+def _run_of_data(
+    source: DataSource,
+    name: str,
+    model_given: dict[str, Any],
+    training_given: dict[str, Any],
+    run: RunFolder,
+    given: Mapping[str, Any],
+) -> Plan:
+    """A new run from recorded data alone, with the settings of a protocol of such data if one is given."""
+    values, training, reasons = source.settings_of(name, given.get("protocol"), model_given, training_given)
+    config = TrainingConfig(**training)
+    model = create_world_model(name, **values, seed=config.seed, device=config.device)
+    lines = [
+        _as_flag(name, value, reasons[name]) for name, value in {**values, **training}.items() if name not in SHAPES
+    ]
+    return Plan(model, config, None, run, lines, None, source)
 
 
 def _make_env(spec: str, family: Family, options: dict[str, Any], seed: int) -> tuple[Any, dict[str, str]]:
@@ -264,26 +309,30 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     end = {"env_steps": 0} if "total_steps" in training_given else {}
     config = run.training_config(**{**end, **training_given})
     # Whoever trains into a folder owns it; eval, play and info ask for --trust.
-    env = run.make_env(trust=True, **env_given)
+    recorded = run.settings().get("data")
+    has_env = run.settings().get("env") is not None
+    source = DataSource({**recorded, **given}, evaluate=not has_env) if recorded else None
+    env = run.make_env(trust=True, **env_given) if has_env or not source else None
     experiment = run.experiment()
     try:
         cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
         model_config = cls.config_class.from_dict({**settings["model"], **model_given})
         model = cls(model_config, seed=config.seed, device=config.device)
     except BaseException:
-        env.close()
+        if env:
+            env.close()
         raise
     changed = {**model_given, **training_given, **env_given}
     lines = [_as_flag(name, value, "given") for name, value in changed.items()]
     if experiment:
         lines = [*_protocol_lines(experiment, model, config, env), *lines]
-    return Plan(model, config, env, run, lines, experiment)
+    return Plan(model, config, env, run, lines, experiment, source)
 
 
 def _split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The given fields of the model's config and of the training config, and the arguments of ``make_env``."""
     env_names = {flag.name for flag in ENV_FLAGS}
-    run_names = {flag.name for flag in RUN_FLAGS}
+    run_names = {flag.name for flag in (*RUN_FLAGS, *DATA_FLAGS)}
     training_names = TrainingConfig.__dataclass_fields__  # type: ignore[attr-defined]
     env = {name: value for name, value in given.items() if name in env_names}
     for name, value in given.get("env_option", {}).items():
@@ -300,6 +349,9 @@ def _split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 def _headline(plan: Plan) -> str:
     """Parameters of the model, and shapes of the environment."""
     env, config = plan.env, plan.model.config
+    if env is None:
+        assert plan.source is not None
+        return f"{plan.model.num_parameters():,} parameters of {config.model_type} on {plan.source.headline()}"
     episodes = f", episodes of at most {env.episode_length:,} decision steps" if env.episode_length else ""
     return (
         f"{plan.model.num_parameters():,} parameters of {config.model_type} on "
@@ -310,13 +362,15 @@ def _headline(plan: Plan) -> str:
 def _budget(plan: Plan) -> str:
     """At how many environment steps and updates the run ends."""
     algorithm, config = plan.model.algorithm, plan.config
+    if plan.env is None:
+        return f"ends after {config.total_steps:,} updates (--total-steps sets another end)"
     spec = algorithm.replay_spec(plan.model.config, config)
     ratio = TrainRatio.of(config, spec.rows - bool(spec.latents))
     repeat = plan.env.action_repeat
     if config.env_steps:
-        return (
-            f"ends after {config.env_steps:,} environment steps, {ratio.updates(config.env_steps // repeat):,} updates"
-        )
+        updates = ratio.updates(config.env_steps // repeat)
+        first = f"{config.offline_updates:,} updates on {plan.source.headline()}, then " if plan.source else ""
+        return f"{first}ends after {config.env_steps:,} environment steps, {updates:,} updates"
     steps = ratio.decisions(config.total_steps) * repeat
     return f"ends after {config.total_steps:,} updates, {steps:,} environment steps (--steps sets another end)"
 

@@ -8,6 +8,7 @@ from typing import Any
 _LAZY = {
     "load_official_dreamerv3": "worldloom.interop.dreamerv3",
     "to_official_dreamerv3": "worldloom.interop.dreamerv3",
+    "load_official_newt": "worldloom.interop.newt",
     "load_official_tdmpc2": "worldloom.interop.tdmpc2",
     "to_official_tdmpc2": "worldloom.interop.tdmpc2",
 }

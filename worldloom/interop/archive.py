@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, KeysView, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -105,9 +106,9 @@ def shorten(value: object, length: int = 100) -> str:
 class Archive:
     """An open zip archive whose central directory has been checked; created by :func:`open_archive`."""
 
-    def __init__(self, file: zipfile.ZipFile, source: str):
+    def __init__(self, file: zipfile.ZipFile, source: str, size: int):
         self.source = source
-        self._file = file
+        self._file, self._size = file, size
         self._entries = {info.filename: info for info in file.infolist()}
 
     @property
@@ -122,6 +123,26 @@ class Archive:
     def is_compressed(self, name: str) -> bool:
         """Whether entry ``name`` is deflated rather than stored."""
         return self._entries[name].compress_type != zipfile.ZIP_STORED
+
+    def offset(self, name: str) -> int:
+        """Where in the file the bytes of entry ``name``, which is not compressed, begin; for memory maps.
+
+        Its checksum is not verified then.
+        """
+        entry, raw = self._entries[name], self._file.fp
+        assert raw is not None
+        with _zip_errors(self.source):
+            raw.seek(entry.header_offset)
+            signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", raw.read(30))
+        start = entry.header_offset + 30 + name_bytes + extra_bytes
+        if signature != b"PK\x03\x04" or self.is_compressed(name) or start + entry.file_size > self._size:
+            raise FileFormatError(f"{self.source}: entry {shorten(name)} is not where the table of contents says.")
+        return start
+
+    def read_start(self, name: str, size: int) -> bytes:
+        """The first ``size`` bytes of entry ``name``, or all if there are fewer; its checksum is not verified."""
+        with _zip_errors(self.source), self._file.open(self._entries[name]) as entry:
+            return entry.read(size)
 
     def read(self, name: str) -> bytes:
         """The bytes of entry ``name``; their number is the declared one and their checksum is right."""
@@ -149,7 +170,7 @@ def open_archive(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Iterator[Ar
             file = stack.enter_context(zipfile.ZipFile(raw))
         raw.limit = size  # the central directory has been read
         _check_entries(file.infolist(), size, max_bytes, str(path))
-        yield Archive(file, str(path))
+        yield Archive(file, str(path), size)
 
 
 class _LimitedReader(io.BufferedReader):
@@ -224,8 +245,26 @@ def read_npz(path: str | Path, *, max_bytes: int = MAX_BYTES) -> dict[str, NDArr
     return arrays
 
 
+class NpyHeader(NamedTuple):
+    """Element type, shape and order (``"C"`` or ``"F"``) of a ``.npy`` file, and the byte at which its data begin."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    order: str
+    start: int
+
+
 def _parse_npy(data: bytes, source: str) -> NDArray:
-    """The array in the bytes of a ``.npy`` file, versions 1 to 3 of the format of ``numpy.lib.format``."""
+    """The array in the bytes of a ``.npy`` file."""
+    header = read_npy_header(data, source)
+    return array_from_bytes(data, header.dtype, header.shape, order=header.order, offset=header.start, source=source)
+
+
+def read_npy_header(data: bytes, source: str) -> NpyHeader:
+    """The header at the beginning of a ``.npy`` file, versions 1 to 3 of the format of ``numpy.lib.format``.
+
+    ``data`` may end after the header. Raises ``FileFormatError`` for object and structured arrays and damaged headers.
+    """
     # The header is a Python literal. Matching what numpy writes needs no evaluation, and no limit on nesting.
     width = {1: 2, 2: 4, 3: 4}.get(data[6], 0) if data[:6] == b"\x93NUMPY" and len(data) >= 12 else 0
     if not width:
@@ -247,4 +286,4 @@ def _parse_npy(data: bytes, source: str) -> NDArray:
     dtype = np.dtype(f"{order}{kind}{size}")
     if dtype.itemsize == 0:  # numpy's type of empty text has no bytes, so any length could be declared
         raise FileFormatError(f"{source} has elements of zero bytes.")
-    return array_from_bytes(data, dtype, dims, order="F" if fortran == "True" else "C", offset=stop, source=source)
+    return NpyHeader(dtype, dims, "F" if fortran == "True" else "C", stop)

@@ -55,6 +55,10 @@ class Opaque:
     class_name: str
 
 
+class Record(dict[str, Any]):
+    """What an object holds whose class is one of the ``records`` of a ``PickleReader``."""
+
+
 class Unfinished:
     """An object that REDUCE creates empty and BUILD fills: ``finish`` validates the state and sets ``value`` once."""
 
@@ -100,6 +104,7 @@ class PickleReader:
         which :func:`is_dangerous` holds is refused all the same.
       persistent_load: function persistent id → value; None refuses persistent ids.
       budget: bytes that may be copied or scanned; None means four times ``size`` and 64 KiB.
+      records: names of classes whose instances become dicts of their attributes or entries. Nothing of them is called.
     """
 
     def __init__(
@@ -113,14 +118,14 @@ class PickleReader:
         stub_unknown: bool = False,
         persistent_load: Callable[[object], object] | None = None,
         budget: int | None = None,
+        records: frozenset[str] = frozenset(),
     ):
         self.source = source
-        self._stream = stream
-        self._left = size
-        self._calls = calls
-        self._names = names
+        self._stream, self._left = stream, size
+        self._calls, self._names = calls, names
         self._stub_unknown = stub_unknown
         self._persistent_load = persistent_load
+        self._records = records
         self._budget = 4 * size + (1 << 16) if budget is None else budget
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
@@ -274,7 +279,7 @@ class PickleReader:
     def _update(self, items: list[Any]) -> None:
         self.check(len(items) % 2 == 0, "dict")
         target = self._top()
-        if type(target) is dict:
+        if type(target) in (dict, Record):
             target.update((self.key(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
         else:
             self.check(type(target) is Opaque, "dict")
@@ -309,7 +314,7 @@ class PickleReader:
         full = f"{module}.{name}"
         if re.fullmatch(r"[\w.<>]+", full, re.ASCII) is None:
             self.refuse(f"names the malformed global {shorten(full)}")
-        if full not in self._calls and full not in self._names:
+        if full not in self._calls and full not in self._names and full not in self._records:
             if not self._stub_unknown:
                 self.refuse(f"names '{full}', which is not plain data that can be read; nothing was imported or called")
             if is_dangerous(full):
@@ -337,7 +342,7 @@ class PickleReader:
         cls = self._pop()
         if not isinstance(cls, Global):
             self.refuse(f"makes an instance of a {type(cls).__name__}; nothing was called")
-        self._stack.append(self._stub(cls))
+        self._stack.append(Record() if cls.name in self._records else self._stub(cls))
 
     def _stub(self, function: Global) -> Opaque:
         if not self._stub_unknown or function.name in self._names or function.name in self._calls:
@@ -349,6 +354,8 @@ class PickleReader:
         if isinstance(target, Unfinished):
             self.check(target.value is None, "array")
             target.finish(self, state)
+        elif type(target) is Record and type(state) is dict:
+            target.update((self.key(key), value) for key, value in state.items())
         elif type(target) is not Opaque and not (type(target) is dict and type(state) is dict):
             # A dict with attributes is an OrderedDict, such as PyTorch's state dicts; its attributes are dropped.
             self.refuse(f"sets attributes of a {type(target).__name__}, which files of arrays never do")
@@ -427,7 +434,7 @@ class _TreeBuilder:
         if isinstance(value, Unfinished):
             self._reader.check(value.value is not None, "array")
             value = value.value
-        if type(value) is dict:
+        if type(value) in (dict, Record):
             return {key: self.build(item, depth + 1) for key, item in value.items()}
         if type(value) in (list, tuple):
             return type(value)(self.build(item, depth + 1) for item in value)

@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.algorithm import TrainState
-from worldloom.config import nearest
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop.archive import read_npz
 from worldloom.interop.torch_file import read_torch
 from worldloom.models.params import flatten, unflatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
+from worldloom.models.tdmpc2.tasks import task_fields
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -43,23 +43,6 @@ _NESTED = ("model", "state_dict", "agent")  # names under which programs put the
 _PREFIXES = re.compile(r"(?:params/)?(?:_orig_mod\.|module\.|model\.)*")  # of wrappers: torch.compile, DataParallel
 _FLAT_Q = r"(_Qs|_target_Qs)\.params\.(\d+)"  # a weight of the Q networks in the files of 2023
 _BUFFERS = ("log_std_min", "log_std_dif", "_action_masks")
-
-# Facts about tasks that the weights do not hold: decision steps per episode and action dimensions of the domains in the
-# multitask sets. Sources: TASK_SET in common/__init__.py and the environments of the reference program.
-_DMCONTROL_STEPS, _OTHER_STEPS = 500, 100
-_MANISKILL = ("lift-cube", "pick-cube", "stack-cube", "pick-ycb", "turn-faucet")
-_ACTIONS = {
-    "walker": 6, "cheetah": 6, "reacher": 2, "reacher-three": 3, "acrobot": 1, "pendulum": 1, "cartpole": 1, "cup": 2,
-    "finger": 2, "fish": 5, "hopper": 4, "mw": 4,
-}  # fmt: skip
-_MT30 = [
-    "walker-stand", "walker-walk", "walker-run", "cheetah-run", "reacher-easy", "reacher-hard", "acrobot-swingup",
-    "pendulum-swingup", "cartpole-balance", "cartpole-balance-sparse", "cartpole-swingup", "cartpole-swingup-sparse",
-    "cup-catch", "finger-spin", "finger-turn-easy", "finger-turn-hard", "fish-swim", "hopper-stand", "hopper-hop",
-    "walker-walk-backwards", "walker-run-backwards", "cheetah-run-backwards", "cheetah-run-front", "cheetah-run-back",
-    "cheetah-jump", "hopper-hop-backwards", "reacher-three-easy", "reacher-three-hard", "cup-spin", "pendulum-spin",
-]  # fmt: skip
-_METAWORLD_TASKS = 50
 
 
 def load_official_tdmpc2(
@@ -88,7 +71,7 @@ def load_official_tdmpc2(
     read, prefix = _read(path_or_state_dict)
     file, arrays = _to_current_layout(read, prefix)
     inferred = _infer_fields(arrays, file) | {"symlog_obs": file.is_prerelease}
-    config = TDMPC2Config(**{**inferred, **_task_fields(task), **overrides})
+    config = TDMPC2Config(**{**inferred, **task_fields(task), **overrides})
     if config.multitask and not config.action_dims:
         warnings.warn(
             "These multitask weights do not hold the action dimensions of each task (files of 2023 do not), so all "
@@ -102,6 +85,14 @@ def load_official_tdmpc2(
     weights = {ours: _from_pytorch(arrays[official], ours) for official, ours in names.items()}
     model.load_params(unflatten({**weights, "scale.value": np.ones((), np.float32)}))
     return model
+
+
+def read_official_tdmpc2(path_or_state_dict: str | Path | Mapping[str, Any]) -> Arrays:
+    """The arrays of a file or mapping by their names there, without nesting and wrappers' prefixes.
+
+    Raises as :func:`load_official_tdmpc2`.
+    """
+    return _read(path_or_state_dict)[0]
 
 
 def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState, *, config: TDMPC2Config | None = None) -> Arrays:
@@ -382,31 +373,6 @@ def _not_a_model(arrays: Arrays, file: _FileNames) -> str:
         listed = ", ".join(found[:3] + ["…"] * (len(found) > 3)) or "none"
         return f"these are not the weights of a TD-MPC2 reference model; the names here: {listed}."
     return "these are not all weights of a TD-MPC2 reference model."
-
-
-def _task_fields(task: str | None) -> dict[str, Any]:
-    """Config fields that follow from the name of a task or task set."""
-    if task is None:
-        return {}
-    if task in ("mt30", "mt80"):
-        names = _MT30 + (["mw"] * _METAWORLD_TASKS if task == "mt80" else [])
-        return {
-            "episode_lengths": tuple(_episode_length(name) for name in names),
-            "action_dims": tuple(
-                _ACTIONS.get(name.rpartition("-")[0]) or _ACTIONS[name.split("-")[0]] for name in names
-            ),
-        }
-    if re.fullmatch(r"mt\d+", task):
-        raise ConfigError(
-            f"The tasks of '{task}' are not published; give episode_lengths and action_dims, or task='mt30' or 'mt80'."
-        )
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", task):
-        raise ConfigError(f"task='{task}' is not a task name such as 'walker-run'.{nearest(task, _MT30)}")
-    return {"episode_length": _episode_length(task)}
-
-
-def _episode_length(task: str) -> int:
-    return _OTHER_STEPS if task.split("-")[0] in ("mw", "myo") or task in _MANISKILL else _DMCONTROL_STEPS
 
 
 def _check_shapes(names: Mapping[str, str], own: Mapping[str, Any], arrays: Arrays, file: _FileNames) -> None:

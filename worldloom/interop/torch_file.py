@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import FileFormatError
-from worldloom.files import absolute_path
+from worldloom.files import MappedFile, absolute_path
 from worldloom.interop.archive import (
     MAX_BYTES,
     Archive,
@@ -62,7 +62,24 @@ _STORAGES: Mapping[str, np.dtype | None] = {
 _RESAVE = "Load it in PyTorch with weights_only=True and save it again: torch.save(state_dict, path)."
 
 
-def read_torch(path: str | Path, *, max_bytes: int = MAX_BYTES, stub_unknown: bool = False) -> Any:
+_TENSORDICTS = frozenset(
+    {
+        "tensordict.tensordict.TensorDict",
+        "tensordict._td.TensorDict",
+        "tensordict.utils._StringOnlyDict",
+        "tensordict._td._StringOnlyDict",
+    }
+)
+"""Classes of tensordict, of its versions of 2023 and of today; read as dicts of their attributes."""
+
+
+def read_torch(
+    path: str | Path,
+    *,
+    max_bytes: int = MAX_BYTES,
+    stub_unknown: bool = False,
+    mapped: MappedFile | None = None,
+) -> Any:
     """Read a file of ``torch.save``: nested dicts, lists and tuples, whose tensors become numpy arrays.
 
     Arrays are read-only, keep their dtype (bfloat16 is that of ``ml_dtypes``), and share memory where tensors share
@@ -75,6 +92,8 @@ def read_torch(path: str | Path, *, max_bytes: int = MAX_BYTES, stub_unknown: bo
       stub_unknown: objects of other classes become :class:`~.pickle_machine.Opaque` too, instead of an error: for files
         that hold more than weights, such as TD-MPC2's multitask checkpoints with their configuration. Globals of the
         standard library other than plain values, such as ``os.system`` or ``builtins.eval``, are refused even then.
+      mapped: the same file, mapped: arrays then lie in it instead of in memory, and checksums are not verified. A
+        ``TensorDict`` becomes a dict with its entries under ``_tensordict``.
 
     Raises:
       FileFormatError: the file or its contents exceed ``max_bytes``, the file is damaged, of the format before PyTorch
@@ -86,7 +105,7 @@ def read_torch(path: str | Path, *, max_bytes: int = MAX_BYTES, stub_unknown: bo
     with path.open("rb") as file:
         _refuse_other_formats(path, file.read(512))
     with open_archive(path, max_bytes=max_bytes) as archive:
-        storages = _Storages(archive, _folder(archive))
+        storages = _Storages(archive, _folder(archive), mapped)
         data = storages.read("data.pkl")
         reader = PickleReader(
             io.BytesIO(data),
@@ -97,6 +116,7 @@ def read_torch(path: str | Path, *, max_bytes: int = MAX_BYTES, stub_unknown: bo
             stub_unknown=stub_unknown,
             persistent_load=storages.load,
             budget=4 * size,
+            records=_TENSORDICTS if mapped else frozenset(),
         )
         return reader.load()
 
@@ -135,17 +155,18 @@ def _folder(archive: Archive) -> str:
 class _Storage:
     """The bytes of a storage; ``dtype`` is None for untyped storages."""
 
-    data: bytes
+    data: bytes | NDArray[np.uint8]
     dtype: np.dtype | None
 
 
 class _Storages:
     """The storages of an archive, each read once, when a tensor first refers to it."""
 
-    def __init__(self, archive: Archive, folder: str):
+    def __init__(self, archive: Archive, folder: str, mapped: MappedFile | None):
         self._archive = archive
         self._folder = folder
-        self._data: dict[str, bytes] = {}
+        self._mapped = mapped
+        self._data: dict[str, bytes | NDArray[np.uint8]] = {}
 
     def read(self, name: str) -> bytes:
         return self._archive.read(f"{self._folder}/{name}")
@@ -166,7 +187,9 @@ class _Storages:
             raise FileFormatError(
                 f"{self._archive.source}: storage {shorten(key)} is missing or not of the declared {nbytes} bytes."
             )
-        if key not in self._data:
+        if key not in self._data and self._mapped is not None:
+            self._data[key] = self._mapped.array(np.uint8, (nbytes,), self._archive.offset(entry), f"storage {key}")
+        elif key not in self._data:
             self._data[key] = self.read(f"data/{key}")
         return _Storage(self._data[key], dtype)
 
@@ -183,6 +206,8 @@ def _tensor(reader: PickleReader, storage: _Storage, dtype: np.dtype, offset: An
     reader.charge(math.prod(shape) * dtype.itemsize)  # strides of 0 repeat elements, so the storage bounds nothing
     flat = np.frombuffer(storage.data, dtype)[offset:]
     view = np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides], writeable=False)
+    if isinstance(storage.data, np.ndarray) and not view.flags.c_contiguous:
+        reader.refuse("has tensors whose rows do not lie one after another; save them as .contiguous()")
     array = view if view.flags.c_contiguous else view.copy(order="C")
     check_values(array, reader.source)
     array.flags.writeable = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ from worldloom.algorithm import Algorithm, Params
 from worldloom.devices import compute_dtype, resolve_device
 from worldloom.errors import ConfigError, DataError
 from worldloom.families import class_name, get_family
-from worldloom.files import absolute_path
+from worldloom.files import absolute_path, write_atomically
 from worldloom.models import pretrained
+from worldloom.models.card import CARD_FILE, Card
 from worldloom.models.compilation import (
     abstract_model,
     abstract_params,
@@ -30,6 +32,7 @@ from worldloom.models.compilation import (
 )
 from worldloom.models.compilation import compiled as compiled
 from worldloom.models.compilation import merge as merge
+from worldloom.models.fine_tuning import InitReport, reports
 from worldloom.models.params import check_shapes, count_parameters, describe_model, flatten, unflatten
 
 if TYPE_CHECKING:
@@ -156,6 +159,11 @@ class WorldModel(nnx.Module):
         """
         return _env_spaces.get(self)
 
+    @property
+    def init_report(self) -> InitReport | None:
+        """What this model took from another one (``init_from``); None if it took nothing, or was loaded."""
+        return reports.get(self)
+
     def remember_env_spaces(self, spaces: Mapping[str, Any] | None) -> None:
         """Set :attr:`env_spaces`, the values of ``EnvSpaces.to_json``; None forgets them."""
         if spaces is None:
@@ -252,15 +260,16 @@ class WorldModel(nnx.Module):
         return folder
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
-        """Upload the saved model to a Hugging Face repository and return its address (extra ``hub``)."""
-        import tempfile
+        """Upload the saved model with a card to a Hugging Face repository and return its address (extra ``hub``).
 
+        ``worldloom push``, or ``worldloom.export.push_to_hub`` of a run, tells more: results, curve, video, settings.
+        """
         client = pretrained.hub()
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            address = client.create_repo(repo_id, token=token, private=private, exist_ok=True)
-            client.upload_folder(repo_id=repo_id, folder_path=folder, token=token)
-        return str(address)
+            path = self.save_pretrained(folder)
+            card = Card(repo_id, self.config.to_dict(), self.num_parameters())
+            write_atomically(path / CARD_FILE, card.text())
+            return pretrained.upload(client, repo_id, path, token=token, private=private)
 
     @classmethod
     def from_pretrained(

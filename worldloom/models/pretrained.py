@@ -7,21 +7,30 @@ name; the model's class is in the header's metadata), and, if the model was trai
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from worldloom.config import nearest, read_json_object
-from worldloom.errors import ConfigError, FileFormatError, MissingDependencyError, UnknownModelError, WeightsError
+from worldloom.errors import (
+    ConfigError,
+    FileFormatError,
+    MissingDependencyError,
+    UnknownModelError,
+    WeightsError,
+    WorldloomError,
+)
 from worldloom.families import class_name
 from worldloom.files import absolute_path, fsync_folder, make_folder, write_atomically
+from worldloom.models.card import CARD_FILE
 
 CONFIG_FILE, WEIGHTS_FILE, SPACES_FILE = "config.json", "model.safetensors", "spaces.json"
 _SPACES_BYTES = 1 << 26
@@ -150,21 +159,72 @@ def find_model_folder(
         raise UnknownModelError(unknown_model(text, known))
     if re.fullmatch(r"[\w-]+:[\w.-]*", text):  # like a preset
         raise UnknownModelError(unknown_model(text, known))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+    if not is_repository(text):
         raise UnknownModelError(f"{text} is not a folder with a saved model, nor the name of one.")
+    return download(
+        text, known=known, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+    )
+
+
+def is_repository(text: str) -> bool:
+    """Whether ``text`` can name a repository of a hub, ``owner/name``."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+
+
+def download(
+    repo_id: str,
+    *,
+    known: list[str],
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a Hugging Face repository in the cache, downloaded unless ``local_files_only``.
+
+    Raises ``UnknownModelError`` if the hub, or with ``local_files_only`` the cache, does not have it.
+    """
     if importlib.util.find_spec("huggingface_hub") is None:
         raise UnknownModelError(
-            f"There is no folder {text}. To load it as a Hugging Face repository: pip install 'worldloom[hub]'."
+            f"There is no folder {repo_id}. To load it as a Hugging Face repository: pip install 'worldloom[hub]'."
         )
-    downloaded = hub().snapshot_download(
-        text,
-        revision=revision,
-        cache_dir=str(cache_dir or default_cache_dir() / "hub"),
-        token=token,
-        local_files_only=local_files_only,
-        allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, SPACES_FILE],
-    )
+    with _hub_errors(repo_id, revision, local_files_only):
+        downloaded = hub().snapshot_download(
+            repo_id,
+            revision=revision,
+            cache_dir=str(cache_dir or default_cache_dir() / "hub"),
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, SPACES_FILE, CARD_FILE, "*.png", "*.gif"],
+        )
     return Path(downloaded)
+
+
+def upload(client: Any, repo_id: str, folder: Path, *, token: str | None, private: bool) -> str:
+    """Create the repository unless it is there, upload ``folder``, and return the address."""
+    with _hub_errors(repo_id, None, False):
+        address = client.create_repo(repo_id, token=token, private=private, exist_ok=True)
+        client.upload_folder(repo_id=repo_id, folder_path=str(folder), token=token)
+    return str(address)
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str, revision: str | None, local: bool) -> Iterator[None]:
+    """Turn the exceptions of ``huggingface_hub``, and of its connections, into ``UnknownModelError``."""
+    try:
+        yield
+    except WorldloomError:
+        raise
+    except Exception as error:
+        foreign = type(error).__module__.split(".")[0] in ("huggingface_hub", "requests", "httpx", "urllib3")
+        if not foreign and not isinstance(error, OSError):
+            raise
+        at = f" at revision {revision}" if revision else ""
+        if local:
+            reason = "it is not among the downloaded files (local_files_only)"
+        else:
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UnknownModelError(f"The repository {repo_id}{at} cannot be used: {reason}.") from error
 
 
 def default_cache_dir() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from worldloom.files import absolute_path
 from worldloom.models import pretrained
 from worldloom.models.base import WorldModel, build_saved, find_class
 from worldloom.models.compilation import trained_parameters
+from worldloom.models.fine_tuning import take_weights
 
 _log = logging.getLogger("worldloom")
 
@@ -107,6 +108,9 @@ def create_world_model(
     action_dim: Any = None,
     device: str = "auto",
     seed: int = 0,
+    init_from: str | Path | WorldModel | None = None,
+    task_like: int | str | None = None,
+    reset: Sequence[str] = (),
     **overrides: Any,
 ) -> WorldModel:
     """A new model from a preset name, or a saved model from a folder or from the cache.
@@ -118,11 +122,16 @@ def create_world_model(
       action_dim: width of the action, or number of discrete actions; required and checked in the same way.
       device: see :func:`worldloom.devices.resolve_device`.
       seed: seed of the initial weights of a new model.
+      init_from: begin a new model with the weights of another one, as far as they fit: a model, or what
+        :func:`from_pretrained` takes, or the folder of a run that has ended. What was taken is logged, and kept as
+        ``init_report`` of the model, see :class:`~worldloom.models.fine_tuning.InitReport`.
+      task_like: where ``init_from`` is a multitask model: the task whose embedding the new single-task model keeps.
+      reset: with ``init_from``: parts that begin anew all the same, such as ``["reward"]``.
       **overrides: further config fields.
 
     Raises:
       UnknownModelError: there is no model of that name; the message lists the known names.
-      ConfigError: a preset without shapes, or a saved model with other shapes.
+      ConfigError: a preset without shapes, or a saved model with other shapes; see also ``fine_tuning.take_weights``.
     """
     text = str(name_or_path)
     if find_family(text.partition(":")[0]) and not pretrained.is_model_folder(absolute_path(text)):
@@ -132,12 +141,27 @@ def create_world_model(
                 f"create_world_model('{text}', obs_shape=(3, 64, 64), action_dim=6)."
             )
         config = get_config(text, obs_shape=obs_shape, action_dim=action_dim, **overrides)
-        return get_family(config.model_type).model_class(config, seed=seed, device=device)
+        model = get_family(config.model_type).model_class(config, seed=seed, device=device)
+        if init_from is not None:
+            take_weights(model, load_source(init_from), task_like=task_like, reset=reset)
+        elif task_like is not None or reset:
+            raise ConfigError("task_like and reset say what is taken from another model; give init_from too.")
+        return model
+    if init_from is not None or task_like is not None or reset:
+        raise ConfigError(f"'{text}' is a saved model; init_from, task_like and reset are for new ones, of a preset.")
     model = from_pretrained(text, device=device, **overrides)
     for field, expected in (("obs_shape", obs_shape), ("action_dim", action_dim)):
         if expected is not None and model.config != model.config.replace(**{field: expected}):
             raise ConfigError(f"{text} was saved with {field}={getattr(model.config, field)}, not {expected}.")
     return model
+
+
+def load_source(init_from: str | Path | WorldModel) -> WorldModel:
+    """The model that a new one begins with; see ``init_from`` of :func:`create_world_model`."""
+    if isinstance(init_from, WorldModel):
+        return init_from
+    ended = absolute_path(init_from) / "model"
+    return from_pretrained(ended if pretrained.is_model_folder(ended) else init_from)
 
 
 def from_pretrained(

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from worldloom.errors import DataError, FileFormatError, MissingDependencyError
 from worldloom.replay.buffer import ReplayBuffer
@@ -50,18 +50,47 @@ def from_minari(
         its spaces exclude.
     """
     if isinstance(dataset, str):
-        dataset = _import_extra("minari").load_dataset(dataset, download=download)
-    observations = ObservationSpec(drop_observations(dataset.observation_space, check_drop_keys(drop_keys)))
-    action_space = bound_actions(dataset.action_space, check_action_bounds(action_bounds))
-    joined = JoinedActions(action_space) if join_actions else None
-    actions = ActionSpec(joined.space if joined else action_space)
-    translate = joined.join if joined else actions.from_env
-    described = {"obs_shape": observations.shape, "action_dim": actions.dim, "action_type": actions.type}
-    episodes = (
-        _minari_episode(episode, number, observations, translate)
-        for number, episode in enumerate(dataset.iterate_episodes())
+        dataset = import_extra("minari").load_dataset(dataset, download=download)
+    translation = MinariTranslation.of(
+        dataset, action_bounds=action_bounds, drop_keys=drop_keys, join_actions=join_actions
     )
-    return ReplayBuffer.from_episodes(episodes, capacity, **described)
+    episodes = (translation.episode(episode, number) for number, episode in enumerate(dataset.iterate_episodes()))
+    return ReplayBuffer.from_episodes(episodes, capacity, **translation.described)
+
+
+class MinariTranslation(NamedTuple):
+    """How the observations and actions of a Minari dataset are translated, see :func:`from_minari`.
+
+    Attributes:
+      observations: the translation of observations.
+      actions: that of actions, (values, number of them) → array or dict of arrays.
+      described: ``obs_shape``, ``action_dim`` and ``action_type`` of the buffer.
+    """
+
+    observations: ObservationSpec
+    actions: Callable[[Any, int], Any]
+    described: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Any,
+        *,
+        action_bounds: tuple[float, float] | None = None,
+        drop_keys: Sequence[str] = (),
+        join_actions: bool = False,
+    ) -> MinariTranslation:
+        """For a loaded dataset; arguments and errors as of :func:`from_minari`."""
+        observations = ObservationSpec(drop_observations(dataset.observation_space, check_drop_keys(drop_keys)))
+        action_space = bound_actions(dataset.action_space, check_action_bounds(action_bounds))
+        joined = JoinedActions(action_space) if join_actions else None
+        actions = ActionSpec(joined.space if joined else action_space)
+        described = {"obs_shape": observations.shape, "action_dim": actions.dim, "action_type": actions.type}
+        return cls(observations, joined.join if joined else actions.from_env, described)
+
+    def episode(self, episode: Any, number: int) -> dict[str, Any]:
+        """The arguments of ``ReplayBuffer.add_episode`` for an ``EpisodeData``."""
+        return _minari_episode(episode, number, self.observations, self.actions)
 
 
 def _minari_episode(
@@ -102,7 +131,7 @@ def from_hdf5(path: str | Path, *, capacity: int | None = None) -> ReplayBuffer:
       FileFormatError: this is not an HDF5 file, or its layout is another.
       DataError: the episodes hold something that a buffer refuses.
     """
-    h5py = _import_extra("h5py")
+    h5py = import_extra("h5py")
     # Raises the usual OSError for a missing file, which h5py would not tell from a damaged one.
     Path(path).open("rb").close()
     try:
@@ -125,10 +154,11 @@ def flat_episodes(file: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]
     return split_episodes({argument: file[key] for argument, key in keys.items() if key in file}, place=name)
 
 
-def _import_extra(module: str) -> ModuleType:
+def import_extra(module: str, extra: str = "minari") -> ModuleType:
+    """An optional package. Raises ``MissingDependencyError`` naming the ``extra`` that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
-            f"{module} is not installed; pip install 'worldloom[minari]' brings it."
+            f"{module} is not installed; pip install 'worldloom[{extra}]' brings it."
         ) from error

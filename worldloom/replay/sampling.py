@@ -29,22 +29,47 @@ def draw_windows(
     if finished and len(fitting) == 0:
         segments, fitting = fitting_segments(index, rows, cross_episodes, finished=False)
     if len(fitting) == 0:
-        raise DataError(_too_short(rows, cross_episodes, int(segments.length.max(initial=0))))
-    starts = segments.length[fitting] - rows + 1
-    # Two numbers per window, of which windows across episodes need only the first.
-    u1, u2 = uniform(integer(seed, "seed", 0), integer(update, "update", 0), (2, size))
-    if cross_episodes:
-        # Uniform over all windows: number them through, then find the segment of each and the start in it.
-        total = np.cumsum(starts)
-        window = np.floor(u1 * total[-1]).astype(np.int64)
-        segment = np.searchsorted(total, window, side="right")
-        start = window - (total - starts)[segment]
-    else:
-        # Uniform over episodes, then over the starts in the episode.
-        segment = np.floor(u1 * len(fitting)).astype(np.int64)
-        start = np.floor(u2 * starts[segment]).astype(np.int64)
-    chosen = fitting[segment]
+        raise DataError(too_short(rows, cross_episodes, int(segments.length.max(initial=0))))
+    chosen, start = WindowTable(segments, rows, cross_episodes, fitting).draw(size, seed=seed, update=update)
     return index.rows(segments.stream[chosen], segments.begin[chosen] + start, rows)
+
+
+class WindowTable:
+    """The windows of ``rows`` rows in some segments, to draw from.
+
+    Args:
+      segments: episodes, or with ``cross_episodes`` streams.
+      rows: rows per window.
+      cross_episodes: whether every window is equally likely; else every segment is that is long enough.
+      fitting: which segments [F] are long enough; None finds them.
+    """
+
+    def __init__(self, segments: Segments, rows: int, cross_episodes: bool, fitting: np.ndarray | None = None):
+        rows = integer(rows, "sequence_length", 1)
+        self._fitting = np.flatnonzero(segments.length >= rows) if fitting is None else fitting
+        self._starts = segments.length[self._fitting] - rows + 1
+        self._total = np.cumsum(self._starts) if cross_episodes else None
+
+    def __len__(self) -> int:
+        """Segments that are long enough."""
+        return len(self._fitting)
+
+    def draw(self, batch_size: int, *, seed: int, update: int) -> tuple[np.ndarray, np.ndarray]:
+        """Number of a segment and start in it, int64 [B] each; a pure function of the arguments."""
+        size = (2, integer(batch_size, "batch_size", 1))
+        # Two numbers per window, of which windows across episodes need only the first.
+        u1, u2 = uniform(integer(seed, "seed", 0), integer(update, "update", 0), size)
+        starts, total = self._starts, self._total
+        if total is not None:
+            # Uniform over all windows: number them through, then find the segment of each and the start in it.
+            window = np.floor(u1 * total[-1]).astype(np.int64)
+            segment = np.searchsorted(total, window, side="right")
+            start = window - (total[segment] - starts[segment])
+        else:
+            # Uniform over segments, then over the starts in the segment.
+            segment = np.floor(u1 * len(starts)).astype(np.int64)
+            start = np.floor(u2 * starts[segment]).astype(np.int64)
+        return self._fitting[segment], start
 
 
 def fitting_segments(
@@ -83,7 +108,8 @@ def uniform(seed: int, update: int, size: tuple[int, ...]) -> np.ndarray:
     return (bits >> np.uint64(11)).reshape(size) * 2.0**-53
 
 
-def _too_short(rows: int, cross_episodes: bool, longest: int) -> str:
+def too_short(rows: int, cross_episodes: bool, longest: int) -> str:
+    """Why there is no window of ``rows`` rows, and what to do."""
     if longest == 0:
         return "The buffer is empty; add episodes before sampling."
     what = "stream" if cross_episodes else "episode"

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from worldloom.training.collecting import collect
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
+    from worldloom.training.offline_online import offline_then_online
     from worldloom.training.protocols import protocol
     from worldloom.training.recipes import recipe
     from worldloom.training.run_folder import RunFolder
+    from worldloom.training.task_evaluation import evaluate_tasks
     from worldloom.training.trainer import Trainer, train
 
 _LAZY = {
@@ -45,6 +47,8 @@ _LAZY = {
     "TrainingConfig": "worldloom.training.config",
     "collect": "worldloom.training.collecting",
     "evaluate": "worldloom.training.evaluation",
+    "evaluate_tasks": "worldloom.training.task_evaluation",
+    "offline_then_online": "worldloom.training.offline_online",
     "play": "worldloom.training.evaluation",
     "protocol": "worldloom.training.protocols",
     "recipe": "worldloom.training.recipes",
@@ -68,6 +72,8 @@ __all__ = [
     "TrainingConfig",
     "collect",
     "evaluate",
+    "evaluate_tasks",
+    "offline_then_online",
     "play",
     "protocol",
     "recipe",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from worldloom.config import BaseConfig, Ge, Gt, Lt, OneOf, check, config_dataclass
+from worldloom.config import BaseConfig, Between, Ge, Gt, Lt, OneOf, check, config_dataclass
 from worldloom.devices import check_device_name
 
 
@@ -69,6 +69,14 @@ class TrainingConfig(BaseConfig):
     rows of its window); 0 is one update per decision step (no updates at all: ``training.collect``)."""
     replay_capacity: Annotated[int, Ge(1)] = 1_000_000
     """Capacity of the replay buffer of online training, in rows; ignored if you pass a buffer."""
+    offline_updates: Annotated[int, Ge(0)] = 0
+    """With recorded data and environments: updates on the data before the first step in the environments."""
+    mix: Annotated[float, Between(0, 1)] = 0.5
+    """Share of the windows of each online batch that come from the recorded data, if there are any."""
+    mix_end: Annotated[float | None, Between(0, 1)] = None
+    """Share that ``mix`` changes to, linearly over ``mix_updates`` updates; None keeps it."""
+    mix_updates: Annotated[int, Ge(1)] = 10_000
+    """Online updates over which the share changes to ``mix_end``."""
     updates_per_call: Annotated[int, Ge(0)] = 0
     """Maximum number of updates per compiled call, which holds as many batches on the device; 0 is 1 on a CPU and 8
     elsewhere. Image models do one on a CPU, where convolutions are slow in loops. Results do not depend on it."""

@@ -26,8 +26,7 @@ def resume_run(run: Run, callbacks: CallbackRunner, resume: bool | str | Path) -
 
     Raises what ``Trainer.train`` raises for ``resume``.
     """
-    save_dirs = [c.save_dir for c in callbacks.callbacks if isinstance(c, CheckpointCallback)]
-    folder, step = locate_checkpoint(resume, next(iter(save_dirs), None))
+    folder, step = locate_checkpoint(resume, next(iter(save_dirs(callbacks)), None))
     checkpoints, exact = Checkpointer(folder), resume != "continue"
     if resume in ("auto", "continue") and not checkpoints.steps():
         _begin_again(run, callbacks)
@@ -42,6 +41,11 @@ def resume_run(run: Run, callbacks: CallbackRunner, resume: bool | str | Path) -
             "Continuing from step %d of %s with changes, so the run is not the one it would have been: %s.",
             *(run.step, folder, "; ".join(changes)),
         )
+
+
+def save_dirs(callbacks: CallbackRunner) -> list[Path]:
+    """Folders of the callbacks that write checkpoints."""
+    return [callback.save_dir for callback in callbacks.callbacks if isinstance(callback, CheckpointCallback)]
 
 
 def _begin_again(run: Run, callbacks: CallbackRunner) -> None:

@@ -49,6 +49,7 @@ _KINDS: dict[str, Any] = {
     "model_class": str | None,
     "env": dict | None,
     "spaces": dict | None,
+    "data": dict | None,
 }
 """Its parts; those that may be None are missing in files of earlier versions."""
 _MAX_EVAL_ENVS = 10
@@ -131,7 +132,9 @@ class RunFolder:
         """Title of plots: the model's type and the environment."""
         settings = self.settings()
         env = settings.get("env") or {}
-        source = env.get("spec") or env.get("made_of") or "recorded episodes"
+        data = settings.get("data")
+        recorded = data.get("data") if isinstance(data, Mapping) else None
+        source = env.get("spec") or env.get("made_of") or recorded or "recorded episodes"
         return f"{settings['model'].get('model_type')} on {source}"
 
     def training_config(self, **changes: Any) -> TrainingConfig:
@@ -150,9 +153,14 @@ class RunFolder:
         would have to be imported, or if the folder's arguments are none that ``make_env`` takes.
         """
         settings = self.settings().get("env")
-        if settings is None:
-            raise ConfigError(f"{self.path} was trained from recorded episodes: it has no environment.")
         spec = changes.pop("spec", None)
+        if settings is None and spec is None:
+            raise ConfigError(
+                f"{self.path} was trained from recorded episodes: it has no environment. Name one of the same shapes: "
+                "--env, in Python spec=."
+            )
+        if settings is None:
+            return make_env(spec, **changes)
         if spec is None:
             spec = self._recorded_spec(settings, trust)
         options = {name: value for name, value in settings.items() if name not in ("spec", "made_of")}
@@ -202,6 +210,7 @@ class RunFolder:
         episodes: int | None = None,
         progress: bool = True,
         experiment: Experiment | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> list[Callback]:
         """Callbacks that write all files of the run, for one trainer.
 
@@ -215,6 +224,7 @@ class RunFolder:
           progress: whether to show a progress bar and print a line per evaluation.
           experiment: the published experiment that the run follows, see :func:`worldloom.training.protocol`; what
             differs from it is recorded. None is that of the run being resumed.
+          data: where recorded episodes are from, as JSON values to record as ``data`` in ``config.json``.
         """
         output: list[Callback] = [ProgressCallback("training"), EvalPrinter()] if progress else []
         online = isinstance(source, VectorEnv)
@@ -226,7 +236,7 @@ class RunFolder:
             evaluations = [EvalCallback(source)]
         monitor = "eval/return" if evaluation else "eval/loss" if evaluations else "loss"
         return [
-            _RunRecorder(self, source if online else None, experiment or self.experiment()),
+            _RunRecorder(self, source if online else None, experiment or self.experiment(), data),
             *([EpisodeLog(self.path)] if online else []),
             *evaluations,
             LoggingCallback(str(self.path), log_to_console=False, log_to_tensorboard=True),
@@ -258,10 +268,12 @@ class _RunRecorder(Callback):
     every = 0
     order = -2
 
-    def __init__(self, run: RunFolder, env: VectorEnv | None, experiment: Experiment | None):
+    def __init__(
+        self, run: RunFolder, env: VectorEnv | None, experiment: Experiment | None, data: Mapping[str, Any] | None
+    ):
         self.run, self.env = run, None if env is None else _json_settings(env.settings)
         self.env_defaults = None if env is None else effective_defaults(env)
-        self.experiment, self._envs = experiment, env
+        self.experiment, self._envs, self.data = experiment, env, data and dict(data)
         self.spaces = None if env is None else EnvSpaces.underneath(env).to_json()
         self._lock = RunLock(run.path)
 
@@ -291,6 +303,7 @@ class _RunRecorder(Callback):
             "training": info.config.to_dict(),
             "env": self.env,
             "env_defaults": self.env_defaults,
+            "data": self.data,
             "protocol": self._protocol(info),
             "spaces": self.spaces,
         }

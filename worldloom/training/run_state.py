@@ -25,6 +25,7 @@ from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot,
 from worldloom.training.collector import Collector, check_env_fits, check_same_env
 from worldloom.training.config import TrainingConfig
 from worldloom.training.metrics import MetricsStream
+from worldloom.training.mixed_replay import check_same_data, data_identity, mix_data
 from worldloom.training.run_info import on_host, root_key, versions, with_params
 from worldloom.training.sampler import SequenceSampler
 from worldloom.training.train_ratio import TrainRatio
@@ -52,6 +53,7 @@ class Run:
       learner: weights, optimizer state and non-finite guard, on the device; None before the first use.
       sampler: samples batches from replay or from recorded episodes.
       collector: steps the environments; None offline.
+      data: recorded episodes that online batches take a share from, see ``offline_then_online``; None for none.
       writeback: writes fresh latents back to replay.
       metrics: queue of metrics that the device is still computing.
       total_steps: updates at which the current call of ``train`` ends.
@@ -84,6 +86,7 @@ class Run:
         self.learner: Learner | None = None
         self.sampler: SequenceSampler | None = None
         self.collector: Collector | None = None
+        self.data: Any = None
         self.writeback = LatentWriteback(self.capacity)
         self.metrics = MetricsStream()
         self._update: CompiledUpdate | None = None
@@ -146,14 +149,17 @@ class Run:
             continues = False
         else:
             replay = self.collector.replay
-        self.sampler = SequenceSampler(replay, self.model, self.config, allow_empty=True)
+        self.sampler = self._online_sampler(replay)
         if not continues:
             store_latents = self.sampler.uses_latents
             self.collector = Collector(
                 env, replay, self.model, self.config, store_latents=store_latents, updates_before=self.step
             )
-        self.writeback.switch_buffer(replay)
+        self.writeback.switch_buffer(self.sampler.buffer)
         return not continues
+
+    def _online_sampler(self, replay: Any) -> SequenceSampler:
+        return SequenceSampler(mix_data(replay, self.data, self.config), self.model, self.config, allow_empty=True)
 
     def updates_for(self, env_steps: int) -> int:
         """Total number of updates due after ``env_steps`` environment steps. Raises ``ConfigError`` if it is 0."""
@@ -305,6 +311,7 @@ class Run:
             "step": self.step,
             "skipped": self._skipped,
             "replay_size": len(self.sampler.buffer),
+            "data": data_identity(self.data),
             **self.identity(),
             "callbacks": dict(callbacks),
             "versions": versions(),
@@ -314,7 +321,8 @@ class Run:
             record["collector"], collected = self.collector.state_dict()
             arrays |= {f"collector/{name}": value for name, value in collected.items()}
         changes = self.collector is not None or self.sampler.uses_latents
-        return Snapshot(state, record, arrays, self.sampler.buffer if changes else None)
+        stored = self.collector.replay if self.collector is not None else self.sampler.buffer
+        return Snapshot(state, record, arrays, stored if changes else None)
 
     def restore(self, snapshot: Snapshot, folder: Path, *, exact: bool = True) -> list[str]:
         """Restore a snapshot, including replay content that the run collected; ``folder`` is named in messages.
@@ -343,9 +351,10 @@ class Run:
             raise ConfigError(f"The run in {folder} was trained from {saved}; it cannot continue from {given}.")
         if self.collector is not None:
             check_same_env(record["collector"].get("env", {}), self.collector.env)
+            check_same_data(record.get("data"), self.data)
             self.collector.replay.adopt(replay)
             self.collector.load_state_dict(record["collector"], strip_prefix(arrays, "collector/"))
-            self.sampler = SequenceSampler(self.collector.replay, self.model, self.config, allow_empty=True)
+            self.sampler = self._online_sampler(self.collector.replay)
         elif record["replay_size"] != len(self.sampler.buffer):
             _log.warning(
                 "The run was saved with %d rows in replay, now there are %d: its batches will not be the same.",
@@ -375,7 +384,7 @@ class Run:
             return [*changes, "environments in place of recorded episodes, with an empty replay"]
         else:
             changes += self.collector.take_along(record["collector"], strip_prefix(arrays, "collector/"), replay)
-            self.sampler = SequenceSampler(self.collector.replay, self.model, self.config, allow_empty=True)
+            self.sampler = self._online_sampler(self.collector.replay)
             saved = record.get("training") or {}
             if any(saved.get(name) != getattr(self.config, name) for name in _OF_RATIO):
                 self.collector.count_from(record["step"], self.ratio)
@@ -412,7 +421,7 @@ class Run:
         ratio = self.ratio if self.collector is not None else None
         self.config = config
         if self.collector is not None:
-            self.sampler = SequenceSampler(self.collector.replay, self.model, config, allow_empty=True)
+            self.sampler = self._online_sampler(self.collector.replay)
             if self.ratio != ratio:
                 self.collector.count_from(self.step, self.ratio)
 

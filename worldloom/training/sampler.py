@@ -14,6 +14,7 @@ from worldloom.errors import DataError
 from worldloom.replay.device import SLOTS, DeviceReplay, Ring, supports_device_storage
 from worldloom.replay.online import OnlineQueue, has_finished_window
 from worldloom.training.config import TrainingConfig
+from worldloom.training.mixed_replay import MixedReplay
 
 _log = logging.getLogger("worldloom")
 
@@ -42,11 +43,12 @@ class SequenceSampler:
     """
 
     def __init__(self, buffer: Any, model: Any, config: TrainingConfig, *, allow_empty: bool = False):
-        if not callable(getattr(buffer, "sample", None)):
+        mixed = isinstance(buffer, MixedReplay)
+        if not mixed and not callable(getattr(buffer, "sample", None)):
             raise TypeError(f"A ReplayBuffer is expected as the source of data, not a {type(buffer).__name__}.")
         if not len(buffer) and not allow_empty:
             raise DataError("The buffer is empty; add episodes first.")
-        if hasattr(buffer, "match") and len(buffer):
+        if hasattr(buffer, "match") and (len(buffer) or mixed):
             shapes = {"obs_shape": model.config.obs_shape, "action_dim": model.config.action_dim}
             buffer.match(**shapes, action_type=getattr(model.config, "action_type", None))
         has_terminals = bool(getattr(buffer, "has_terminals", False))
@@ -58,7 +60,7 @@ class SequenceSampler:
         self.rows = spec.rows if self.uses_latents or not spec.latents else config.sequence_length
         self.buffer, self._batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
         # Recorded data are drawn as they are. So is what a buffer with its own way of sampling draws.
-        self._chooses_rows = allow_empty and supports_device_storage(buffer)
+        self._chooses_rows = allow_empty and (mixed or supports_device_storage(buffer))
         self._finished, self._fresh_first = not spec.open_episodes, spec.fresh_first
         self._checked = False
         self.on_device: DeviceReplay | None = None
@@ -91,7 +93,7 @@ class SequenceSampler:
                 self._check_finished()
             ids = self.buffer.draw(self._batch_size, self.rows, **options, **finished)
             if queue is not None and self._fresh_first and self._chooses_rows:
-                fresh = queue.pop(self.buffer, self._batch_size, self.rows)
+                fresh = queue.pop(self._collected, self._fresh_places(update), self.rows)
                 ids[: len(fresh)] = fresh
             on_host = self.on_device is None
             batch = self.buffer.take(ids, observations=on_host, latents=self.uses_latents and on_host)
@@ -101,10 +103,20 @@ class SequenceSampler:
             batch.pop("continues", None)  # It says the same.
         return batch, batch.pop("row_ids", None)
 
+    @property
+    def _collected(self) -> Any:
+        """The buffer that rows are collected into."""
+        return self.buffer.collected if isinstance(self.buffer, MixedReplay) else self.buffer
+
+    def _fresh_places(self, update: int) -> int:
+        """Windows of a batch that may be fresh ones: all but those of recorded data."""
+        mixed = isinstance(self.buffer, MixedReplay)
+        return self.buffer.fresh_places(self._batch_size, update) if mixed else self._batch_size
+
     def _check_finished(self) -> None:
         """Say once if an episode in progress must be replayed, because no finished one is long enough."""
         self._checked = True
-        if not has_finished_window(self.buffer, self.rows, cross_episodes=self._cross_episodes):
+        if not has_finished_window(self._collected, self.rows, cross_episodes=self._cross_episodes):
             _log.warning(
                 "No finished episode has the %d rows of a window yet: those in progress are replayed until then. A "
                 "larger prefill collects whole episodes first.",

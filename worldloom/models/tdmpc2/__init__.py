@@ -7,6 +7,7 @@ from worldloom.models.tdmpc2.losses import LOSS_TERMS
 from worldloom.models.tdmpc2.plans import PLANNER_FIELDS, smaller_plans
 from worldloom.models.tdmpc2.protocols import PROTOCOLS, published_curve
 from worldloom.models.tdmpc2.recipes import FRAME_STACK, recipe
+from worldloom.models.tdmpc2.tasks import tasks_of
 from worldloom.models.tdmpc2.update import (
     eval_policy,
     init_state,
@@ -33,6 +34,7 @@ ALGORITHM = Algorithm(
     frame_stack=FRAME_STACK,
     protocols=PROTOCOLS,
     published_curve=published_curve,
+    tasks=tasks_of,
 )
 register_family("tdmpc2", TDMPC2Config, TDMPC2WorldModel, ALGORITHM)
 

@@ -9,6 +9,7 @@ from worldloom.algorithm import Curve, ExperimentProtocol, ScoreRule
 from worldloom.config import FrozenMapping
 from worldloom.models.published import control_task, read_curve
 from worldloom.models.tdmpc2.recipes import REFERENCE_GYM, REFERENCE_TRAINING
+from worldloom.models.tdmpc2.tasks import task_fields
 
 _CURVES = Path(__file__).with_name("published_curves.json")
 
@@ -33,12 +34,16 @@ def published_curve(name: str, env: str) -> Curve | None:
     return read_curve(_CURVES, name, task.replace("ball_in_cup", "cup").replace("_", "-"))
 
 
-def _multitask(tasks: int, task_dim: int, data: str) -> ExperimentProtocol:
+def _multitask(name: str, task_dim: int, data: str) -> ExperimentProtocol:
+    tasks = task_fields(name)
     return ExperimentProtocol(
         size="5m",
         envs=(),
-        score=ScoreRule("evaluation", None, "mean of 10 evaluation episodes of every task"),
-        model_fields=FrozenMapping({"num_tasks": tasks, "task_dim": task_dim}),
+        score=ScoreRule("evaluation", None, "mean over tasks and 10 episodes each of return / 10 or successes in %"),
+        model_fields=FrozenMapping(
+            # Data and weights are of the widest observations and actions of all tasks, filled up with zeros.
+            {"num_tasks": len(tasks["action_dims"]), "task_dim": task_dim, "episodic": False, **tasks}
+        ),
         training=FrozenMapping({**REFERENCE_TRAINING, "batch_size": 1_024}),
         data=data,
     )
@@ -70,8 +75,8 @@ PROTOCOLS = FrozenMapping(
             model_fields=FrozenMapping({**REFERENCE_GYM, "episodic": True}),
             training=FrozenMapping({**_ONLINE, "env_steps": 4_000_000}),
         ),
-        "mt30": _multitask(30, 64, "20 GB of .pt files of 30 tasks, episodes of 501 rows"),
-        "mt80": _multitask(80, 96, "34 GB of .pt files of 80 tasks, episodes of 101 rows"),
+        "mt30": _multitask("mt30", 64, "20 GB of .pt files of 30 tasks, episodes of 501 rows"),
+        "mt80": _multitask("mt80", 96, "34 GB of .pt files of 80 tasks, episodes of 101 rows"),
     }
 )
 """Experiments by name; ``worldloom list protocols`` prints them."""

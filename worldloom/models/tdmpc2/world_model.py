@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from worldloom.models.tdmpc2.networks import (
     TaskEmbedding,
     ValueScale,
 )
+from worldloom.models.tdmpc2.single_task import single_task_weights
 from worldloom.nn.ensemble import Ensemble
 from worldloom.nn.normed import NormedMLP
 from worldloom.ops import symlog_twohot
@@ -78,6 +79,29 @@ class TDMPC2WorldModel(WorldModel):
     target_q: Ensemble
     task_embedding: TaskEmbedding
     scale: ValueScale
+
+    def single_task(self, task: int | str, *, obs_dim: int | None = None, action_dim: int | None = None) -> Self:
+        """A single-task model that computes what this multitask one does for ``task``, a number or a name of mt30.
+
+        Args:
+          task: the task.
+          obs_dim: width of the task's observations, which are filled up with zeros for this model; None is this
+            model's.
+          action_dim: likewise of its actions; None is what the task has.
+
+        Raises ``ConfigError`` if there is no such task, or this model has a single one.
+        """
+        sizes = {"obs_dim": obs_dim, "action_dim": action_dim}
+        config, params = single_task_weights(self.config, self.params, task, **sizes)
+        model = type(self)(config)
+        model.load_params(params)
+        return model
+
+    def single_task_weights(self, task: int | str, *, like: TDMPC2Config) -> tuple[TDMPC2Config, Any]:
+        """Config and weights of :meth:`single_task` in the sizes of ``like``, as far as this model has them."""
+        obs_dim = min(like.vector_dim, self.config.vector_dim) or None
+        action_dim = min(like.action_dim, self.config.action_dim)
+        return single_task_weights(self.config, self.params, task, obs_dim=obs_dim, action_dim=action_dim)
 
     @staticmethod
     def build(config: TDMPC2Config, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:

@@ -1,0 +1,110 @@
+"""A task of a multitask model as a model of its own: the embedding becomes part of biases, exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worldloom.errors import ConfigError
+from worldloom.models.params import flatten, unflatten
+from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
+
+SIZES = {
+    "latent_dim": 16,
+    "simnorm_dim": 4,
+    "hidden_dim": 12,
+    "encoder_dim": 8,
+    "num_bins": 11,
+    "num_q": 2,
+    "task_dim": 5,
+    "precision": "float32",
+    "num_samples": 8,
+    "num_elites": 4,
+    "num_pi_trajs": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def multitask():
+    config = TDMPC2Config(
+        obs_shape=(7,), action_dim=4, num_tasks=3, action_dims=(2, 4, 1), episode_lengths=(500, 100, 50), **SIZES
+    )
+    model = TDMPC2WorldModel(config, seed=1)
+    rng = np.random.default_rng(0)
+    flat = {name: rng.normal(size=np.shape(array)).astype(np.float32) for name, array in flatten(model.params).items()}
+    # Rows inside and outside of the unit ball, to which the embedding is projected.
+    flat["task_embedding.table"] *= np.array([[0.1], [1.0], [3.0]], np.float32)
+    model.load_params(unflatten(flat))
+    return model
+
+
+@pytest.fixture(scope="module")
+def singles(multitask):
+    return [multitask.single_task(task, obs_dim=5) for task in range(3)]
+
+
+def padded(array, width):
+    return np.pad(array, [(0, 0), (0, width - array.shape[-1])])
+
+
+@settings(max_examples=15, deadline=None)
+@given(task=st.integers(0, 2), seed=st.integers(0, 2**32 - 1))
+def test_every_output_is_that_of_the_multitask_model(multitask, singles, task, seed):
+    single, rng = singles[task], np.random.default_rng(seed)
+    actions = single.config.action_dim
+    obs = rng.normal(size=(3, 5)).astype(np.float32)
+    action = rng.uniform(-1, 1, (3, actions)).astype(np.float32)
+    tasks = jnp.full(3, task)
+    one = single.encode(obs)
+    other = multitask.encode(padded(obs, 7), task=tasks)
+    pairs = [(one.features, other.features)]
+    one = single.predict(one, action)
+    other = multitask.predict(other, padded(action, 4), task=tasks)
+    pairs += [(one.features, other.features)]
+    decoded = single.decode(one), multitask.decode(other, task=tasks)
+    assert decoded[0].keys() == decoded[1].keys()
+    pairs += [(decoded[0][name], decoded[1][name]) for name in ("reward", "value") if name in decoded[0]]
+    for ours, theirs in pairs:
+        scale = max(1.0, float(jnp.abs(theirs).max()))
+        np.testing.assert_allclose(np.asarray(ours) / scale, np.asarray(theirs) / scale, atol=1e-6)
+
+
+def test_the_policy_acts_as_the_multitask_model_does(multitask, singles):
+    obs = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
+    for task, single in enumerate(singles):
+        actions = single.config.action_dim
+        z = single.encode(obs).features
+        mask = jnp.ones((3, actions))
+        ours = vars(single)["policy"](z, mask)
+        embedded = jnp.concatenate([z, multitask.task_embedding(jnp.full(3, task))], -1)
+        theirs = vars(multitask)["policy"](embedded, jnp.pad(mask, [(0, 0), (0, 4 - actions)]))
+        np.testing.assert_allclose(ours.mean, theirs.mean[:, :actions], atol=1e-6)
+        np.testing.assert_allclose(ours.log_std, theirs.log_std[:, :actions], atol=2e-6)
+
+
+def test_discount_and_actions_are_those_of_the_task(multitask, singles):
+    for task, single in enumerate(singles):
+        assert single.config.discounts == (multitask.config.discounts[task],)
+        assert single.config.action_dim == multitask.config.valid_actions[task]
+        assert not single.config.multitask
+
+
+def test_tasks_and_sizes_that_are_not_there_are_refused(multitask, singles):
+    for task, message in ((3, "There is no task 3"), (True, "There is no task"), ("walker-run", "has no task")):
+        with pytest.raises(ConfigError, match=message):
+            multitask.single_task(task)
+    with pytest.raises(ConfigError, match="obs_dim=8"):
+        multitask.single_task(0, obs_dim=8)
+    with pytest.raises(ConfigError, match="single task already"):
+        singles[0].single_task(0)
+
+
+def test_a_plan_of_a_single_task_is_the_multitask_models(multitask, singles):
+    obs = np.random.default_rng(2).normal(size=(1, 5)).astype(np.float32)
+    single = singles[1]
+    carry = single.algorithm.initial_carry(single.config, 1), multitask.algorithm.initial_carry(multitask.config, 1)
+    _, ours = single.act(carry[0], obs, None)
+    _, theirs = multitask.act(carry[1], padded(obs, 7), None, task=jnp.ones(1, int))
+    np.testing.assert_allclose(jax.device_get(ours), jax.device_get(theirs)[:, :4], atol=1e-4)

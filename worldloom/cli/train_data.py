@@ -1,0 +1,126 @@
+"""``worldloom train --data SPEC``: runs that learn from recorded data, alone or before environments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from worldloom.cli.data import DATA_OPTIONS, open_dataset
+from worldloom.cli.flags import Flag
+from worldloom.errors import ConfigError
+from worldloom.models.registry import split_name
+from worldloom.training.protocols import find_protocol
+from worldloom.training.recipes import recipe
+
+DATA_FLAGS = [
+    Flag("data", str, "Recorded data to train on, as worldloom data inspect takes them."),
+    *DATA_OPTIONS,
+    Flag("held_out", float, "Share of the episodes that is only evaluated on.", 0.1),
+    Flag("then_env", str, "Environment to go on in, after --offline-updates on the data."),
+]
+_ENV_ONLY = ("prefill", "prefill_updates", "train_ratio", "env_steps")
+"""Fields of the training config that mean nothing without environments."""
+_RECORDED = ("data", "data_option", "held_out")
+
+
+class DataSource:
+    """The recorded data of a run.
+
+    Attributes:
+      training: what is trained on.
+      held_out: what is only evaluated on; None if the run has environments for that.
+      settings: the flags that say so, as JSON values for the run's config.
+    """
+
+    def __init__(self, given: Mapping[str, Any], *, evaluate: bool):
+        self.settings = {name: given[name] for name in _RECORDED if name in given}
+        self.training = open_dataset(str(given["data"]), dict(given))
+        self.held_out = None
+        share = given.get("held_out", 0.1)
+        if not 0 <= share < 1:
+            raise ConfigError(f"--held-out is a share from 0 to below 1, not {share!r}.")
+        if evaluate and share and self.training.num_episodes >= 2:
+            self.training, self.held_out = self.training.split(share)
+
+    def settings_of(
+        self, name: str, protocol: str | None, model_given: Mapping[str, Any], training_given: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+        """Fields of the model's and of the training config of a run from the data alone, and a reason for each.
+
+        Args:
+          name: preset of the model.
+          protocol: published experiment with recorded data, or None.
+          model_given: fields of the model's config that were given.
+          training_given: fields of the training config that were given.
+        """
+        config = split_name(name)[0].config_class
+        fields = {field.name for field in dataclasses.fields(config)}
+        fixed: dict[str, Any] = {}
+        if protocol is not None:
+            found = find_protocol(protocol)
+            if not found.data:
+                raise ConfigError(f"The protocol '{protocol}' is run in an environment, not on recorded data.")
+            fixed = {**found.model_fields, **found.training}
+        known = self._fields(fields, {**fixed, **model_given})
+        recommended = recipe(name, _Shapes(self.training), {**fixed, **known, **model_given, **training_given})
+        model = {**recommended.model, **{n: v for n, v in {**fixed, **known}.items() if n in fields}, **model_given}
+        training = {n: v for n, v in {**recommended.training, **fixed}.items() if n not in fields}
+        training = {n: v for n, v in training.items() if n not in _ENV_ONLY} | dict(training_given)
+        reasons = {**dict.fromkeys([*model, *training], "recipe"), **dict.fromkeys(known, "of the data")}
+        reasons |= {**dict.fromkeys(fixed, "protocol"), **dict.fromkeys({**model_given, **training_given}, "given")}
+        return model, training, reasons
+
+    def _fields(self, known: set[str], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the ``known`` fields that follow from the data, other than those ``given``."""
+        dataset, found = self.training, {"episodic": self.training.has_terminals}
+        if dataset.has_task:
+            found["num_tasks"] = 1 + max(int(task) for task in _tasks(dataset))
+        return {name: value for name, value in found.items() if name in known and name not in given}
+
+    def headline(self) -> str:
+        """What is trained on."""
+        dataset, held_out = self.training, self.held_out
+        apart = f", {held_out.num_episodes:,} held out" if held_out else ""
+        return (
+            f"{dataset.spec}: {len(dataset):,} rows of {dataset.num_episodes:,} episodes{apart}; observations "
+            f"{dataset.obs_shape}, {dataset.action_dim} {dataset.action_type} actions"
+        )
+
+
+def check_data_flags(given: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for flags that do not go together."""
+    if "data" in given:
+        if "env" in given:
+            raise ConfigError("--data with --env: say --then-env to go on in an environment after the data.")
+        if "then_env" not in given:
+            for name in ("offline_updates", "mix", "mix_end", "mix_updates"):
+                if name in given:
+                    raise ConfigError(f"--{name.replace('_', '-')} is for data with an environment; add --then-env.")
+        return
+    for name in ("then_env", "held_out", "data_option", "download", "offline_updates"):
+        if given.get(name):
+            raise ConfigError(f"--{name.replace('_', '-')} is for recorded data; add --data.")
+
+
+class _Shapes:
+    """The attributes of environments that recipes read."""
+
+    num_envs = action_repeat = 1
+
+    def __init__(self, dataset: Any):
+        self.obs_shape, self.action_dim, self.action_type = dataset.obs_shape, dataset.action_dim, dataset.action_type
+        self.episode_length = int(dataset.episode_lengths.max()) - 1
+        self.settings: dict[str, Any] = {"spec": None}
+
+
+def _tasks(dataset: Any, rows: int = 4096) -> set[int]:
+    """Numbers of the tasks, from the first row of every episode."""
+    found: set[int] = set()
+    first = dataset.first_rows[:-1]
+    for start in range(0, len(first), rows):
+        batch = dataset.take(first[start : start + rows, None], observations=False)
+        found |= set(np.unique(batch["task"]).tolist())
+    return found
