@@ -29,6 +29,7 @@ from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.families import class_name
 from worldloom.files import fsync_folder, fsync_tree, plain_path, write_atomically
 from worldloom.training.config import TrainingConfig
+from worldloom.training.optimizer_layout import OptimizerLayout
 
 FORMAT = 1
 """Version of the checkpoint layout."""
@@ -50,6 +51,7 @@ MAY_CHANGE = frozenset(
         "eval_greedy",
         "save_interval",
         "device",
+        "mesh",
         "updates_per_call",
         "replay_storage",
         "max_episode_steps",
@@ -175,6 +177,7 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
                 f"The weights in {path} have other shapes than the model of this run, so nothing can be taken along; "
                 "give the model the config of the run, or begin a new one."
             )
+        saved = OptimizerLayout.between(saved, _flatten(tree)).shapes(saved)
         if not _fits(saved, {"opt_state": tree["opt_state"]}, path):
             record[NEW_OPTIMIZER] = True
             del tree["opt_state"]
@@ -353,14 +356,16 @@ def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str,
 
     Shapes and sizes are checked against the file's metadata before memory is allocated.
     """
-    saved = _saved_shapes(path)
-    _fit(saved, template, path)
+    saved, needed = _saved_shapes(path), _flatten(template)
+    layout = OptimizerLayout.between(saved, needed)
+    _fit(layout.shapes(saved), template, path)
     extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
     if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
         raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
-    requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
+    sources = (source for name in needed for source in layout.sources(name))
+    requested = {name: saved[name] for name in sources if name in saved} | extras
     with _reading(path), plain_path(path) as folder:
-        return _restore(folder / "state", requested)
+        return layout.convert(_restore(folder / "state", requested))
 
 
 def _saved_shapes(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
