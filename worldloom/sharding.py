@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -26,6 +26,7 @@ from worldloom.errors import DeviceError
 
 _log = logging.getLogger("worldloom")
 T = TypeVar("T")
+C = TypeVar("C")
 
 AXES = ("data", "fsdp")
 """Axes of every mesh; one that a config does not name has size 1."""
@@ -112,6 +113,41 @@ def whole_weights(params: T) -> T:
     if fsdp == 1:
         return params
     return jax.tree.map(lambda x: _whole(x, weight_spec(x.shape, fsdp)) if weight_spec(x.shape, fsdp) else x, params)
+
+
+def scan_rows(step: Callable[..., tuple[C, Any]], weights: Any, carry: C, rows: Any) -> tuple[C, Any]:
+    """``lax.scan`` of a step that treats every window by itself, for traced code.
+
+    The weights' gradients are added up over the steps. On a mesh each device adds up those of its own windows, and all
+    devices add theirs once, after the scan; XLA by itself does it in every step.
+
+    Args:
+      step: (weights, carry, rows of one step) → (carry, outputs of the step).
+      weights: pytree of arrays that the step computes with.
+      carry: arrays [B, ...].
+      rows: arrays [T, B, ...].
+
+    Returns:
+      The last carry, and the outputs [T, B, ...].
+    """
+    shards, windows = row_shards(), len(jax.tree.leaves(carry)[0])
+    if shards == 1 or windows % shards:
+        return jax.lax.scan(lambda carry, rows: step(weights, carry, rows), carry, rows)
+
+    def divided(axis: int, tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :]), tree)
+
+    def joined(axis: int, tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], windows, *x.shape[axis + 2 :]), tree)
+
+    def copy_for_each(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(jnp.broadcast_to(x, (shards, *x.shape)), P(AXES))
+
+    copies = jax.tree.map(copy_for_each, weights)
+    last, outputs = jax.lax.scan(
+        lambda carry, rows: jax.vmap(step)(copies, carry, rows), divided(0, carry), divided(1, rows)
+    )
+    return joined(0, last), joined(1, outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

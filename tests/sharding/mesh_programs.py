@@ -3,7 +3,6 @@
 The last line of a program's output is its result as JSON.
 """
 
-import collections
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from worldloom import create_world_model
+from worldloom.cli.mesh_report import collective_bytes, collectives
 from worldloom.interop import load_official_tdmpc2, to_official_tdmpc2
 from worldloom.interop.dreamerv3 import load_official_dreamerv3, official_name
 from worldloom.models.params import flatten
@@ -203,22 +203,63 @@ def compiled_text(name, obs_shape, fields, *meshes):
         batches = placement.put_batches(batch, training.batch_size)
         learner = Learner(state, placement.put_state(NonFiniteGuard.create()))
         program = call.lower(learner, batches).compile()
-        weights = [x.shape for x in jax.tree.leaves(state.params)]
-        found.append({"flops": program.cost_analysis()["flops"], **collectives(program.as_text(), weights)})
+        text, weights = program.as_text(), {x.shape for x in jax.tree.leaves(state.params)}
+        gathered = [shape for _, shape in collectives(text).get("all-gather", [])]
+        loops = set(re.findall(r"body=%?([\w.\-]+)", text))
+        found.append(
+            {
+                "flops": program.cost_analysis()["flops"],
+                "bytes": collective_bytes(text),
+                "gathered": [shape for shape in gathered if not is_weight(shape, weights)],
+                "weights_gathered": sum(is_weight(shape, weights) for shape in gathered),
+                "in_loops": sorted({kind for name, kind in named_collectives(text) if name in loops}),
+            }
+        )
     return found
 
 
-def collectives(text, weights=()):
-    """Shapes of all arrays that a compiled program moves between devices, by kind, and their bytes."""
-    moved = collections.defaultdict(list)
-    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-    for shapes, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
-        for dtype, dims in re.findall(r"([a-z]+[0-9]+|pred)\[([0-9,]*)\]", shapes):
-            shape = [int(size) for size in dims.split(",") if size]
-            moved[kind].append([dtype, shape, shape in [list(each) for each in weights]])
-    sizes = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "u8": 1, "bf16": 2}
-    counts = {kind: sum(sizes[d] * int(np.prod(s)) for d, s, _ in arrays) for kind, arrays in moved.items()}
-    return {"moved": moved, "bytes": counts}
+def restored_elsewhere(family, folder, fields):
+    """First metrics after each restore of one run on 8, 2, 1 and 8 devices, and those of the unbroken run."""
+    import toy_family
+    from worldloom.replay import ReplayBuffer
+    from worldloom.training import Trainer
+    from worldloom.training.callbacks import CheckpointCallback
+
+    rows = {}
+
+    def note(info):
+        rows[info.step] = dict(info.metrics)
+
+    def train(mesh, steps, resume, callbacks=()):
+        if family == "toy":
+            buffer = toy_family.fill(ReplayBuffer(1_000, latents={"memory": (1,)}))
+            model = toy_family.ToyWorldModel(toy_family.ToyConfig(latents=True))
+        else:
+            model = create_world_model(family, obs_shape=(2,), action_dim=1, device="cpu", precision="float32")
+            buffer = toy_family.fill(ReplayBuffer(1_000))
+        config = TrainingConfig(device="cpu", batch_size=16, mesh=mesh, learning_rate=1e-3, **json.loads(fields))
+        Trainer(model, config, [(1, note), *callbacks]).train(buffer, total_steps=steps, resume=resume)
+
+    meshes = [{"data": 2, "fsdp": 4}, {"data": 2}, {}, {"data": 8}]
+    train(meshes[0], 4 * 2, False)
+    unbroken, found = dict(rows), []
+    rows.clear()
+    for number, mesh in enumerate(meshes):
+        train(mesh, 2 * (number + 1), number > 0, [CheckpointCallback(folder, save_every=2)])
+        found.append(rows[2 * number + 1])
+    return [{n: [row[n], unbroken[2 * k + 1][n]] for n in row} for k, row in enumerate(found)]
+
+
+def is_weight(shape, weights):
+    """Whether an array of this shape is one of the weights, possibly transposed."""
+    return any(sorted(shape) == sorted(weight) for weight in weights)
+
+
+def named_collectives(text):
+    """Name of the computation and kind of every collective in a compiled program."""
+    for body in re.split(r"\n(?=[%\w])", text):
+        name = body.removeprefix("ENTRY ").lstrip("%").split(" ")[0]
+        yield from ((name, kind) for kind in collectives(body))
 
 
 if __name__ == "__main__":

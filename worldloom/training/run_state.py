@@ -198,7 +198,7 @@ class Run:
             self.sampler.uses_latents,
             self._unrolled,
             self.model.version(),
-            self.placement if self.placement.mesh else None,
+            *([self.placement] if self.placement.mesh else []),  # Runs on one device share programs, whichever it is.
         )
         source = BatchSource(
             self.sampler,
@@ -315,6 +315,7 @@ class Run:
             "step": self.step,
             "skipped": self._skipped,
             "replay_size": len(self.sampler.buffer),
+            "processes": jax.process_count(),
             **self.identity(),
             "callbacks": dict(callbacks),
             "versions": versions(),
@@ -420,6 +421,7 @@ class Run:
                     "The state of the optimizer does not fit the new config, which switches one of its parts (such as "
                     "weight_decay) on or off; begin a new Trainer with this model."
                 )
+        self.placement.check_batch(config.batch_size, config.microbatches)
         ratio = self.ratio if self.collector is not None else None
         self.config = config
         if self.collector is not None:
