@@ -321,8 +321,6 @@ class Placement:
         return state.replace(params=params, key=key, opt_state=())
 
     def _own_copy(self, x: jax.Array) -> jax.Array:
-        if _is_key(x):
-            return jax.random.wrap_key_data(self._own_copy(jax.random.key_data(x)), impl=jax.random.key_impl(x))
         return next(shard.data for shard in x.addressable_shards if shard.device == self.device)
 
 

@@ -16,7 +16,18 @@ PACKAGE = Path(worldloom.__file__).parent
 
 # A module may import from its own layer's package and from layers before it.
 LAYERS = [
-    ("errors", "files", "config", "devices", "spaces", "xla_workarounds", "policy_file", "sharding", "_version"),
+    (
+        "errors",
+        "files",
+        "config",
+        "devices",
+        "spaces",
+        "xla_workarounds",
+        "policy_file",
+        "sharding",
+        "distributed",
+        "_version",
+    ),
     ("algorithm",),
     ("families",),
     ("ops",),

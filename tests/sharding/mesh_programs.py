@@ -221,6 +221,7 @@ def compiled_text(name, obs_shape, fields, *meshes):
 def restored_elsewhere(family, folder, fields):
     """First metrics after each restore of one run on 8, 2, 1 and 8 devices, and those of the unbroken run."""
     import toy_family
+
     from worldloom.replay import ReplayBuffer
     from worldloom.training import Trainer
     from worldloom.training.callbacks import CheckpointCallback

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import types
@@ -30,6 +29,7 @@ from worldloom.families import class_name
 from worldloom.files import fsync_folder, fsync_tree, plain_path, write_atomically
 from worldloom.training.config import TrainingConfig
 from worldloom.training.optimizer_layout import OptimizerLayout
+from worldloom.training.orbax_access import checkpointer, orbax_warnings
 
 FORMAT = 1
 """Version of the checkpoint layout."""
@@ -320,11 +320,11 @@ def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
     with (
         plain_path(path.parent) as folder,
-        _orbax_warnings() as warned,
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        orbax_warnings() as warned,
+        checkpointer() as orbax,
     ):
         try:
-            checkpointer.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
+            orbax.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
         except ValueError as error:
             if os.strerror(errno.ENOSPC) not in str(error):
                 raise
@@ -332,23 +332,6 @@ def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     if warned:
         raise CheckpointError(f"Orbax warned: {warned[0]}")
-
-
-@contextlib.contextmanager
-def _orbax_warnings() -> Iterator[list[str]]:
-    """Collects what Orbax logs as a warning or an error; it does so even where what it wrote cannot be read."""
-    found: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    logger, handler = logging.getLogger("absl"), Collector(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
 
 
 def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str, np.ndarray]:
@@ -370,10 +353,9 @@ def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str,
 
 def _saved_shapes(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the arrays of a checkpoint by name."""
-    import orbax.checkpoint as ocp
 
-    with _reading(path), plain_path(path) as folder, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        entries = checkpointer.metadata(folder / "state").item_metadata.tree
+    with _reading(path), plain_path(path) as folder, checkpointer() as orbax:
+        entries = orbax.metadata(folder / "state").item_metadata.tree
         return {name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in entries.items()}
 
 
@@ -383,8 +365,8 @@ def _restore(state: Path, requested: Mapping[str, Any]) -> dict[str, np.ndarray]
 
     options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
     arguments = ocp.args.PyTreeRestore(dict(requested), restore_args=options, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(state, args=arguments)
+    with checkpointer() as orbax:
+        return orbax.restore(state, args=arguments)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def resume_run(run: Run, callbacks: CallbackRunner, resume: bool | str | Path) -
 
 
 def _say_where(record: Mapping[str, Any], run: Run) -> None:
-    """Say if the run goes on over other devices or processes: then results are equal up to rounding, not bit for bit."""
+    """Say if the run goes on over other devices or processes, where results are equal up to rounding only."""
     training = record.get("training") or {}
     before = dict(training.get("mesh") or {}), record.get("processes", 1)
     now = dict(run.config.mesh), jax.process_count()

@@ -16,6 +16,13 @@ from worldloom.sharding import Placement
 from worldloom.training.update_loop import copy
 
 
+def check_is_model(model: Any) -> None:
+    """Raise ``TypeError`` unless ``model`` is a world model."""
+    if isinstance(model, type) or not hasattr(model, "check_trainable"):
+        what = f"the class {model.__name__}; build one from its config" if isinstance(model, type) else repr(model)
+        raise TypeError(f"A Trainer trains a world model, such as create_world_model returns, not {what:.200}.")
+
+
 def root_key(seed: int) -> jax.Array:
     """The root key of a run. Unlike ``jax.random.key``, it uses all bits of seeds beyond 32 bits."""
     key = jax.random.key(seed & 0xFFFFFFFF)

@@ -26,7 +26,7 @@ from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot,
 from worldloom.training.collector import Collector, check_env_fits, check_same_env
 from worldloom.training.config import TrainingConfig
 from worldloom.training.metrics import MetricsStream
-from worldloom.training.run_info import on_host, root_key, versions, with_params
+from worldloom.training.run_info import check_is_model, on_host, root_key, versions, with_params
 from worldloom.training.sampler import SequenceSampler
 from worldloom.training.train_ratio import TrainRatio
 from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard, UpdateOutput, compiled_update, copy
@@ -65,9 +65,7 @@ class Run:
     """
 
     def __init__(self, model: Any, config: TrainingConfig):
-        if isinstance(model, type) or not hasattr(model, "check_trainable"):
-            what = f"the class {model.__name__}; build one from its config" if isinstance(model, type) else repr(model)
-            raise TypeError(f"A Trainer trains a world model, such as create_world_model returns, not {what:.200}.")
+        check_is_model(model)
         self.model, self.config = model, config
         self.device = resolve_device(config.device)
         self.placement = Placement.of(config.mesh, self.device)
@@ -91,6 +89,7 @@ class Run:
         self.writeback = LatentWriteback(self.capacity)
         self.metrics = MetricsStream()
         self._update: CompiledUpdate | None = None
+        self._collected: TrainState | None = None
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -250,7 +249,13 @@ class Run:
         """A copy of the state on the host, after all updates in flight."""
         self.sync()
         self._skipped = int(self._guard.skipped)
-        return on_host(self.state, self.placement)
+        collected = self._collected
+        return collected if collected and int(collected.step) == self.step else on_host(self.state, self.placement)
+
+    def collect_state(self) -> None:
+        """Before callbacks: collect weights that are divided over processes, which all processes must do at once."""
+        if self.placement.spans_processes and self.config.divides_weights:
+            self._collected = on_host(self.state, self.placement)
 
     def identity(self) -> dict[str, Any]:
         """Both configs and the model's class, which a checkpoint must match to be resumed."""

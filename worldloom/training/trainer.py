@@ -11,7 +11,9 @@ import jax
 
 from worldloom.algorithm import TrainState
 from worldloom.config import as_integer
+from worldloom.distributed import Exchange, check_same
 from worldloom.envs import VectorEnv, is_env, make_env
+from worldloom.envs.across_processes import across_processes
 from worldloom.errors import NonFiniteError
 from worldloom.training.callbacks import EpisodesCallback, LoggingCallback, ProgressCallback
 from worldloom.training.callbacks.base import as_callback
@@ -125,6 +127,7 @@ class Trainer:
         if resume:
             resume_run(run, self._callbacks, resume)
         total = self._total(total_steps)
+        self._check_processes(total)
         if run.step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", run.step, total)
             # A run that was killed at its end may lack the files that callbacks write there.
@@ -152,11 +155,10 @@ class Trainer:
         self._total(None)
 
     def _env(self, source: Any) -> VectorEnv:
-        """``source``, or environments made from it, which are kept for the next call."""
-        if isinstance(source, VectorEnv):
-            return source
+        """``source``, or environments made from it, which are kept for the next call; with those of other processes."""
         if self._made_env is None or self._made_env[0] != source or self._made_env[1].closed:
-            self._made_env = source, make_env(source, seed=self.config.seed)
+            env = source if isinstance(source, VectorEnv) else make_env(source, seed=self.config.seed)
+            self._made_env = source, across_processes(env)
         return self._made_env[1]
 
     def _use_env(self, env: VectorEnv, replay: Any) -> None:
@@ -166,6 +168,13 @@ class Trainer:
             given += default_evaluation(env, self.config.eval_episodes) if self._add_evaluation else []
             self._add_evaluation = False
             self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
+
+    def _check_processes(self, total: int) -> None:
+        """Raise ``ConfigError`` unless all processes of a distributed run train the same."""
+        run = self.run
+        assert run.sampler is not None
+        facts = {**run.identity(), "callbacks": self._callbacks.names, "total_steps": total}
+        check_same(Exchange(), {**facts, "step": run.step, "rows in replay": len(run.sampler.buffer)})
 
     def _total(self, total_steps: int | None) -> int:
         """Total number of updates, by the argument or by the config's ``env_steps`` or ``total_steps``."""
