@@ -4,8 +4,8 @@
     python benchmarks/mesh.py --model dreamerv3:tiny --mesh data=2,fsdp=2
 
 The same update of the same batch on one device and on a mesh of virtual devices, which share this machine's cores: a
-ratio of 1 is free. Prints JSON: wall-clock and CPU seconds of each, timed alternately, their ratios in pairs (median, least
-and most), FLOPs of each device relative to those of one, and the bytes of what the compiled program moves.
+ratio of 1 is free. Prints JSON: wall-clock and CPU seconds of each, timed alternately, their ratios in pairs (median,
+least and most), FLOPs of each device relative to those of one, and the bytes of what the compiled program moves.
 """
 
 import argparse

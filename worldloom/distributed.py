@@ -6,12 +6,17 @@ calls in the same order, or the others wait for it. One process is the degenerat
 
 from __future__ import annotations
 
+import atexit
 import collections
 import functools
 import json
 import logging
+import os
+import sys
+import threading
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +29,21 @@ from worldloom.errors import ConfigError, DeviceError
 
 _log = logging.getLogger("worldloom")
 
+_ALIVE = "worldloom/alive/"
+"""Keys, in the store that JAX's processes share, of their signs of life."""
+_ending = threading.Event()
+"""Set when this process ends by itself: then process 0 may have ended before."""
 _LAG = 2
 """Calls after which a vote is counted, so that no process waits for the others' newest."""
 
 
-def initialize(address: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
+def initialize(
+    address: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = 60.0,
+) -> None:
     """Connect this process with the others of its run; call it before JAX computes anything.
 
     Without arguments, JAX finds the others by itself: under Slurm, Open MPI, on TPU pods and on Kubernetes.
@@ -37,6 +52,8 @@ def initialize(address: str | None = None, processes: int | None = None, process
       address: ``host:port`` of process 0, which all processes can reach.
       processes: number of processes.
       process_id: number of this one, from 0.
+      timeout: seconds after which a process that shows no sign of life ends the others, with a sentence: they would
+        wait for it forever.
 
     Raises:
       ConfigError: only some of the arguments are given, or one is out of range.
@@ -60,6 +77,48 @@ def initialize(address: str | None = None, processes: int | None = None, process
         "Process %d of %d, with %d of %d devices.",
         *(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count()),
     )
+    if jax.process_count() > 1:
+        atexit.register(_ending.set)
+        threading.Thread(target=_watch, args=(timeout,), name="worldloom-processes", daemon=True).start()
+
+
+def _watch(timeout: float) -> None:
+    """Show the other processes a sign of life now and then, and end this one if one of theirs stays away.
+
+    JAX's own watch ends a process after a similar time, but with a stack trace in place of a sentence.
+    """
+    from jax._src.distributed import global_state
+
+    client, own, beat = global_state.client, jax.process_index(), 0
+    seen: dict[str, tuple[str, float]] = {}
+    while True:
+        beat += 1
+        try:
+            client.key_value_set(f"{_ALIVE}{own}", str(beat), allow_overwrite=True)
+            found = dict(client.key_value_dir_get(_ALIVE))
+        except Exception:
+            if _ending.is_set():
+                return
+            _end("Process 0 no longer answers")
+        now = time.monotonic()
+        for number in range(jax.process_count()):
+            name = f"{_ALIVE}{number}"
+            sign, since = seen.get(name, ("", now))
+            seen[name] = (sign, since) if found.get(name, "") == sign else (found[name], now)
+            if now - seen[name][1] > timeout:
+                _end(f"Process {number} has shown no sign of life for {timeout:.0f} s")
+        time.sleep(min(timeout / 10, 5.0))
+
+
+def _end(why: str) -> NoReturn:
+    """End this process at once: its main thread waits for the others and cannot be told."""
+    print(
+        f"worldloom: {why}, so process {jax.process_index()} ends too. Start all of them again with resume='auto' "
+        "(--resume): the newest checkpoint is complete.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def is_primary() -> bool:
