@@ -89,7 +89,8 @@ def _watch(timeout: float) -> None:
     """
     from jax._src.distributed import global_state
 
-    client, own, beat = global_state.client, jax.process_index(), 0
+    client: Any = global_state.client
+    own, beat = jax.process_index(), 0
     seen: dict[str, tuple[str, float]] = {}
     while True:
         beat += 1

@@ -79,10 +79,10 @@ def main():
     try:
         trainer.train(env, resume=SETTINGS.get("resume", False))
     finally:
-        weights = {f"weights{name}": value for name, value in flat(trainer.model.params).items()}
-        replay = {f"replay{name}": value for name, value in flat(every_row(trainer.replay)).items()}
-        np.savez(SETTINGS["out"], **weights, **replay)
         Path(f"{SETTINGS['out']}.json").write_text(json.dumps({"rows": rows, "step": trainer.step}))
+    weights = {f"weights{name}": value for name, value in flat(trainer.model.params).items()}
+    replay = {f"replay{name}": value for name, value in flat(every_row(trainer.replay)).items()}
+    np.savez(SETTINGS["out"], **weights, **replay)
 
 
 if __name__ == "__main__":

@@ -173,8 +173,10 @@ class Trainer:
         """Raise ``ConfigError`` unless all processes of a distributed run train the same."""
         run = self.run
         assert run.sampler is not None
-        facts = {**run.identity(), "callbacks": self._callbacks.names, "total_steps": total}
-        check_same(Exchange(), {**facts, "step": run.step, "rows in replay": len(run.sampler.buffer)})
+        identity = run.identity()
+        facts = {**identity.pop("config"), **identity.pop("training"), **identity, "callbacks": self._callbacks.names}
+        facts |= {"total_steps": total, "updates done": run.step, "rows in replay": len(run.sampler.buffer)}
+        check_same(Exchange(), facts)
 
     def _total(self, total_steps: int | None) -> int:
         """Total number of updates, by the argument or by the config's ``env_steps`` or ``total_steps``."""
