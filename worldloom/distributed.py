@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import functools
 import json
 import logging
@@ -31,6 +32,8 @@ _log = logging.getLogger("worldloom")
 
 _ALIVE = "worldloom/alive/"
 """Keys, in the store that JAX's processes share, of their signs of life."""
+_ENDED = "ended"
+"""The last sign of a process that ends by itself, and may wait for others to do so."""
 _ending = threading.Event()
 """Set when this process ends by itself: then process 0 may have ended before."""
 _LAG = 2
@@ -78,8 +81,9 @@ def initialize(
         *(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count()),
     )
     if jax.process_count() > 1:
-        atexit.register(_ending.set)
-        threading.Thread(target=_watch, args=(timeout,), name="worldloom-processes", daemon=True).start()
+        thread = threading.Thread(target=_watch, args=(timeout,), name="worldloom-processes", daemon=True)
+        atexit.register(_stop_watching, thread)
+        thread.start()
 
 
 def _watch(timeout: float) -> None:
@@ -92,7 +96,7 @@ def _watch(timeout: float) -> None:
     client: Any = global_state.client
     own, beat = jax.process_index(), 0
     seen: dict[str, tuple[str, float]] = {}
-    while True:
+    while not _ending.wait(min(timeout / 10, 5.0)):
         beat += 1
         try:
             client.key_value_set(f"{_ALIVE}{own}", str(beat), allow_overwrite=True)
@@ -106,9 +110,16 @@ def _watch(timeout: float) -> None:
             name = f"{_ALIVE}{number}"
             sign, since = seen.get(name, ("", now))
             seen[name] = (sign, since) if found.get(name, "") == sign else (found[name], now)
-            if now - seen[name][1] > timeout:
+            if found.get(name) != _ENDED and now - seen[name][1] > timeout:
                 _end(f"Process {number} has shown no sign of life for {timeout:.0f} s")
-        time.sleep(min(timeout / 10, 5.0))
+    with contextlib.suppress(Exception):
+        client.key_value_set(f"{_ALIVE}{own}", _ENDED, allow_overwrite=True)
+
+
+def _stop_watching(thread: threading.Thread) -> None:
+    """Before Python ends: a thread that is within a call of the store then would abort the process."""
+    _ending.set()
+    thread.join(timeout=30)
 
 
 def _end(why: str) -> NoReturn:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import numpy as np
 from online_worlds import Glide, every_row, flat, toy
 
-from worldloom import distributed
+from worldloom import distributed, sharding
 from worldloom.envs import make_env
 from worldloom.envs.across_processes import across_processes
 from worldloom.training import Trainer, TrainingConfig
@@ -46,12 +46,12 @@ class Failing(Glide):
 def main():
     if SETTINGS["count"] > 1:
         distributed.initialize(f"localhost:{SETTINGS['port']}", SETTINGS["count"], SETTINGS["id"], timeout=20)
+    if SETTINGS.get("divide_all"):
+        sharding.SMALLEST_DIVIDED = 1
     rows = []
 
     def note(info):
         rows.append([info.step, dict(info.metrics)])
-        if info.step == SETTINGS.get("stop_at"):
-            os.kill(os.getpid(), signal.SIGTERM)
 
     env = across_processes(make_env(Failing, SETTINGS["envs"], seed=3))
     config = TrainingConfig(
@@ -67,15 +67,16 @@ def main():
     )
     callbacks = [(1, note), CheckpointCallback(SETTINGS["folder"], save_every=5)]
     trainer = Trainer(toy(env, latents=True), config, callbacks)
-    if SETTINGS.get("die_at"):
-        update = trainer.run.update
+    update = trainer.run.update
 
-        def dying(chunk):
-            if chunk.step == SETTINGS["die_at"]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return update(chunk)
+    def interrupted(chunk):
+        if chunk.step == SETTINGS.get("die_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if chunk.step == SETTINGS.get("stop_at"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(chunk)
 
-        trainer.run.update = dying
+    trainer.run.update = interrupted
     try:
         trainer.train(env, resume=SETTINGS.get("resume", False))
     finally:

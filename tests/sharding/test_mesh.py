@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from worldloom import ConfigError
+from worldloom.cli import main
+from worldloom.cli.mesh_report import bytes_per_device
 from worldloom.errors import DeviceError
+from worldloom.families import get_family
+from worldloom.models.registry import get_config
 from worldloom.sharding import SMALLEST_DIVIDED, interleaved, resolve_mesh, row_shards, weight_spec
 from worldloom.training import TrainingConfig
 
@@ -85,6 +89,31 @@ def test_every_device_has_as_many_windows_of_every_microbatch(parts, shards, eac
         assert np.bincount(windows, minlength=parts).tolist() == [each] * parts
     # Dealt out in turn, as on a mesh, they are the same microbatches in the same order.
     np.testing.assert_array_equal(order.reshape(-1, parts).T, np.arange(size).reshape(parts, -1))
+
+
+@pytest.mark.parametrize("name", ["dreamerv3:size400m", "tdmpc2:317m"])
+def test_each_of_eight_devices_holds_an_eighth_of_weights_and_optimizer(name):
+    model_class, algorithm = get_family(name.partition(":")[0])[2:]
+    config = get_config(name, obs_shape=(64, 64, 3) if name.startswith("dreamer") else (24,), action_dim=6)
+
+    def held(fsdp):
+        settings = TrainingConfig(mesh={"fsdp": fsdp}).of_update()
+        init = lambda key: algorithm.init_state(model_class(config), settings, key)  # noqa: E731
+        state = jax.eval_shape(init, jax.random.key(0))
+        return bytes_per_device((state.params, state.opt_state), fsdp)
+
+    assert held(8) <= held(1) / 7.9
+
+
+def test_info_prints_what_each_device_holds(capsys):
+    assert main(["info", "dreamerv3:tiny", "--mesh", "data=2,fsdp=4"]) == 0
+    text = capsys.readouterr().out
+    assert "on 8 devices (data=2, fsdp=4)" in text
+    assert "divided over 4 devices" in text
+    assert main(["info", "dreamerv3:tiny", "--mesh", "model=2"]) == 2
+    assert "no axis 'model'" in capsys.readouterr().err
+    assert main(["info", "dreamerv3:tiny", "--mesh", "data=3"]) == 2
+    assert "cannot be divided evenly over 3 devices" in capsys.readouterr().err
 
 
 def test_without_a_mesh_rows_are_on_one_device():
