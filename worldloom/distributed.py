@@ -32,6 +32,7 @@ _log = logging.getLogger("worldloom")
 
 _ALIVE = "worldloom/alive/"
 """Keys, in the store that JAX's processes share, of their signs of life."""
+_left = threading.Event()
 _ENDED = "ended"
 """The last sign of a process that ends by itself, and may wait for others to do so."""
 _ending = threading.Event()
@@ -97,6 +98,8 @@ def _watch(timeout: float) -> None:
     own, beat = jax.process_index(), 0
     seen: dict[str, tuple[str, float]] = {}
     while not _ending.wait(min(timeout / 10, 5.0)):
+        if _left.is_set():
+            return
         beat += 1
         try:
             client.key_value_set(f"{_ALIVE}{own}", str(beat), allow_overwrite=True)
@@ -111,9 +114,22 @@ def _watch(timeout: float) -> None:
             sign, since = seen.get(name, ("", now))
             seen[name] = (sign, since) if found.get(name, "") == sign else (found[name], now)
             if found.get(name) != _ENDED and now - seen[name][1] > timeout:
-                _end(f"Process {number} has shown no sign of life for {timeout:.0f} s")
+                _end(f"Process {number} has failed, or shown no sign of life for {timeout:.0f} s")
+    if _left.is_set():
+        return
     with contextlib.suppress(Exception):
         client.key_value_set(f"{_ALIVE}{own}", _ENDED, allow_overwrite=True)
+
+
+def leave() -> None:
+    """After an error that the other processes cannot know of: show no more signs of life, which ends them in time."""
+    if jax.process_count() > 1:
+        _left.set()
+
+
+def has_left() -> bool:
+    """Whether :func:`leave` was called: from then on nothing may be exchanged with the other processes."""
+    return _left.is_set()
 
 
 def _stop_watching(thread: threading.Thread) -> None:

@@ -20,8 +20,8 @@ PROGRAM = Path(__file__).with_name("one_process.py")
 class Processes:
     """The processes of a run, started together; each has ``devices`` virtual devices and ``envs`` environments."""
 
-    def __init__(self, folder, name, count, *, devices, envs, of_process=None, **settings):
-        self.outputs = [folder / f"{name}-{number}.npz" for number in range(count)]
+    def __init__(self, outputs, name, count, *, devices, envs, of_process=None, **settings):
+        self.outputs = [outputs / f"{name}-{number}.npz" for number in range(count)]
         self.begun, self.errors = time.monotonic(), []
         path = str(Path(worldloom.__file__).parents[1])
         common = {

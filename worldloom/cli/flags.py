@@ -249,7 +249,8 @@ def _parse_as(text: str, kind: Any) -> Any:
         return tuple(value)
     if kind is Mapping or (isinstance(kind, type) and issubclass(kind, Mapping)):
         if re.fullmatch(r"\w+=-?\d+(,\w+=-?\d+)*", text):  # data=2,fsdp=4
-            return {name: int(number) for name, _, number in (part.partition("=") for part in text.split(","))}
+            parts = (part.partition("=") for part in text.split(","))
+            return {name: int(number) for name, _, number in parts}
         value = json.loads(text)
         if isinstance(value, dict):
             return value

@@ -11,7 +11,7 @@ import jax
 
 from worldloom.algorithm import TrainState
 from worldloom.config import as_integer
-from worldloom.distributed import Exchange, check_same
+from worldloom.distributed import Exchange, check_same, has_left, leave
 from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.envs.across_processes import across_processes
 from worldloom.errors import NonFiniteError
@@ -139,9 +139,13 @@ class Trainer:
                 fit(run, total, self._callbacks, interrupts)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error} {recovery_hint(self._callbacks.callbacks)}") from None
+            except BaseException:
+                leave()  # Only a non-finite update happens to all processes of a run.
+                raise
             finally:
                 self._callbacks.close()
-                run.sync_model()
+                if not has_left():
+                    run.sync_model()
         interrupts.raise_received()
         return run.state
 
