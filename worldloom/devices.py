@@ -41,14 +41,15 @@ def resolve_device(name: str = "auto") -> jax.Device:
       DeviceError: a numbered device does not exist; the message lists those that do.
     """
     check_device_name(name)
-    default = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    # Devices of other processes are in jax.devices(), too.
+    default = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
     if isinstance(default, str):
-        default = jax.devices(default)[0]
+        default = jax.local_devices(backend=default)[0]
     if name == "auto":
         return default
     platform, _, number = name.partition(":")
     try:
-        found = jax.devices(_PLATFORMS[platform])
+        found = jax.local_devices(backend=_PLATFORMS[platform])
     except RuntimeError:
         found = []
     if not number:

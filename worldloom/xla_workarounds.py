@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from worldloom.sharding import row_shards
+
 
 def fast_compile_options() -> dict[str, int] | None:
     """Compiler options for a program that runs once, such as the initialization of weights.
@@ -68,9 +70,19 @@ def conv_kernel_gradient(
       g: cotangents [N, H', W', out].
     """
 
+    shards = row_shards()
+    of_each = len(x) // shards
+
     def in_groups(x: jax.Array, g: jax.Array) -> jax.Array:
-        size = max(64, -(-len(x) // 16))
-        parts = [kernel_gradient(x[i : i + size], g[i : i + size]) for i in range(0, len(x), size)]
+        size = max(64, -(-of_each // 16))
+
+        def group(images: jax.Array, i: int) -> jax.Array:
+            if shards == 1:
+                return images[i : i + size]
+            # Images are divided over the devices of a mesh: a group takes as many from each.
+            return images.reshape(shards, of_each, *images.shape[1:])[:, i : i + size].reshape(-1, *images.shape[1:])
+
+        parts = [kernel_gradient(group(x, i), group(g, i)) for i in range(0, of_each, size)]
         return sum(parts[1:], parts[0])
 
     return jax.lax.platform_dependent(x, g, cpu=in_groups, default=kernel_gradient)

@@ -6,7 +6,8 @@ import pytest
 
 from worldloom import DreamerV3Config, TDMPC2Config
 from worldloom.cli.flags import Flag, FlagParser, config_flags, field_notes, parse_value, peek_option
-from worldloom.cli.train import ENV_FLAGS, RUN_FLAGS, SHAPES
+from worldloom.cli.train import ENV_FLAGS, PROCESS_FLAGS, RUN_FLAGS, SHAPES
+from worldloom.config import freeze
 from worldloom.envs import make_env
 from worldloom.errors import ConfigError, UnknownFieldError
 from worldloom.training import TrainingConfig
@@ -20,14 +21,20 @@ def test_every_field_has_a_note_and_a_flag_that_accepts_its_default(config):
         if flag.default is not None:
             text = str(flag.default) if not isinstance(flag.default, tuple) else "[]"
             assert parse_value(flag, text) == flag.default
-            assert type(parse_value(flag, text)) is type(flag.default)
+            assert type(freeze(parse_value(flag, text))) is type(flag.default)
 
 
 @pytest.mark.parametrize("config", [DreamerV3Config, TDMPC2Config])
 def test_no_name_is_used_twice(config):
     names = [
         flag.name
-        for flag in (*RUN_FLAGS, *ENV_FLAGS, *config_flags(TrainingConfig), *config_flags(config, exclude=SHAPES))
+        for flag in (
+            *RUN_FLAGS,
+            *PROCESS_FLAGS,
+            *ENV_FLAGS,
+            *config_flags(TrainingConfig),
+            *config_flags(config, exclude=SHAPES),
+        )
     ]
     assert len(set(names)) == len(names)
     flags = FlagParser("x", "")
@@ -57,6 +64,7 @@ def test_environment_flags_are_arguments_of_make_env():
         (tuple[int, ...], "(4,)", (4,)),
         (tuple[int, ...], "[1, 2]", (1, 2)),
         (tuple[int, ...] | Mapping[str, tuple[int, ...]], '{"a": [2]}', {"a": [2]}),
+        (Mapping[str, int], "data=2,fsdp=-1", {"data": 2, "fsdp": -1}),
         (int | Mapping[str, int], "2", 2),
         (int | Mapping[str, int], '{"a": 2}', {"a": 2}),
         (str | Mapping[str, str], "discrete", "discrete"),

@@ -17,7 +17,7 @@ import pytest
 
 import worldloom
 from worldloom import ConfigError, DreamerV3Config, TDMPC2Config, UnknownFieldError
-from worldloom.config import BaseConfig, Between, Ge, Gt, Lt, OneOf, config_dataclass
+from worldloom.config import BaseConfig, Between, Ge, Gt, Lt, OneOf, config_dataclass, freeze
 from worldloom.envs import make_env
 from worldloom.families import get_family
 from worldloom.training import TrainingConfig
@@ -108,7 +108,7 @@ def test_every_row_names_a_field_its_type_and_its_default(document):
                 assert actual == VARIES[name, field]
             else:
                 assert actual == parse(default), f"{name}.{field}"
-                assert type(actual) is type(parse(default)), f"{name}.{field}"
+                assert type(actual) is type(freeze(parse(default))), f"{name}.{field}"
     assert checked == set(CLASSES)
 
 

@@ -24,6 +24,8 @@ LAYERS = [
         "spaces",
         "xla_workarounds",
         "policy_file",
+        "sharding",
+        "distributed",
         "_version",
         "migration",
         "lazy",

@@ -310,6 +310,7 @@ SOME = {
     "eval_greedy": True,
     "lr_schedule": "linear",
     "max_episode_steps": 100,
+    "mesh": {"data": 1},
     "prefill": 3,
     "prefill_updates": 5,
     "prefill_policy": "correlated",

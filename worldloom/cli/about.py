@@ -19,6 +19,15 @@ import jax.numpy as jnp
 
 from worldloom.algorithm import ReplaySpec
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser, config_flags
+from worldloom.cli.mesh_report import (
+    bytes_per_device,
+    collective_bytes,
+    compile_on_mesh,
+    divided_share,
+    link_lines,
+    mesh_shape,
+    use_virtual_devices,
+)
 from worldloom.cli.train import ENV_FLAGS
 from worldloom.config import check
 from worldloom.devices import compiled_programs
@@ -48,6 +57,8 @@ EXTRAS = {
     "minari": ("minari", "h5py"),
 }
 """Extras and the packages that they install."""
+_OF_BATCH = ("batch_size", "sequence_length", "mesh")
+"""Fields of ``TrainingConfig`` that determine the memory of an update."""
 _SHAPE_OPTIONS = ("image_size", "frame_stack")
 """Arguments of ``make_env`` that change the shape of observations."""
 
@@ -100,7 +111,7 @@ def info(words: Sequence[str]) -> int:
             *[flag for flag in ENV_FLAGS if flag.name in _SHAPE_OPTIONS],
             FAMILY_FLAG,
             Flag("exact", bool, "Compile the update and print XLA's memory plan; may take minutes."),
-            *[flag for flag in config_flags(TrainingConfig) if flag.name in ("batch_size", "sequence_length")],
+            *[flag for flag in config_flags(TrainingConfig) if flag.name in _OF_BATCH],
         ],
     )
     if family:
@@ -111,9 +122,11 @@ def info(words: Sequence[str]) -> int:
         raise UnknownModelError(
             f"There is no model '{given['name']}', and no folder. Known: {', '.join(list_models())}."
         )
-    changes: dict[str, Any] = {field: given.pop(field) for field in ("batch_size", "sequence_length") if field in given}
+    changes: dict[str, Any] = {field: given.pop(field) for field in _OF_BATCH if field in given}
     training = TrainingConfig(**{**recipe(given["name"], None).training, **changes})
     exact, env_id = given.pop("exact", False), given.pop("env", None)
+    if exact and training.mesh:
+        use_virtual_devices(math.prod(mesh_shape(training.mesh)))
     options = {flag: given.pop(flag) for flag in _SHAPE_OPTIONS if flag in given}
     check(not options or env_id is not None, f"{' and '.join(options)} belongs to an environment: give --env too.")
     shapes = _shapes_of(env_id, options) if env_id else family.config_class.example_shapes
@@ -170,7 +183,8 @@ def _memory_report(config: Any, training: TrainingConfig, exact: bool) -> Iterat
     """Lines with the parameters of each part, and the memory of one update."""
     # Parameters.
     model_class, algorithm = get_family(config.model_type)[2:]
-    state = jax.eval_shape(lambda key: algorithm.init_state(model_class(config), training, key), jax.random.key(0))
+    settings = training.of_update()
+    state = jax.eval_shape(lambda key: algorithm.init_state(model_class(config), settings, key), jax.random.key(0))
     trained = {name: part for name, part in state.params.items() if name not in model_class.untrained}
     for name, part in state.params.items():
         kind = "" if name in trained else "  (a copy or statistics, not trained)"
@@ -178,25 +192,48 @@ def _memory_report(config: Any, training: TrainingConfig, exact: bool) -> Iterat
     yield f"  {'parameters':16} {count_parameters(trained):>13,}"
     # Memory, from abstract evaluation.
     batch = _abstract_batch(config, training, algorithm.replay_spec(config, training))
+    data, fsdp = mesh_shape(training.mesh)
+    devices = data * fsdp
     sizes = {
-        "weights, copies": _nbytes(state.params),
-        "optimizer": _nbytes(state.opt_state),
-        "gradients": _nbytes(trained),
-        "batch": _nbytes(batch),
-        "activations kept": _residuals(model_class, config, state.params, batch),
+        "weights, copies": bytes_per_device(state.params, fsdp),
+        "optimizer": bytes_per_device(state.opt_state, fsdp),
+        "gradients": bytes_per_device(trained, fsdp),
+        "batch": _nbytes(batch) // devices,
+        "activations kept": _residuals(model_class, config, state.params, batch) // devices,
     }
+    if fsdp > 1:
+        # At most: XLA collects a layer's weights when it needs them, and may let go of them in between.
+        sizes["collected weights"] = _nbytes(trained) - sizes["gradients"]
     rows = jax.tree.leaves(batch["obs"])[0].shape[1]
-    yield f"memory for an update of {training.batch_size} × {rows} rows:"
-    yield from (f"  {name:16} {_megabytes(size):>13}" for name, size in sizes.items())
-    yield f"  {'in all, about':16} {_megabytes(sum(sizes.values())):>13}"
+    update = f"an update of {training.batch_size} × {rows} rows"
+    if training.mesh:
+        check(
+            training.batch_size % devices == 0,
+            f"batch_size={training.batch_size} cannot be divided evenly over {devices} devices.",
+        )
+        yield f"memory per device for {update} on {devices} devices (data={data}, fsdp={fsdp}):"
+    else:
+        yield f"memory for {update}:"
+    yield from (f"  {name:17} {_megabytes(size):>12}" for name, size in sizes.items())
+    yield f"  {'in all, about':17} {_megabytes(sum(sizes.values())):>12}"
+    if fsdp > 1:
+        share = divided_share((state.params, state.opt_state), fsdp)
+        yield f"  {share:.1%} of weights and optimizer is divided over {fsdp} devices, the rest is copied"
     # Memory, from the compiler.
     if exact:
-        backend = jax.default_backend()
-        update = jax.jit(algorithm.make_update(config, training, model_class=model_class), donate_argnums=0)
-        analysis: Any = update.lower(state, batch, jax.random.key(0)).compile().memory_analysis()
+        if training.mesh:
+            program = compile_on_mesh(algorithm, model_class, config, training, batch)
+        else:
+            update_of_one = jax.jit(algorithm.make_update(config, settings, model_class=model_class), donate_argnums=0)
+            program = update_of_one.lower(state, batch, jax.random.key(0)).compile()
+        analysis: Any = program.memory_analysis()
         total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
         # Donated arguments share their memory with outputs.
-        yield f"  {'as XLA plans it':16} {_megabytes(total - analysis.alias_size_in_bytes):>13}  on {backend}"
+        backend = f"{jax.default_backend()}{', virtual devices' if training.mesh else ''}"
+        yield f"  {'as XLA plans it':17} {_megabytes(total - analysis.alias_size_in_bytes):>12}  on {backend}"
+        if training.mesh:
+            yield "moved between devices in an update:"
+            yield from link_lines(collective_bytes(program.as_text()), devices, _megabytes)
 
 
 def _abstract_batch(config: Any, training: TrainingConfig, spec: ReplaySpec) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import re
 import textwrap
 import types
 import typing
@@ -247,6 +248,9 @@ def _parse_as(text: str, kind: Any) -> Any:
         value = json.loads(text if text.lstrip().startswith("[") else f"[{text.strip('() ').rstrip(',')}]")
         return tuple(value)
     if kind is Mapping or (isinstance(kind, type) and issubclass(kind, Mapping)):
+        if re.fullmatch(r"\w+=-?\d+(,\w+=-?\d+)*", text):  # data=2,fsdp=4
+            parts = (part.partition("=") for part in text.split(","))
+            return {name: int(number) for name, _, number in parts}
         value = json.loads(text)
         if isinstance(value, dict):
             return value

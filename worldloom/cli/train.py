@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import logging
 import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
+from worldloom import distributed
 from worldloom.cli.flags import FALSE, FAMILY_FLAG, TRUE, Flag, FlagParser, config_flags, peek_option
 from worldloom.cli.train_data import DATA_FLAGS, DataSource, check_data_flags
+from worldloom.config import check
 from worldloom.devices import keep_freed_memory
+from worldloom.distributed import is_primary
 from worldloom.envs.make import module_of
 from worldloom.errors import ConfigError
 from worldloom.families import Family, get_family, import_from_current_folder, imported_modules
@@ -40,8 +46,19 @@ RUN_FLAGS = [
     ),
     FAMILY_FLAG,
 ]
+PROCESS_FLAGS = [
+    Flag(
+        "distributed",
+        bool,
+        "This is one of several processes of a run, all started with the same arguments: by Slurm, Open MPI, on a TPU "
+        "pod, or by the three flags that follow. Process 0 prints, evaluates and writes.",
+    ),
+    Flag("coordinator", str, "HOST:PORT of process 0, which all processes can reach; JAX finds it if not given."),
+    Flag("processes", int, "Number of processes; JAX finds it if not given."),
+    Flag("process_id", int, "Number of this process, from 0; JAX finds it if not given."),
+]
 ENV_FLAGS = [
-    Flag("num_envs", int, "Environments stepped together.", 1),
+    Flag("num_envs", int, "Environments stepped together, of all processes.", 1),
     Flag("parallel", str, "sync: in this process, or subprocess: one process each.", "sync"),
     Flag("action_repeat", int, "Environment steps per action; the suite's usual if not given."),
     Flag("time_limit", int, "Environment steps after which an episode is cut."),
@@ -93,10 +110,11 @@ def train(words: Sequence[str]) -> int:
     name = peek_option(words, "--model") or _preset_of(peek_option(words, "--protocol"))
     family = split_name(name)[0] if name else _family_of(existing) if existing else None
     given = _flags(family).parse(words)
+    _connect(given)
     # This setting only works before JAX computes anything.
     if family is None or not family.algorithm.short_updates(_config_before_env(name, existing, family, given)):
         keep_freed_memory()
-    if folder:
+    if folder and is_primary():
         RunLock(RunFolder(folder).path).check()
     import_from_current_folder()
     plan = _resumed_run(existing, given) if existing and not name else _new_run(given, name)
@@ -114,7 +132,8 @@ def train(words: Sequence[str]) -> int:
         if plan.env:
             trainer.check_length(plan.env)
         lines = [_headline(plan), *(f"  {line}" for line in plan.settings), _budget(plan), f"run folder {shown}"]
-        print(*lines, sep="\n", flush=True)
+        if is_primary():
+            print(*lines, sep="\n", flush=True)
         flags = "".join(f" --family-module {shlex.quote(name)}" for name in imported_modules)
         start = time.perf_counter()
         try:
@@ -124,10 +143,11 @@ def train(words: Sequence[str]) -> int:
                 offline_then_online(trainer, source.training, plan.env, resume=resume)
         except (KeyboardInterrupt, SystemExit):
             command = f"worldloom train --run {shlex.quote(shown)} --resume{flags}"
-            print(f"Stopped after {trainer.step:,} updates. To continue: {command}", file=sys.stderr)
+            if is_primary():
+                print(f"Stopped after {trainer.step:,} updates. To continue: {command}", file=sys.stderr)
             raise
         finally:
-            if made:
+            if made and is_primary():
                 with contextlib.suppress(OSError):
                     plan.run.path.rmdir()  # Only if it is empty: training was refused.
         seconds = time.perf_counter() - start
@@ -143,11 +163,43 @@ def train(words: Sequence[str]) -> int:
     if importlib.util.find_spec("tensorboard") is not None:
         pages.append(f"tensorboard --logdir {shlex.quote(shown)}")
     trust = f" --env {shlex.quote(spec)}" if isinstance(spec, str) and module_of(spec) else ""
-    print(
-        f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {shlex.quote(shown)}{flags}{trust}; "
-        f"worldloom play {shlex.quote(shown)}{flags}{trust}; {'; '.join(pages)}"
-    )
+    if is_primary():
+        print(
+            f"{trainer.step:,} updates, {seconds:,.0f} s. Next: worldloom eval {shlex.quote(shown)}{flags}{trust}; "
+            f"worldloom play {shlex.quote(shown)}{flags}{trust}; {'; '.join(pages)}"
+        )
     return 0
+
+
+def _connect(given: dict[str, Any]) -> None:
+    """Connect the processes of a distributed run, and take the flags for that out of ``given``."""
+    wanted = given.pop("distributed", False)
+    found = {flag.name: given.pop(flag.name) for flag in PROCESS_FLAGS if flag.name in given}
+    if not wanted:
+        check(not found, f"{' and '.join(_option_names(found))} only means something with --distributed.")
+        return
+    check(
+        bool(given.get("run")),
+        "--distributed needs --run FOLDER: every process must know the folder, on a disk that all of them see.",
+    )
+    distributed.initialize(found.get("coordinator"), found.get("processes"), found.get("process_id"))
+    if not is_primary():
+        # Process 0 says it all; errors of this one still end it with a sentence.
+        logging.getLogger("worldloom").setLevel(logging.ERROR)
+
+
+def _option_names(names: Iterable[str]) -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name in names]
+
+
+def _own_share(num_envs: int) -> int:
+    """How many of ``num_envs`` environments this process steps. Raises ``ConfigError`` if they cannot be divided."""
+    count = jax.process_count()
+    check(
+        num_envs % count == 0,
+        f"--num-envs {num_envs} cannot be divided evenly over {count} processes; use a multiple of {count}.",
+    )
+    return num_envs // count
 
 
 def _flags(family: Family | None) -> FlagParser:
@@ -158,6 +210,7 @@ def _flags(family: Family | None) -> FlagParser:
     flags = FlagParser("train", "Train an agent in an environment, or resume a run.", epilog=epilog)
     flags.group("run", RUN_FLAGS)
     flags.group("recorded data (worldloom.data.open)", DATA_FLAGS)
+    flags.group("several processes", PROCESS_FLAGS)
     flags.group("environment (make_env)", ENV_FLAGS)
     training = [
         flag._replace(aliases=("steps",)) if flag.name == "env_steps" else flag for flag in config_flags(TrainingConfig)
@@ -252,16 +305,18 @@ def _make_env(spec: str, family: Family, options: dict[str, Any], seed: int) -> 
     Returns the environments, and reasons for arguments that were chosen here.
     """
     from worldloom.envs import make_env
+    from worldloom.envs.across_processes import across_processes
 
+    if jax.process_count() > 1:
+        options = {**options, "num_envs": _own_share(options.get("num_envs", 1))}
     try:
         env = make_env(spec, seed=seed, **options)
         frames = family.algorithm.frame_stack
         if frames and "frame_stack" not in options and isinstance(env.obs_shape, tuple) and len(env.obs_shape) == 3:
             env.close()
-            return make_env(spec, seed=seed, frame_stack=frames, **options), {
-                "frame_stack": "one image shows no motion"
-            }
-        return env, {}
+            env = make_env(spec, seed=seed, frame_stack=frames, **options)
+            return across_processes(env), {"frame_stack": "one image shows no motion"}
+        return across_processes(env), {}
     except TypeError as error:
         # What a simulator's constructor says of an option that it does not have.
         raise ConfigError(f"{spec} cannot be made with {_option_flags(options)}: {error}") from error
@@ -301,6 +356,8 @@ def _short(value: Any) -> str:
 
 def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     """The run in a folder, with the ``given`` changes; restoring its checkpoint refuses those that are impossible."""
+    from worldloom.envs.across_processes import across_processes
+
     settings = run.settings()
     model_given, training_given, env_given = _split_given(given)
     if "env" in given:
@@ -312,7 +369,12 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     recorded = run.settings().get("data")
     has_env = run.settings().get("env") is not None
     source = DataSource({**recorded, **given}, evaluate=not has_env) if recorded else None
-    env = run.make_env(trust=True, **env_given) if has_env or not source else None
+    env = None
+    if has_env or not source:
+        share = {}
+        if jax.process_count() > 1:
+            share["num_envs"] = _own_share(env_given.get("num_envs") or (settings["env"] or {}).get("num_envs", 1))
+        env = across_processes(run.make_env(trust=True, **{**env_given, **share}))
     experiment = run.experiment()
     try:
         cls = saved_class(settings["model"], settings.get("model_class"), str(run.path))
@@ -332,7 +394,7 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
 def _split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The given fields of the model's config and of the training config, and the arguments of ``make_env``."""
     env_names = {flag.name for flag in ENV_FLAGS}
-    run_names = {flag.name for flag in (*RUN_FLAGS, *DATA_FLAGS)}
+    run_names = {flag.name for flag in (*RUN_FLAGS, *DATA_FLAGS, *PROCESS_FLAGS)}
     training_names = TrainingConfig.__dataclass_fields__  # type: ignore[attr-defined]
     env = {name: value for name, value in given.items() if name in env_names}
     for name, value in given.get("env_option", {}).items():

@@ -23,6 +23,7 @@ from worldloom.errors import ConfigError, DataError
 from worldloom.models.live_weights import any_traced, live_weights
 from worldloom.models.params import count_parameters, flatten, unflatten
 from worldloom.nn.linear import OneDraw
+from worldloom.sharding import whole_weights
 from worldloom.xla_workarounds import fast_compile_options
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -87,7 +88,7 @@ def _where_not_finite(method: Callable[..., Any], model: Any, args: Any, kwargs:
 
 def merge(cls: Any, config: Any, params: Params, dtype: jnp.dtype | None = None) -> Any:
     """The model with the weights ``params``, for traced code; ``dtype`` None follows ``config.precision``."""
-    return nnx.merge(graphdef(cls, config, dtype or compute_dtype(config.precision)), params)
+    return nnx.merge(graphdef(cls, config, dtype or compute_dtype(config.precision)), whole_weights(params))
 
 
 def graphdef(cls: Any, config: Any, dtype: jnp.dtype) -> Any:

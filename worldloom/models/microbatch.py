@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from worldloom.devices import resolve_device
 from worldloom.ops.keys import step_keys
+from worldloom.sharding import row_shards
 from worldloom.xla_workarounds import needs_unrolled_scan
 
 Averaged = TypeVar("Averaged")
@@ -17,12 +18,20 @@ Kept = TypeVar("Kept")
 
 
 def split_rows(rows: Any, parts: int) -> Any:
-    """Arrays [B, ...] as [parts, B / parts, ...]; ``parts`` divides B."""
+    """Arrays [B, ...] as [parts, B / parts, ...]; ``parts`` divides B.
+
+    On a mesh, row i goes to part ``i % parts``, so that every device works on its own rows in each; the trainer gives
+    them in the order of :func:`worldloom.sharding.interleaved`, and parts are the same as on one device.
+    """
+    if row_shards() > 1:
+        return jax.tree.map(lambda x: jnp.swapaxes(jnp.reshape(x, (-1, parts, *x.shape[1:])), 0, 1), rows)
     return jax.tree.map(lambda x: jnp.reshape(x, (parts, -1, *x.shape[1:])), rows)
 
 
 def join_rows(rows: Any) -> Any:
     """Inverse of :func:`split_rows`."""
+    if row_shards() > 1:
+        rows = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rows)
     return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), rows)
 
 

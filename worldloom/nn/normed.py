@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from worldloom.sharding import row_shards
+
 # The reference's `init.weight_init`: normal, truncated at ±2, which at 100 standard deviations truncates nothing.
 _kernel_init = nnx.initializers.normal(0.02)
 
@@ -106,7 +108,7 @@ class NormedMLP(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[..., in] → [..., out] float32; a key turns the dropout on."""
         # Flattened to [rows, width]: on [H, B, 1, width] XLA's CPU reductions and products are a quarter slower.
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if row_shards() > 1 else x.reshape(-1, x.shape[-1])
         return self.after_first_affine(self.hidden[0].affine(rows), key).reshape(*x.shape[:-1], -1)
 
     def after_first_affine(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:

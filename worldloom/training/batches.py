@@ -12,6 +12,7 @@ import numpy as np
 
 from worldloom.algorithm import TrainState
 from worldloom.errors import DataError
+from worldloom.sharding import Placement
 from worldloom.training.collector import Collector
 from worldloom.training.sampler import SequenceSampler
 from worldloom.training.train_ratio import TrainRatio
@@ -47,7 +48,8 @@ class BatchSource:
       sampler: samples the batches.
       writeback: writes latents that are due before a batch is sampled.
       seed: seed of the run.
-      device: device that batches are sent to.
+      placement: where batches are sent to.
+      windows: numbers of the windows of a batch that this process samples, in the order that devices get them.
       capacity: K, the maximum number of updates per call.
       collector: steps the environments; None offline.
       ratio: when updates are due; None offline.
@@ -60,14 +62,15 @@ class BatchSource:
         writeback: LatentWriteback,
         *,
         seed: int,
-        device: jax.Device,
+        placement: Placement,
+        windows: np.ndarray | None = None,
         capacity: int,
         collector: Collector | None = None,
         ratio: TrainRatio | None = None,
         read_state: Callable[[], TrainState] | None = None,
     ):
         self._sampler, self._writeback = sampler, writeback
-        self._seed, self._device, self._capacity = seed, device, capacity
+        self._seed, self._placement, self._windows, self._capacity = seed, placement, windows, capacity
         self._collector, self._ratio, self._read_state = collector, ratio, read_state
         self._worker = None if collector else ThreadPoolExecutor(1, thread_name_prefix="worldloom-batches")
         self._prefetched: Future[UpdateChunk] | None = None
@@ -145,9 +148,12 @@ class BatchSource:
     def _sample(self, planned: _PlannedChunk) -> UpdateChunk:
         """Sample the batches [K, B, T, ...] of a chunk, padded to the capacity, and send them to the device."""
         queue = self._collector.queue if self._collector else None
-        sampled = [self._sampler.sample(self._seed, planned.step + i, queue) for i in range(planned.updates)]
+        sampled = [
+            self._sampler.sample(self._seed, planned.step + i, queue, self._windows) for i in range(planned.updates)
+        ]
         stacked = jax.tree.map(lambda *arrays: _stack(arrays, self._capacity), *(batch for batch, _ in sampled))
-        return UpdateChunk(*planned, jax.device_put(stacked, self._device), [row_ids for _, row_ids in sampled])
+        on_device = self._placement.put_batches(stacked, self._sampler.batch_size)
+        return UpdateChunk(*planned, on_device, [row_ids for _, row_ids in sampled])
 
     def _attach_device_rows(self, chunk: UpdateChunk) -> UpdateChunk:
         """With replay on the device: copy new rows and due latents there, and add the slots of the chunk's rows."""

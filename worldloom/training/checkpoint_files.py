@@ -12,7 +12,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import types
@@ -29,6 +28,8 @@ from worldloom.errors import CheckpointError, ConfigError, FileFormatError
 from worldloom.families import class_name
 from worldloom.files import fsync_folder, fsync_tree, plain_path, write_atomically
 from worldloom.training.config import TrainingConfig
+from worldloom.training.optimizer_layout import OptimizerLayout
+from worldloom.training.orbax_access import checkpointer, orbax_warnings
 
 FORMAT = 1
 """Version of the checkpoint layout."""
@@ -50,6 +51,7 @@ MAY_CHANGE = frozenset(
         "eval_greedy",
         "save_interval",
         "device",
+        "mesh",
         "updates_per_call",
         "replay_storage",
         "max_episode_steps",
@@ -175,6 +177,7 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
                 f"The weights in {path} have other shapes than the model of this run, so nothing can be taken along; "
                 "give the model the config of the run, or begin a new one."
             )
+        saved = OptimizerLayout.between(saved, _flatten(tree)).shapes(saved)
         if not _fits(saved, {"opt_state": tree["opt_state"]}, path):
             record[NEW_OPTIMIZER] = True
             del tree["opt_state"]
@@ -317,11 +320,11 @@ def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
     with (
         plain_path(path.parent) as folder,
-        _orbax_warnings() as warned,
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        orbax_warnings() as warned,
+        checkpointer() as orbax,
     ):
         try:
-            checkpointer.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
+            orbax.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
         except ValueError as error:
             if os.strerror(errno.ENOSPC) not in str(error):
                 raise
@@ -331,44 +334,28 @@ def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
         raise CheckpointError(f"Orbax warned: {warned[0]}")
 
 
-@contextlib.contextmanager
-def _orbax_warnings() -> Iterator[list[str]]:
-    """Collects what Orbax logs as a warning or an error; it does so even where what it wrote cannot be read."""
-    found: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    logger, handler = logging.getLogger("absl"), Collector(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-
-
 def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str, np.ndarray]:
     """The arrays of ``template`` by name, and with ``extra`` those with the prefix ``_EXTRA``.
 
     Shapes and sizes are checked against the file's metadata before memory is allocated.
     """
-    saved = _saved_shapes(path)
-    _fit(saved, template, path)
+    saved, needed = _saved_shapes(path), _flatten(template)
+    layout = OptimizerLayout.between(saved, needed)
+    _fit(layout.shapes(saved), template, path)
     extras = {name: value for name, value in saved.items() if extra and name.startswith(_EXTRA)}
     if sum(value.size * value.dtype.itemsize for value in extras.values()) > _MAX_EXTRA:
         raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
-    requested = {name: saved[name] for name in _flatten(template) if name in saved} | extras
+    sources = (source for name in needed for source in layout.sources(name))
+    requested = {name: saved[name] for name in sources if name in saved} | extras
     with _reading(path), plain_path(path) as folder:
-        return _restore(folder / "state", requested)
+        return layout.convert(_restore(folder / "state", requested))
 
 
 def _saved_shapes(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the arrays of a checkpoint by name."""
-    import orbax.checkpoint as ocp
 
-    with _reading(path), plain_path(path) as folder, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        entries = checkpointer.metadata(folder / "state").item_metadata.tree
+    with _reading(path), plain_path(path) as folder, checkpointer() as orbax:
+        entries = orbax.metadata(folder / "state").item_metadata.tree
         return {name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in entries.items()}
 
 
@@ -378,8 +365,8 @@ def _restore(state: Path, requested: Mapping[str, Any]) -> dict[str, np.ndarray]
 
     options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
     arguments = ocp.args.PyTreeRestore(dict(requested), restore_args=options, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(state, args=arguments)
+    with checkpointer() as orbax:
+        return orbax.restore(state, args=arguments)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
-from worldloom.config import BaseConfig, Between, Ge, Gt, Lt, OneOf, check, config_dataclass
+from worldloom.config import BaseConfig, Between, FrozenMapping, Ge, Gt, Lt, OneOf, check, config_dataclass
 from worldloom.devices import check_device_name
+from worldloom.sharding import check_mesh
 
 
 @config_dataclass
@@ -53,6 +55,9 @@ class TrainingConfig(BaseConfig):
     """Updates between two checkpoints; 0 saves only at the end."""
     device: str = "cuda"
     """``auto cpu cuda gpu tpu`` or numbered (``cuda:1``); ``cuda`` without a GPU trains on what JAX has."""
+    mesh: Mapping[str, int] = FrozenMapping({})
+    """Devices that an update is divided over: ``{"data": 4}`` divides its windows, ``{"fsdp": 4}`` also weights and
+    optimizer state, ``{"data": 2, "fsdp": 4}`` does both; -1 is all devices that are left. Empty: one device."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 42
     """Seed of all randomness of the run: batches, sampling, dropout."""
     env_steps: Annotated[int, Ge(0)] = 0
@@ -105,6 +110,20 @@ class TrainingConfig(BaseConfig):
             f"batch_size={self.batch_size} × sequence_length={self.sequence_length} rows are too many for one batch.",
         )
         check_device_name(self.device)
+        check_mesh(self.mesh)
+        check(
+            not self.mesh or ":" not in self.device,
+            f"device='{self.device}' is one device, mesh={dict(self.mesh)} takes several; name the platform alone.",
+        )
+        check(
+            not self.mesh or self.replay_storage != "device",
+            f"replay_storage='device' keeps replay on one device; with mesh={dict(self.mesh)} it stays on the host.",
+        )
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether :attr:`mesh` divides weights and optimizer state."""
+        return self.mesh.get("fsdp", 1) != 1
 
     def of_update(self, total_steps: int | None = None) -> TrainingConfig:
         """A copy with all fields at their defaults that a single update does not read.
@@ -116,6 +135,8 @@ class TrainingConfig(BaseConfig):
         """
         read = ("batch_size", "sequence_length", "learning_rate", "weight_decay", "grad_clip", "warmup_steps")
         kept = {name: getattr(self, name) for name in (*read, "microbatches", "remat")}
+        if self.divides_weights:
+            kept["mesh"] = self.mesh  # It decides the form of the optimizer's state.
         if self.lr_schedule != "constant":
             kept |= {"lr_schedule": self.lr_schedule, "total_steps": total_steps or self.total_steps}
         return TrainingConfig(**kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from worldloom.distributed import StopVote
 from worldloom.training.callbacks.runner import CallbackRunner
 from worldloom.training.interrupts import Interrupts
 from worldloom.training.run_state import Run
@@ -15,9 +16,16 @@ def fit(run: Run, total_steps: int, callbacks: CallbackRunner, interrupts: Inter
     Raises:
       NonFiniteError: a loss or gradient was not finite; the state is that of the last good update.
     """
-    with run.batches(
-        total_steps, callbacks.next_step, lambda: bool(callbacks.stop_reason or interrupts.received)
-    ) as chunks:
+    vote = StopVote()  # All processes of a run stop after the same update.
+
+    def stop_requested() -> bool:
+        wanted = bool(callbacks.stop_reason or interrupts.received)
+        decided = vote(wanted)
+        if decided and not wanted:
+            callbacks.stop_reason = "Another process was asked to stop"
+        return decided
+
+    with run.batches(total_steps, callbacks.next_step, stop_requested) as chunks:
         callbacks.on_train_begin(run)
         for chunk in chunks:  # online: steps the environments until an update is due
             output = run.update(chunk)  # donates run.learner and replaces it

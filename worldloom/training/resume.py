@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from worldloom.training.callbacks import CheckpointCallback
 from worldloom.training.callbacks.runner import CallbackRunner
 from worldloom.training.checkpoint import Checkpointer, locate_checkpoint
@@ -33,6 +35,7 @@ def resume_run(run: Run, callbacks: CallbackRunner, resume: bool | str | Path) -
         return
     identity = run.identity()
     snapshot = checkpoints.restore(run.state, identity, step, exact=exact)
+    _say_where(snapshot.record, run)
     changes = [] if exact else _changes(snapshot.record, identity)
     changes += run.restore(snapshot, folder, exact=not changes and exact)
     callbacks.load_state_dict(snapshot.record["callbacks"], run.step)
@@ -46,6 +49,23 @@ def resume_run(run: Run, callbacks: CallbackRunner, resume: bool | str | Path) -
 def save_dirs(callbacks: CallbackRunner) -> list[Path]:
     """Folders of the callbacks that write checkpoints."""
     return [callback.save_dir for callback in callbacks.callbacks if isinstance(callback, CheckpointCallback)]
+
+
+def _say_where(record: Mapping[str, Any], run: Run) -> None:
+    """Say if the run goes on over other devices or processes, where results are equal up to rounding only."""
+    training = record.get("training") or {}
+    before = dict(training.get("mesh") or {}), record.get("processes", 1)
+    now = dict(run.config.mesh), jax.process_count()
+    if before != now:
+        _log.warning(
+            "The run goes on over %s, it was saved over %s: its results are equal up to rounding.",
+            *(_devices_in_words(*each) for each in (now, before)),
+        )
+
+
+def _devices_in_words(mesh: dict[str, int], processes: int) -> str:
+    devices = f"mesh={mesh}" if mesh or processes > 1 else "one device"
+    return f"{devices} of {processes} processes" if processes > 1 else devices
 
 
 def _begin_again(run: Run, callbacks: CallbackRunner) -> None:

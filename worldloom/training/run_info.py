@@ -12,7 +12,15 @@ from flax import nnx
 
 from worldloom._version import __version__
 from worldloom.algorithm import TrainState
+from worldloom.sharding import Placement
 from worldloom.training.update_loop import copy
+
+
+def check_is_model(model: Any) -> None:
+    """Raise ``TypeError`` unless ``model`` is a world model."""
+    if isinstance(model, type) or not hasattr(model, "check_trainable"):
+        what = f"the class {model.__name__}; build one from its config" if isinstance(model, type) else repr(model)
+        raise TypeError(f"A Trainer trains a world model, such as create_world_model returns, not {what:.200}.")
 
 
 def root_key(seed: int) -> jax.Array:
@@ -21,11 +29,11 @@ def root_key(seed: int) -> jax.Array:
     return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
 
 
-def on_host(state: TrainState) -> TrainState:
+def on_host(state: TrainState, placement: Placement) -> TrainState:
     """A copy of ``state`` with NumPy arrays, independent of later updates. The key stays a JAX key."""
-    fetched = jax.device_get((state.step, state.params, state.opt_state))
+    fetched = placement.to_host((state.step, state.params, state.opt_state))
     step, params, opt_state = jax.tree.map(np.array, fetched)
-    return state.replace(step=step, params=params, opt_state=opt_state, key=copy(state.key))
+    return state.replace(step=step, params=params, opt_state=opt_state, key=copy(placement.to_device(state.key)))
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from worldloom.envs import EnvSpaces, VectorEnv
 from worldloom.errors import ConfigError, NonFiniteError
 from worldloom.families import class_name
 from worldloom.replay import ReplayBuffer
+from worldloom.sharding import Placement
 from worldloom.training.batches import BatchSource, UpdateChunk
 from worldloom.training.callbacks.base import StepInfo
 from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot, flatten_state
@@ -26,7 +27,7 @@ from worldloom.training.collector import Collector, check_env_fits, check_same_e
 from worldloom.training.config import TrainingConfig
 from worldloom.training.metrics import MetricsStream
 from worldloom.training.mixed_replay import check_same_data, data_identity, mix_data
-from worldloom.training.run_info import on_host, root_key, versions, with_params
+from worldloom.training.run_info import check_is_model, on_host, root_key, versions, with_params
 from worldloom.training.sampler import SequenceSampler
 from worldloom.training.train_ratio import TrainRatio
 from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard, UpdateOutput, compiled_update, copy
@@ -35,7 +36,7 @@ from worldloom.xla_workarounds import needs_unrolled_updates
 
 _log = logging.getLogger("worldloom")
 
-_FIXED = ("seed", "device", "updates_per_call", "replay_capacity")
+_FIXED = ("seed", "device", "mesh", "updates_per_call", "replay_capacity")
 """Fields of ``TrainingConfig`` that cannot change once a run has begun, because its state depends on them."""
 _OF_RATIO = ("prefill", "prefill_updates", "train_ratio", "batch_size", "sequence_length")
 """Those that say when updates are due."""
@@ -58,6 +59,7 @@ class Run:
       metrics: queue of metrics that the device is still computing.
       total_steps: updates at which the current call of ``train`` ends.
       capacity: K, the maximum number of updates per compiled call.
+      placement: where weights and batches are: on one device, or on a mesh.
 
     Raises:
       DeviceError: ``config.device`` is a numbered device that does not exist.
@@ -65,11 +67,11 @@ class Run:
     """
 
     def __init__(self, model: Any, config: TrainingConfig):
-        if isinstance(model, type) or not hasattr(model, "check_trainable"):
-            what = f"the class {model.__name__}; build one from its config" if isinstance(model, type) else repr(model)
-            raise TypeError(f"A Trainer trains a world model, such as create_world_model returns, not {what:.200}.")
+        check_is_model(model)
         self.model, self.config = model, config
         self.device = resolve_device(config.device)
+        self.placement = Placement.of(config.mesh, self.device)
+        self.placement.check_batch(config.batch_size, config.microbatches)
         model.check_trainable(self.device)
         # On a CPU, the overhead of a call is small compared with an update, and short calls react to Ctrl-C sooner.
         self.capacity = config.updates_per_call or (1 if self.device.platform == "cpu" else 8)
@@ -90,6 +92,7 @@ class Run:
         self.writeback = LatentWriteback(self.capacity)
         self.metrics = MetricsStream()
         self._update: CompiledUpdate | None = None
+        self._collected: TrainState | None = None
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -187,7 +190,9 @@ class Run:
         self.total_steps = total_steps
         # Updates donate the state, so copy the arrays that the model and callers still hold.
         self._set_state(copy(self.state))
-        self._choose_replay_storage(self.sampler)
+        if self.placement.mesh is None:
+            growing = self.collector is not None
+            self.sampler.choose_storage(self.config.replay_storage, self.device, growing=growing)
         self._update = compiled_update(
             self.model.algorithm.make_update,
             self.model.config,
@@ -198,16 +203,18 @@ class Run:
             self.sampler.uses_latents,
             self._unrolled,
             self.model.version(),
+            *([self.placement] if self.placement.mesh else []),  # Runs on one device share programs, whichever it is.
         )
         source = BatchSource(
             self.sampler,
             self.writeback,
             seed=self.config.seed,
-            device=self.device,
+            placement=self.placement,
+            windows=self.placement.windows(self.config.batch_size, self.config.microbatches),
             capacity=self.capacity,
             collector=self.collector,
             ratio=self.ratio if self.collector else None,
-            read_state=lambda: self.state,
+            read_state=lambda: self.placement.acting_state(self.state),
         )
         with source:
             yield source.chunks(self.step, total_steps, next_callback_step, stop_requested)
@@ -220,11 +227,13 @@ class Run:
         assert self.learner is not None
         assert self.sampler is not None
         if not self.metrics.names:
-            names = self._update.metric_names(self.learner.state, chunk.batches, self.sampler.ring)
+            with self.placement.context():
+                names = self._update.metric_names(self.learner.state, chunk.batches, self.sampler.ring)
             guarded = () if self.config.skip_nonfinite else self._update.guarded(names)
             self.metrics.open(names, guarded)
         self.learner, output = self._update(self.learner, chunk.batches, chunk.updates, self.sampler.ring)
-        return output
+        latents = self.placement.in_order(output.latents, self.config.batch_size, self.config.microbatches)
+        return output._replace(latents=latents)
 
     def sync(self) -> None:
         """Wait for all updates and writes in flight. Raises ``NonFiniteError`` naming step and term."""
@@ -238,7 +247,7 @@ class Run:
             self.learner = None
             return
         self.step = int(self.learner.state.step)
-        self.model.load_params(self.learner.state.params)
+        self.model.load_params(self.placement.to_device(self.learner.state.params))
 
     # ---- reading, saving, restoring ---------------------------------------------------------------------------------
 
@@ -246,7 +255,13 @@ class Run:
         """A copy of the state on the host, after all updates in flight."""
         self.sync()
         self._skipped = int(self._guard.skipped)
-        return on_host(self.state)
+        collected = self._collected
+        return collected if collected and int(collected.step) == self.step else on_host(self.state, self.placement)
+
+    def collect_state(self) -> None:
+        """Before callbacks: collect weights that are divided over processes, which all processes must do at once."""
+        if self.placement.spans_processes and self.config.divides_weights:
+            self._collected = on_host(self.state, self.placement)
 
     def identity(self) -> dict[str, Any]:
         """Both configs and the model's class, which a checkpoint must match to be resumed."""
@@ -312,6 +327,7 @@ class Run:
             "skipped": self._skipped,
             "replay_size": len(self.sampler.buffer),
             "data": data_identity(self.data),
+            "processes": jax.process_count(),
             **self.identity(),
             "callbacks": dict(callbacks),
             "versions": versions(),
@@ -409,6 +425,7 @@ class Run:
             # Nothing depends on the old config yet: take what the constructor derives from the new one.
             new_run = Run(self.model, config)
             self.device, self.capacity, self._unrolled = new_run.device, new_run.capacity, new_run._unrolled
+            self.placement = new_run.placement
             self.writeback = new_run.writeback
         elif self.learner is not None:
             init_state = lambda key: self.model.algorithm.init_state(self.model, config.of_update(), key)  # noqa: E731
@@ -418,6 +435,7 @@ class Run:
                     "The state of the optimizer does not fit the new config, which switches one of its parts (such as "
                     "weight_decay) on or off; begin a new Trainer with this model."
                 )
+        self.placement.check_batch(config.batch_size, config.microbatches)
         ratio = self.ratio if self.collector is not None else None
         self.config = config
         if self.collector is not None:
@@ -437,14 +455,4 @@ class Run:
 
     def _set_state(self, state: TrainState) -> None:
         guard = NonFiniteGuard.create(self._skipped)
-        self.learner = Learner(*jax.device_put((state, guard), self.device))
-
-    def _choose_replay_storage(self, sampler: SequenceSampler) -> None:
-        """Copy rows to the device if the config requests it or, with "auto", if half of its free memory suffices."""
-        storage, growing = self.config.replay_storage, self.collector is not None
-        if storage == "auto":
-            memory = self.device.memory_stats() if self.device.platform != "cpu" else None
-            free = memory["bytes_limit"] - memory["bytes_in_use"] if memory and "bytes_limit" in memory else 0
-            storage = "device" if sampler.bytes_on_device(growing=growing) <= free / 2 else "host"
-        if storage == "device":
-            sampler.to_device(self.device, growing=growing)
+        self.learner = Learner(self.placement.put_state(state), self.placement.put_state(guard))

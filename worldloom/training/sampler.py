@@ -33,6 +33,7 @@ class SequenceSampler:
 
     Attributes:
       buffer: see above.
+      batch_size: windows per batch.
       rows: rows per window.
       uses_latents: whether windows start from stored latents, and fresh latents are written back.
       on_device: the copy of the rows on the device, or None.
@@ -58,7 +59,7 @@ class SequenceSampler:
         self.uses_latents = bool(spec.latents) and all(stored.get(k) == tuple(s) for k, s in spec.latents.items())
         # Context rows precede the rows that gradients flow through; without stored latents there is no context.
         self.rows = spec.rows if self.uses_latents or not spec.latents else config.sequence_length
-        self.buffer, self._batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
+        self.buffer, self.batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
         # Recorded data are drawn as they are. So is what a buffer with its own way of sampling draws.
         self._chooses_rows = allow_empty and (mixed or supports_device_storage(buffer))
         self._finished, self._fresh_first = not spec.open_episodes, spec.fresh_first
@@ -78,30 +79,35 @@ class SequenceSampler:
         return None if self.on_device is None else self.on_device.ring
 
     def sample(
-        self, seed: int, update: int, queue: OnlineQueue | None = None
+        self, seed: int, update: int, queue: OnlineQueue | None = None, windows: np.ndarray | None = None
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Batch number ``update``, [B, T, ...], and its row numbers [B, T] (None if the buffer does not number rows).
 
         The batch lacks the observations and latents that :attr:`on_device` holds; see :meth:`attach_slots`. Windows of
         ``queue``, if the algorithm replays fresh rows first, take the first places; its position is part of the content
-        that the batch is a function of.
+        that the batch is a function of. With ``windows`` [W], the batch holds only those of its windows, in that order;
+        the row numbers are still those of all.
         """
         options: dict[str, Any] = {"seed": seed, "update": update, "cross_episodes": self._cross_episodes}
-        if self.on_device is not None or self._chooses_rows:
+        divided = windows is not None and supports_device_storage(self.buffer)
+        if self.on_device is not None or self._chooses_rows or divided:
             finished = {"finished": True} if self._finished and self._chooses_rows else {}
             if finished and not self._checked:
                 self._check_finished()
-            ids = self.buffer.draw(self._batch_size, self.rows, **options, **finished)
+            ids = self.buffer.draw(self.batch_size, self.rows, **options, **finished)
             if queue is not None and self._fresh_first and self._chooses_rows:
                 fresh = queue.pop(self._collected, self._fresh_places(update), self.rows)
                 ids[: len(fresh)] = fresh
             on_host = self.on_device is None
-            batch = self.buffer.take(ids, observations=on_host, latents=self.uses_latents and on_host)
-            return batch, batch.pop("row_ids")
-        batch = self.buffer.sample(self._batch_size, self.rows, **options, latents=self.uses_latents)
+            taken = ids if windows is None else ids[windows]
+            batch = self.buffer.take(taken, observations=on_host, latents=self.uses_latents and on_host)
+            del batch["row_ids"]
+            return batch, ids
+        batch = self.buffer.sample(self.batch_size, self.rows, **options, latents=self.uses_latents)
         if "is_terminal" in batch:
             batch.pop("continues", None)  # It says the same.
-        return batch, batch.pop("row_ids", None)
+        ids = batch.pop("row_ids", None)
+        return batch if windows is None else jax.tree.map(lambda x: x[windows], batch), ids
 
     @property
     def _collected(self) -> Any:
@@ -111,7 +117,7 @@ class SequenceSampler:
     def _fresh_places(self, update: int) -> int:
         """Windows of a batch that may be fresh ones: all but those of recorded data."""
         mixed = isinstance(self.buffer, MixedReplay)
-        return self.buffer.fresh_places(self._batch_size, update) if mixed else self._batch_size
+        return self.buffer.fresh_places(self.batch_size, update) if mixed else self.batch_size
 
     def _check_finished(self) -> None:
         """Say once if an episode in progress must be replayed, because no finished one is long enough."""
@@ -142,6 +148,15 @@ class SequenceSampler:
         row_bytes = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in self._shapes)
         row_bytes += sum(4 * math.prod(shape) for shape in self.buffer.latents.values()) if self.uses_latents else 0
         return row_bytes * (self.buffer.capacity if growing else len(self.buffer))
+
+    def choose_storage(self, storage: str, device: jax.Device, *, growing: bool) -> None:
+        """Copy rows to ``device`` if ``storage`` says so or, with "auto", if half of its free memory suffices."""
+        if storage == "auto":
+            memory = device.memory_stats() if device.platform != "cpu" else None
+            free = memory["bytes_limit"] - memory["bytes_in_use"] if memory and "bytes_limit" in memory else 0
+            storage = "device" if self.bytes_on_device(growing=growing) <= free / 2 else "host"
+        if storage == "device":
+            self.to_device(device, growing=growing)
 
     def to_device(self, device: jax.Device, *, growing: bool) -> None:
         """Keep a copy of observations and latents on ``device`` while training runs.

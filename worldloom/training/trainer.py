@@ -11,7 +11,9 @@ import jax
 
 from worldloom.algorithm import TrainState
 from worldloom.config import as_integer
+from worldloom.distributed import Exchange, check_same, has_left, leave
 from worldloom.envs import VectorEnv, is_env, make_env
+from worldloom.envs.across_processes import across_processes
 from worldloom.errors import NonFiniteError
 from worldloom.explain import explain_arguments, explain_attributes
 from worldloom.training.callbacks import EpisodesCallback, LoggingCallback, ProgressCallback
@@ -128,6 +130,7 @@ class Trainer:
         if resume:
             resume_run(run, self._callbacks, resume)
         total = self._total(total_steps)
+        self._check_processes(total)
         if run.step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", run.step, total)
             # A run that was killed at its end may lack the files that callbacks write there.
@@ -139,9 +142,13 @@ class Trainer:
                 fit(run, total, self._callbacks, interrupts)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error} {recovery_hint(self._callbacks.callbacks)}") from None
+            except BaseException:
+                leave()  # Only a non-finite update happens to all processes of a run.
+                raise
             finally:
                 self._callbacks.close()
-                run.sync_model()
+                if not has_left():
+                    run.sync_model()
         interrupts.raise_received()
         return run.state
 
@@ -155,11 +162,10 @@ class Trainer:
         self._total(None)
 
     def _env(self, source: Any) -> VectorEnv:
-        """``source``, or environments made from it, which are kept for the next call."""
-        if isinstance(source, VectorEnv):
-            return source
+        """``source``, or environments made from it, which are kept for the next call; with those of other processes."""
         if self._made_env is None or self._made_env[0] != source or self._made_env[1].closed:
-            self._made_env = source, make_env(source, seed=self.config.seed)
+            env = source if isinstance(source, VectorEnv) else make_env(source, seed=self.config.seed)
+            self._made_env = source, across_processes(env)
         return self._made_env[1]
 
     def _use_env(self, env: VectorEnv, replay: Any) -> None:
@@ -169,6 +175,15 @@ class Trainer:
             given += default_evaluation(env, self.config.eval_episodes) if self._add_evaluation else []
             self._add_evaluation = False
             self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
+
+    def _check_processes(self, total: int) -> None:
+        """Raise ``ConfigError`` unless all processes of a distributed run train the same."""
+        run = self.run
+        assert run.sampler is not None
+        identity = run.identity()
+        facts = {**identity.pop("config"), **identity.pop("training"), **identity, "callbacks": self._callbacks.names}
+        facts |= {"total_steps": total, "updates done": run.step, "rows in replay": len(run.sampler.buffer)}
+        check_same(Exchange(), facts)
 
     def _total(self, total_steps: int | None) -> int:
         """Total number of updates, by the argument or by the config's ``env_steps`` or ``total_steps``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from worldloom.algorithm import LATENTS, Batch, MakeUpdate, TrainState, Update
 from worldloom.config import check
 from worldloom.replay.device import Ring, gather_rows
+from worldloom.sharding import Placement
 from worldloom.xla_workarounds import pad_single_update
 
 SKIPPED = "skipped"
@@ -71,16 +73,24 @@ class CompiledUpdate:
       skip_nonfinite: skip and count non-finite updates, and continue.
       keep_latents: return the fresh latents; if False, no memory is allocated for them.
       unrolled: K is 1 and there is no loop; see :func:`worldloom.xla_workarounds.needs_unrolled_updates`.
+      placement: of the arrays; with a mesh, the update is divided over it. None is one device.
     """
 
     def __init__(
-        self, update: Update, loss_terms: tuple[str, ...], skip_nonfinite: bool, keep_latents: bool, unrolled: bool
+        self,
+        update: Update,
+        loss_terms: tuple[str, ...],
+        skip_nonfinite: bool,
+        keep_latents: bool,
+        unrolled: bool,
+        placement: Placement | None = None,
     ):
         # The inner jit caches the trace, which metric_names and the loop then share.
         self._update = jax.jit(update)
         self._loss_terms = loss_terms
         self._skip_nonfinite, self._keep_latents, self._unrolled = skip_nonfinite, keep_latents, unrolled
-        self._call = jax.jit(self._updates, donate_argnums=0)
+        self._placement = placement if placement and placement.mesh else None
+        self._call = None if self._placement else jax.jit(self._updates, donate_argnums=0)
 
     def metric_names(self, state: TrainState, batches: Batch, ring: Ring | None = None) -> tuple[str, ...]:
         """Metric names in the order of ``UpdateOutput.metrics``: loss terms first, in the family's order."""
@@ -111,7 +121,29 @@ class CompiledUpdate:
         With a ``ring`` (see :mod:`worldloom.replay.device`), observations and latents are gathered from it.
         """
         assert count == 1 or not self._unrolled
-        return self._call(*learner, batches, count, ring)
+        if self._call is None:
+            self._call = self._divided(learner)
+        with self._context():
+            return self._call(*learner, batches, count, ring)
+
+    def lower(self, learner: Learner, batches: Batch, count: int = 1) -> jax.stages.Lowered:
+        """The program of a call, to be compiled and read."""
+        call = self._call or self._divided(learner)
+        with self._context():
+            return call.lower(*learner, batches, count, None)
+
+    def _context(self) -> contextlib.AbstractContextManager[Any]:
+        return self._placement.context() if self._placement else contextlib.nullcontext()
+
+    def _divided(self, learner: Learner) -> Any:
+        """The call over a mesh: its state stays divided as it is given."""
+        assert self._placement is not None
+        whole = self._placement.replicated()
+        # Every process writes all latents to its replay, so each needs those of the others.
+        latents = whole if self._placement.spans_processes else self._placement.rows(1)
+        learner = Learner(self._placement.weights(learner.state), NonFiniteGuard(whole, whole))  # type: ignore[arg-type]
+        outputs = learner, UpdateOutput(whole, latents, whole)  # type: ignore[arg-type]
+        return jax.jit(self._updates, donate_argnums=0, out_shardings=outputs)
 
     def _abstract_metrics(self, state: TrainState, batches: Batch, ring: Ring | None) -> dict[str, Any]:
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
@@ -183,6 +215,7 @@ def compiled_update(
     keep_latents: bool,
     unrolled: bool,
     version: Any,
+    placement: Placement | None = None,
 ) -> CompiledUpdate:
     """The :class:`CompiledUpdate` of these arguments, cached: runs in one process share its compiled programs.
 
@@ -190,7 +223,7 @@ def compiled_update(
     ``training`` is ``TrainingConfig.of_update()``, the part of the config that an update reads.
     """
     update = make_update(config, training, model_class=model_class)
-    return CompiledUpdate(update, loss_terms, skip_nonfinite, keep_latents, unrolled)
+    return CompiledUpdate(update, loss_terms, skip_nonfinite, keep_latents, unrolled, placement)
 
 
 @jax.jit

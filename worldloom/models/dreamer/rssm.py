@@ -16,6 +16,7 @@ from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.states import LatentBase
 from worldloom.nn.linear import MLP, BlockLinear, Dense, Linear, RMSNorm, block_matmul
 from worldloom.ops.distributions import OneHot
+from worldloom.sharding import scan_rows
 
 
 @jax.tree_util.register_dataclass
@@ -175,20 +176,23 @@ class RSSM(nnx.Module):
         token_terms = tokens @ token_kernel.astype(tokens.dtype) + bias.astype(tokens.dtype)
         uniforms = self.sampling_uniforms(key, tokens.shape[1], tokens.shape[0])
 
-        def step(state: Latent, inputs: tuple) -> tuple[Latent, tuple[Latent, jax.Array]]:
+        graph, weights = nnx.split(self)
+
+        def step(weights: tuple, state: Latent, inputs: tuple) -> tuple[Latent, tuple[Latent, jax.Array]]:
+            rssm, kernels, deter_kernel = nnx.merge(graph, weights[0]), *weights[1:]
             (action_term, token_term, keep_t), uniform = inputs
             state = Latent(state.deter * keep_t, state.stoch * keep_t[..., None])
-            deter = self.core.step(state, action_term, kernels)
+            deter = rssm.core.step(state, action_term, kernels)
             hidden = deter @ deter_kernel.astype(deter.dtype) + token_term
-            logits = self._to_latents(self.posterior_logits(jax.nn.silu(self.posterior_hidden.norm(hidden))))
-            state = Latent(deter, self._sample(logits, uniform))
+            logits = rssm._to_latents(rssm.posterior_logits(jax.nn.silu(rssm.posterior_hidden.norm(hidden))))
+            state = Latent(deter, rssm._sample(logits, uniform))
             return state, (state, logits)
 
         if remat:
             # A scan's backward pass is a loop of its own, which already keeps XLA from merging the recomputation away.
             step = jax.checkpoint(step, prevent_cse=False)
         rows = jax.tree.map(_swap_time, (action_terms, token_terms, keep))
-        _, out = jax.lax.scan(step, initial, (rows, uniforms))
+        _, out = scan_rows(step, (weights, kernels, deter_kernel), initial, (rows, uniforms))
         states, logits = jax.tree.map(_swap_time, out)
         return states, logits
 

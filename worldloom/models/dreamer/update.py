@@ -22,11 +22,13 @@ from worldloom.optim import clip_by_agc, clip_by_norm, decay_kernels, learning_r
 
 def optimizer(config: DreamerV3Config, training: Any) -> optax.GradientTransformation:
     """AGC → global clip → LaProp → decoupled weight decay → warmed-up learning rate (``Agent._make_opt``)."""
+    # Elementwise, so it may run on one flat vector; per tensor it would compile to three programs for each. Weights
+    # that are divided over devices are not collected for that: there the state is divided as they are.
+    laprop = scale_by_laprop(config.beta1, config.beta2, config.eps)
     return optax.chain(
         clip_by_agc(config.agc),
         clip_by_norm(training.grad_clip),
-        # Elementwise, so it may run on one flat vector; per tensor it would compile to three programs for each.
-        optax.flatten(scale_by_laprop(config.beta1, config.beta2, config.eps)),
+        laprop if training.divides_weights else optax.flatten(laprop),
         decay_kernels(training.weight_decay),
         optax.scale_by_learning_rate(learning_rate_schedule(training)),
     )

@@ -93,11 +93,14 @@ class Callback:
       order: callbacks run in ascending order: −1 for those that publish measurements, 0 by default, 1 for those that
         save the state of others.
       measures: whether the callback publishes measurements.
+      in_every_process: whether every process of a distributed run calls it, and not only the first. All must have the
+        same callbacks in any case: they determine where compiled calls end.
     """
 
     every: int | None = None
     order: int = 0
     measures: bool = False
+    in_every_process: bool = False
 
     def interval(self, config: TrainingConfig) -> int:
         """Updates between two calls of :meth:`on_step` in a run with ``config``; 0 means never."""

@@ -35,6 +35,7 @@ class EpisodesCallback(Callback):
 
     order = -1
     measures = True
+    in_every_process = True  # The list of episodes is cleared in each.
 
     def __init__(self, collector: Any):
         self.collector = collector

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from worldloom.distributed import is_primary
 from worldloom.errors import FileFormatError, NonFiniteError
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo, StopTraining, name_of
 from worldloom.training.config import TrainingConfig
@@ -57,6 +58,7 @@ class CallbackRunner:
 
     def on_train_begin(self, run: Run) -> None:
         """Call ``on_train_begin`` of all callbacks."""
+        run.collect_state()
         for index, callback in enumerate(self.callbacks):
             self._call(index, run, callback.on_train_begin, self._partial(index, run.step))
 
@@ -64,6 +66,7 @@ class CallbackRunner:
         """Call ``on_step`` of the callbacks that are due."""
         due = [index for index, every in enumerate(self._every) if every and run.step % every == 0]
         finished = {}
+        run.collect_state()
         # Replace all accumulators before any callback runs: a checkpoint must save them as they are after this step.
         for index in due:
             finished[index] = self._accumulators[index]
@@ -76,6 +79,7 @@ class CallbackRunner:
         """Call ``on_train_end`` of all callbacks; accumulators stay open for the next call of ``train``."""
         if self.stop_reason:
             _log.info("Training stopped at step %d. %s.", run.step, self.stop_reason)
+        run.collect_state()
         for index, callback in enumerate(self.callbacks):
             self._call(index, run, callback.on_train_end, self._partial(index, run.step))
 
@@ -113,10 +117,14 @@ class CallbackRunner:
         self, index: int, run: Run, method: Callable[..., CallbackResult], accumulator: MetricsAccumulator
     ) -> None:
         """Call a method of callback ``index``, and ``on_eval`` of all callbacks with the measurements it returns."""
+        if not _is_called(self.callbacks[index]):
+            return
         result = self._checked_call(index, run.step, method, self._info(run, accumulator))
         if isinstance(result, Mapping):
             self.measurements.update(result)
             for other, callback in enumerate(self.callbacks):
+                if not _is_called(callback):
+                    continue
                 info = self._info(run, self._partial(other, run.step))
                 if isinstance(self._checked_call(other, run.step, callback.on_eval, info, result), Mapping):
                     raise TypeError(f"{self.names[other]}.on_eval may return None or StopTraining, not measurements.")
@@ -171,6 +179,11 @@ class CallbackRunner:
     def _partial(self, index: int, step: int) -> MetricsAccumulator:
         """The metrics of callback ``index`` up to ``step``; its accumulator stays open."""
         return self._stream.register(self._accumulators[index].closed_copy(step))
+
+
+def _is_called(callback: Callback) -> bool:
+    """Whether this process calls ``callback``: of several processes, the first calls all."""
+    return is_primary() or callback.in_every_process
 
 
 def _unique(names: list[str]) -> list[str]:
