@@ -52,6 +52,7 @@ MAY_CHANGE = frozenset(
         "device",
         "updates_per_call",
         "replay_storage",
+        "loop",
         "max_episode_steps",
     }
 )

@@ -34,7 +34,8 @@ class SequenceSampler:
       buffer: see above.
       rows: rows per window.
       uses_latents: whether windows start from stored latents, and fresh latents are written back.
-      on_device: the copy of the rows on the device, or None.
+      on_device: the copy of the rows on the device, a :class:`~worldloom.replay.device.DeviceReplay`, or whatever else
+        writes latents back; None without one.
 
     Raises:
       DataError: the buffer is empty or holds data that the model cannot train on.
@@ -61,7 +62,7 @@ class SequenceSampler:
         self._chooses_rows = allow_empty and supports_device_storage(buffer)
         self._finished, self._fresh_first = not spec.open_episodes, spec.fresh_first
         self._checked = False
-        self.on_device: DeviceReplay | None = None
+        self.on_device: Any = None
         shapes = model.config.obs_shape
         self._shapes = list(shapes.values()) if isinstance(shapes, Mapping) else [shapes]
 
@@ -98,6 +99,12 @@ class SequenceSampler:
             return batch, batch.pop("row_ids")
         batch = self.buffer.sample(self._batch_size, self.rows, **options, latents=self.uses_latents)
         return batch, batch.pop("row_ids", None)
+
+    def check_window(self, seed: int, update: int) -> None:
+        """Raise ``DataError`` unless there is a window for batch number ``update``."""
+        if self._finished and self._chooses_rows and not self._checked:
+            self._check_finished()
+        self.buffer.draw(self._batch_size, self.rows, seed=seed, update=update, cross_episodes=self._cross_episodes)
 
     def _check_finished(self) -> None:
         """Say once if an episode in progress must be replayed, because no finished one is long enough."""
