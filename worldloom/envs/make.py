@@ -348,7 +348,8 @@ def _gym_spec(name: str) -> Any:
             if error.name != module.partition(".")[0]:
                 raise
             raise ConfigError(
-                f"'{name}' names neither a suite ({', '.join([*SUITES, *JAX_SUITES])}) nor a module that can be imported."
+                f"'{name}' names neither a suite ({', '.join([*SUITES, *JAX_SUITES])}) nor a module that can be "
+                "imported."
                 f"{suggestion(module, SUITES) or nearest(module, {**SUITES, **JAX_SUITES})}"
             ) from None
     try:

@@ -9,8 +9,8 @@ import numpy as np
 
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.conversion import convert_rewards, pack_flags
-from worldloom.replay.validation import array_group, convert_columns, convert_latents, infer_schema
 from worldloom.replay.sampling import fitting_segments
+from worldloom.replay.validation import array_group, convert_columns, convert_latents, infer_schema
 
 
 class OnlineQueue:

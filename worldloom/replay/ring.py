@@ -1,7 +1,7 @@
 """Replay as arrays: rows are added, drawn and rewritten within a compiled program.
 
-It holds the same rows under the same numbers as a ``ReplayBuffer`` to which N environments add one row each per step, and
-draws the same windows: row ``i`` is of stream ``i % N``, at position ``i // N`` in it, so that no index is needed.
+It holds the same rows under the same numbers as a ``ReplayBuffer`` to which N environments add one row each per step,
+and draws the same windows: row ``i`` is of stream ``i % N``, at position ``i // N`` in it, so that no index is needed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import numpy as np
 
 from worldloom.replay.index import FIRST, LAST, TERMINAL
 from worldloom.replay.sampling import uniform
+
+Array = Any
+"""An array on the device, or one of NumPy where the host fills it."""
 
 
 class RingSpec(NamedTuple):
@@ -53,12 +56,12 @@ class Episodes(NamedTuple):
       head, tail: the entries ``head … tail - 1`` of it hold windows, int32 [N].
     """
 
-    current: jax.Array
-    open: jax.Array
-    begin: jax.Array
-    length: jax.Array
-    head: jax.Array
-    tail: jax.Array
+    current: Array
+    open: Array
+    begin: Array
+    length: Array
+    head: Array
+    tail: Array
 
 
 class Ring(NamedTuple):
@@ -78,15 +81,15 @@ class Ring(NamedTuple):
     """
 
     obs: Any
-    actions: jax.Array
-    rewards: jax.Array
-    flags: jax.Array
-    info: dict[str, jax.Array]
-    latents: dict[str, jax.Array]
+    actions: Array
+    rewards: Array
+    flags: Array
+    info: dict[str, Array]
+    latents: dict[str, Array]
     episodes: Episodes
-    end: jax.Array
-    oldest: jax.Array
-    drawn: jax.Array
+    end: Array
+    oldest: Array
+    drawn: Array
 
 
 COLUMNS = ("obs", "actions", "rewards", "flags", "info", "latents")
@@ -99,7 +102,9 @@ def empty_ring(spec: RingSpec, row: dict[str, Any]) -> Ring:
     none = jnp.zeros(spec.num_envs, jnp.int32)
     listed = jnp.zeros((spec.num_envs, spec.listed), jnp.int32)
     zero = jnp.zeros((), jnp.int32)
-    return Ring(**columns, episodes=Episodes(none, none > 0, listed, listed, none, none), end=zero, oldest=zero, drawn=zero - 1)
+    return Ring(
+        **columns, episodes=Episodes(none, none > 0, listed, listed, none, none), end=zero, oldest=zero, drawn=zero - 1
+    )
 
 
 def add_rows(spec: RingSpec, ring: Ring, row: dict[str, Any], enabled: Any = True) -> Ring:
@@ -154,7 +159,7 @@ def _oldest_positions(spec: RingSpec, ring: Ring) -> jax.Array:
     return (first + (jnp.arange(spec.num_envs) - first) % spec.num_envs) // spec.num_envs
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------------------
+# ---- drawing ----------------------------------------------------------------------------------------------------
 
 
 def draw(spec: RingSpec, ring: Ring, uniforms: jax.Array) -> tuple[Ring, jax.Array, jax.Array]:
@@ -273,7 +278,7 @@ def _sum(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total, (total < x).astype(jnp.uint32)
 
 
-# ---- reading and rewriting rows ------------------------------------------------------------------------------------------
+# ---- reading and rewriting rows -------------------------------------------------------------------------------------
 
 
 def take(spec: RingSpec, ring: Ring, ids: jax.Array) -> dict[str, Any]:

@@ -14,8 +14,8 @@ navix             ``step`` resets in the step after: ``_step`` is called. ``step
 jumanji           ``step_type`` 2 is the end of an episode, a time limit where ``discount`` is not 0.
 ================  ========================================================================================
 
-Observations that are no pictures become float32 vectors; dicts and tuples of them a dict of vectors. Actions with bounds
-are scaled to [−1, 1], several discrete actions become one choice of their combinations.
+Observations that are no pictures become float32 vectors; dicts and tuples of them a dict of vectors. Actions with
+bounds are scaled to [−1, 1], several discrete actions become one choice of their combinations.
 """
 
 from __future__ import annotations
@@ -204,7 +204,14 @@ class NavixAdapter(_Adapter):
         after = self.env._step(state, action)
         after = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, state)
         terminated, truncated = after.step_type == 2, after.step_type == 1
-        return after, self._observe(after.observation), jnp.asarray(after.reward, jnp.float32), terminated, truncated, {}
+        return (
+            after,
+            self._observe(after.observation),
+            jnp.asarray(after.reward, jnp.float32),
+            terminated,
+            truncated,
+            {},
+        )
 
 
 class JumanjiAdapter(_Adapter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from worldloom.envs.backends.base import BatchedStepResult
 from worldloom.envs.jax.batch import EnvBatch, advance, flatten_state, observations, reset, unflatten_state
-from worldloom.envs.jax.protocol import JaxEnv, check_jax_env
+from worldloom.envs.jax.protocol import check_jax_env
 from worldloom.errors import ConfigError, EnvError
 from worldloom.spaces import OBS, named
 
@@ -33,20 +33,22 @@ class JaxBackend:
       limit: actions after which an episode is truncated, or None.
       batch: the environments between two steps; None before the first reset.
 
-    Raises what :func:`~worldloom.envs.jax.protocol.check_jax_env` raises, and ``EnvError`` for ``render`` if the observation
-    is no image.
+    Raises what :func:`~worldloom.envs.jax.protocol.check_jax_env` raises, and ``EnvError`` for ``render`` if the
+    observation is no image.
     """
 
     def __init__(
         self,
-        env: JaxEnv,
+        env: Any,
         num_envs: int,
         *,
         time_limit: int | None = None,
         action_repeat: int = 1,
         render: bool = False,
     ):
-        self.env, self.num_envs = env, num_envs
+        # Programs are kept by environment; an object that compares by value need not be hashable.
+        self.env: Any = env if isinstance(env, Hashable) else _ByIdentity(env)
+        self.num_envs = num_envs
         self.spec = check_jax_env(env)
         obs = jax.eval_shape(observations, self.spec.obs)
         members = {name: _space(leaf) for name, leaf in named(obs, OBS).items()}
@@ -65,7 +67,7 @@ class JaxBackend:
         self.limit = None if self.time_limit is None else -(-self.time_limit // action_repeat)
         self.batch: EnvBatch | None = None
         self._obs: Any = None
-        self._reset, self._advance = _compiled(env, self.limit)
+        self._reset, self._advance = _compiled(self.env, self.limit)
 
     def step(self, actions: Any, reset_mask: np.ndarray, seeds: Sequence[int | None]) -> BatchedStepResult:
         """See :meth:`worldloom.envs.backends.base.Backend.step`."""
@@ -111,6 +113,16 @@ class JaxBackend:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+class _ByIdentity:
+    """Another object's attributes, hashable."""
+
+    def __init__(self, env: Any):
+        self._env = env
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
 
 
 def as_backend(env: Any) -> JaxBackend:

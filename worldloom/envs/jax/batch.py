@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldloom.envs.jax.protocol import JaxEnv, numbers
+from worldloom.envs.jax.protocol import JaxEnv, step
+
+Array = Any
+"""An array on the device, or one of NumPy where the host fills it."""
 
 
 class EnvBatch(NamedTuple):
@@ -22,8 +26,8 @@ class EnvBatch(NamedTuple):
     """
 
     state: Any
-    seeds: jax.Array
-    steps: jax.Array
+    seeds: Array
+    steps: Array
 
 
 class Arrival(NamedTuple):
@@ -38,10 +42,10 @@ class Arrival(NamedTuple):
     """
 
     obs: Any
-    reward: jax.Array
-    is_last: jax.Array
-    is_terminal: jax.Array
-    info: dict[str, jax.Array]
+    reward: Array
+    is_last: Array
+    is_terminal: Array
+    info: dict[str, Array]
 
 
 def reset(env: JaxEnv, seeds: jax.Array) -> tuple[EnvBatch, Any]:
@@ -68,13 +72,15 @@ def advance(
     batch, actions = jax.lax.optimization_barrier((batch, actions))
     steps = batch.steps + 1
     keys = jax.vmap(_key)(batch.seeds, steps)
-    state, obs, reward, terminated, truncated, info = jax.vmap(env.step)(keys, batch.state, actions)
+    state, obs, reward, terminated, truncated, info = jax.vmap(functools.partial(step, env))(keys, batch.state, actions)
     if limit is not None:
         truncated = truncated | (steps >= limit)
-    obs, info = observations(obs), numbers(info)
+    obs = observations(obs)
     stepped = EnvBatch(state, batch.seeds, steps)
     # A reset is only computed when an episode has ended (under vmap over members: at every step).
-    begun, first = jax.lax.cond(over.any(), lambda: _same_types(reset(env, seeds), (stepped, obs)), lambda: (stepped, obs))
+    begun, first = jax.lax.cond(
+        over.any(), lambda: _same_types(reset(env, seeds), (stepped, obs)), lambda: (stepped, obs)
+    )
     batch, obs = jax.tree.map(lambda new, old: jnp.where(_like(over, old), new, old), (begun, first), (stepped, obs))
     arrival = Arrival(
         obs,
@@ -128,4 +134,6 @@ def _like(mask: jax.Array, value: jax.Array) -> jax.Array:
 
 def _same_types(values: Any, like: Any) -> Any:
     """``values`` without weak types, which both branches of a condition must agree on."""
-    return jax.tree.map(lambda new, old: new if _is_key(new) else jax.lax.convert_element_type(new, old.dtype), values, like)
+    return jax.tree.map(
+        lambda new, old: new if _is_key(new) else jax.lax.convert_element_type(new, old.dtype), values, like
+    )

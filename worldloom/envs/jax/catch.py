@@ -21,8 +21,8 @@ class CatchState(NamedTuple):
 class Catch:
     """``Catch-v0``: a ball falls through a grid; a paddle in the lowest row moves left, stays, or moves right.
 
-    The episode ends when the ball arrives in the lowest row, with reward 1 if the paddle is there, else −1. Pictures are
-    uint8 [size, size, 3] with a white ball and a green paddle.
+    The episode ends when the ball arrives in the lowest row, with reward 1 if the paddle is there, else −1. Pictures
+    are uint8 [size, size, 3] with a white ball and a green paddle.
 
     Args:
       size: side of the pictures in pixels, a multiple of ``cells``.

@@ -64,7 +64,7 @@ class CartPole:
 
     def step(self, key: jax.Array, state: jax.Array, action: jax.Array) -> Step:
         """One step of ``dt``, explicit Euler."""
-        x, velocity, angle, spin = state
+        _, velocity, angle, spin = state
         force = jnp.where(action == 1, self.force, -self.force)
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         total, moment = self.cart_mass + self.pole_mass, self.pole_mass * self.half_length

@@ -14,10 +14,10 @@ from worldloom.envs.jax import adapters
 from worldloom.envs.jax.backend import JaxBackend
 from worldloom.envs.jax.catch import Catch
 from worldloom.envs.jax.classic import Acrobot, CartPole, MountainCarContinuous, Pendulum
-from worldloom.envs.jax.protocol import JaxEnv
+from worldloom.envs.jax.protocol import JaxEnv, step
 from worldloom.errors import ConfigError
 
-OWN: dict[str, Callable[..., JaxEnv]] = {
+OWN: dict[str, Callable[..., Any]] = {
     "Pendulum-v1": Pendulum,
     "CartPole-v1": CartPole,
     "Acrobot-v1": Acrobot,
@@ -61,7 +61,9 @@ def _build(spec: str, options: dict[str, Any]) -> JaxEnv:
     if prefix != "jax":
         return _ADAPTERS[prefix](name, **options)
     if name not in OWN:
-        raise ConfigError(f"'{spec}' is no environment; there are {', '.join(f'jax:{n}' for n in OWN)}.{nearest(name, OWN)}")
+        raise ConfigError(
+            f"'{spec}' is no environment; there are {', '.join(f'jax:{n}' for n in OWN)}.{nearest(name, OWN)}"
+        )
     try:
         return OWN[name](**options)
     except TypeError as error:
@@ -72,7 +74,7 @@ def make_backend(
     spec: Any, num_envs: int, *, action_repeat: int, time_limit: int | None, render: bool, options: dict[str, Any]
 ) -> JaxBackend:
     """The backend of ``make_env`` for a spec or an object, with its arguments of the same names."""
-    env = make_jax_env(spec, **options) if isinstance(spec, str) else spec
+    env: Any = make_jax_env(spec, **options) if isinstance(spec, str) else spec
     limit = env.time_limit if time_limit is None else time_limit
     if not isinstance(spec, str) and env.time_limit is not None and limit is not None:
         limit = min(limit, env.time_limit)
@@ -112,13 +114,13 @@ class Repeat:
         def once(number: Any, before: tuple[Any, ...]) -> tuple[Any, ...]:
             (inner, steps), _, total, terminated, truncated, _ = before
             key_of_step = jax.random.fold_in(key, number)
-            inner, obs, reward, ended, cut, info = self.env.step(key_of_step, inner, action)
+            inner, obs, reward, ended, cut, info = step(self.env, key_of_step, inner, action)
             cut = cut if self.time_limit is None else cut | (steps + 1 >= self.time_limit)
             after = (RepeatState(inner, steps + 1), obs, total + reward.astype(jnp.float32), ended, cut, info)
             over = terminated | truncated
             return jax.tree.map(lambda new, old: jnp.where(over, old, new), after, before)
 
-        shapes = jax.eval_shape(self.env.step, key, state.inner, action)
+        shapes = jax.eval_shape(functools.partial(step, self.env), key, state.inner, action)
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[1], shapes[5]))
         false = jnp.asarray(False)
         return jax.lax.fori_loop(0, self.repeat, once, (state, empty[0], jnp.zeros(()), false, false, empty[1]))

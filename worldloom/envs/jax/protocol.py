@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -78,11 +79,7 @@ def check_jax_env(env: JaxEnv) -> Spec:
     if not isinstance(begun, tuple) or len(begun) != 2:
         raise EnvContractError(f"{name}.reset returned {_kind(begun)}; a tuple (state, obs) is needed.")
     state, obs = begun
-    stepped = jax.eval_shape(env.step, key, state, example_action(env))
-    if not isinstance(stepped, tuple) or len(stepped) != 6:
-        raise EnvContractError(
-            f"{name}.step returned {_kind(stepped)}; a tuple (state, obs, reward, terminated, truncated, info) is needed."
-        )
+    stepped = jax.eval_shape(functools.partial(step, env), key, state, example_action(env))
     for what, before, after in (("state", state, stepped[0]), ("obs", obs, stepped[1])):
         if _shapes(before) != _shapes(after):
             raise EnvContractError(
@@ -99,7 +96,19 @@ def check_jax_env(env: JaxEnv) -> Spec:
     found = {k: v.shape for k, v in obs.items()} if isinstance(obs, Mapping) else getattr(obs, "shape", None)
     if declared != found:
         raise EnvContractError(f"{name}.obs_shape is {declared}; reset returned an observation of shape {found}.")
-    return Spec(state, obs, jax.eval_shape(numbers, stepped[5]))
+    return Spec(state, obs, stepped[5])
+
+
+def step(env: JaxEnv, key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, ...]:
+    """``env.step``, with the numbers of its ``info`` alone. Raises ``EnvContractError`` for anything but six values."""
+    answer = env.step(key, state, action)
+    if not isinstance(answer, tuple) or len(answer) != 6:
+        raise EnvContractError(
+            f"{type(env).__name__}.step returned {_kind(answer)}; a tuple (state, obs, reward, terminated, truncated, "
+            "info) is needed."
+        )
+    *values, info = answer
+    return *values, numbers(info)
 
 
 def numbers(info: Any) -> dict[str, jax.Array]:
@@ -108,9 +117,13 @@ def numbers(info: Any) -> dict[str, jax.Array]:
     for name, value in dict(info or {}).items():
         if isinstance(value, Mapping):
             found |= {f"{name}/{inner}": number for inner, number in numbers(value).items()}
-        elif np.ndim(value) == 0 and jnp.result_type(value).kind in "biuf":
+        elif isinstance(value, jax.Array | np.generic | int | float) and np.ndim(value) == 0 and _is_number(value):
             found[str(name)] = jnp.asarray(value, jnp.float32)
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(value), jnp.number) or jnp.result_type(value) == jnp.bool_
 
 
 def _shapes(tree: Any) -> Any:

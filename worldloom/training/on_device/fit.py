@@ -116,12 +116,14 @@ class Device:
             if not run.collector.ready:  # the first rows, and the first actions
                 run.collector.step(run.state)
         ends = [run.ratio.decisions(max(0, total_steps - _before(run))) for run in runs]
-        self._transfers = [Transfer(*each) for each in zip(runs, updates, ends, strict=True)]
+        # Rows that one call may collect: each step adds one of every environment.
+        self._room = 2 * _MOST_STEPS * self._num_envs
+        self._transfers = [Transfer(*each, self._room) for each in zip(runs, updates, ends, strict=True)]
         # Seeds and settings may differ, so that one member ends after more decision steps than another.
         slots = max(each.spec.slots for each in self._transfers)
         for each in self._transfers:
             each.spec = each.spec._replace(slots=slots)
-            each.write_back_from(lambda each=each: self._ring(each))
+            each.write_back_from(functools.partial(self._ring, each))
         first, transfer = self.runs[0], self._transfers[0]
         self._loop = _compiled_loop(
             transfer.backend.env,
@@ -145,7 +147,7 @@ class Device:
             if not run.metrics.names:
                 run.metrics.open(each.names, () if run.config.skip_nonfinite else each.guarded)
 
-    # ---- calls --------------------------------------------------------------------------------------------------------
+    # ---- calls ------------------------------------------------------------------------------------------------------
 
     def collect_until_due(self, stopped: Callable[[], bool] = lambda: False, due: Sequence[int] | None = None) -> None:
         """Step the environments until the first update is due (or ``due`` decision steps), and check that it can be."""
@@ -157,9 +159,7 @@ class Device:
                 break
             self._collect_random(limits)
         while any(e.decisions < step for e, step in zip(collectors, steps, strict=True) if e) and not stopped():
-            learner, state = self.learner, self.state
-            self.state = self._loop.collect(learner, state, self._each(steps), np.int32(_MOST_STEPS))
-            self.download()
+            self._collect(steps)
         if not stopped() and due is None:
             for run in self.runs:
                 self._check_windows(run)
@@ -168,6 +168,22 @@ class Device:
         """Do updates up to number ``end``, or fewer if they would take long."""
         step = self.runs[0].step
         count = min(end - step, self._most)
+        decisions, ends = (np.atleast_1d(x) for x in jax.device_get((self.state.actor.decisions, self.state.ring.end)))
+
+        def rows(count: int) -> int:
+            """Rows that a call of ``count`` updates collects at most: an episode of n steps has n + 1."""
+            missing = max(
+                self._due(run, step + count - 1) - done for run, done in zip(self.runs, decisions, strict=True)
+            )
+            return 2 * max(0, int(missing)) + 2 * self._num_envs
+
+        while count > 1 and rows(count) > self._room:
+            count //= 2
+        if rows(count) > self._room:
+            self._collect([self._due(run, step) for run in self.runs])
+            return
+        if any(e - each.synced + rows(count) > each.spec.slots for e, each in zip(ends, self._transfers, strict=True)):
+            self.download()
         chunk = self._chunk(step, count)
         started = time.perf_counter()
         self.learner, self.state, output = self._loop.train(self.learner, self.state, chunk, self._settings)
@@ -200,7 +216,18 @@ class Device:
             transfer.write_back_from(None)
             run.count_skipped()
 
-    # ---- parts --------------------------------------------------------------------------------------------------------
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def _collect(self, due: Sequence[int]) -> None:
+        state = self._loop.collect(self.learner, self.state, self._each(due), np.int32(_MOST_STEPS))
+        self.state = state
+        self.download()
+
+    @property
+    def _num_envs(self) -> int:
+        collector = self.runs[0].collector
+        assert collector is not None
+        return collector.env.num_envs
 
     def _collect_random(self, due: Sequence[int]) -> None:
         collectors = [run.collector for run in self.runs if run.collector]

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from worldloom.envs.jax.batch import Arrival, EnvBatch, advance
+from worldloom.envs.jax.batch import Arrival, advance
 from worldloom.ops.seed_sequence import spawned_state
 from worldloom.replay.index import FIRST, LAST, TERMINAL
-from worldloom.replay.ring import Ring, RingSpec, add_rows, draw, take, write_latents
+from worldloom.replay.ring import Array, Ring, RingSpec, add_rows, draw, take, write_latents
 from worldloom.training.update_loop import CompiledUpdate, Learner
 
 FINE, BAD_STEP, BAD_ACTION, NO_WINDOW = range(4)
@@ -41,17 +41,17 @@ class Actor(NamedTuple):
       trouble: what has stopped the loop, int32 [].
     """
 
-    entropy: jax.Array
-    envs: EnvBatch
+    entropy: Array
+    envs: Any
     now: Arrival
-    is_first: jax.Array
-    episodes: jax.Array
+    is_first: Array
+    episodes: Array
     carry: Any
-    actions: jax.Array
-    latents: dict[str, jax.Array]
-    calls: jax.Array
-    decisions: jax.Array
-    trouble: jax.Array
+    actions: Array
+    latents: dict[str, Array]
+    calls: Array
+    decisions: Array
+    trouble: Array
 
 
 class Unwritten(NamedTuple):
@@ -63,9 +63,9 @@ class Unwritten(NamedTuple):
       applied: whether the update was applied, bool [2K]; False where there is nothing.
     """
 
-    ids: jax.Array
-    latents: dict[str, jax.Array]
-    applied: jax.Array
+    ids: Array
+    latents: dict[str, Array]
+    applied: Array
 
 
 class LoopState(NamedTuple):
@@ -86,18 +86,18 @@ class Chunk(NamedTuple):
       uniforms: of each draw, uint32 [U, 2, 2, B].
     """
 
-    first: jax.Array
-    count: jax.Array
-    due: jax.Array
-    uniforms: jax.Array
+    first: Array
+    count: Array
+    due: Array
+    uniforms: Array
 
 
 class ChunkOutput(NamedTuple):
     """``metrics`` float32 [U, M], ``applied`` bool [U], and the rows ``ids`` of each batch, int32 [U, B, T]."""
 
-    metrics: jax.Array
-    applied: jax.Array
-    ids: jax.Array
+    metrics: Array
+    applied: Array
+    ids: Array
 
 
 class Loop:
@@ -177,7 +177,8 @@ class Loop:
         carry, actions, latents = jax.lax.optimization_barrier((carry, actions, latents))
         over = actor.now.is_last
         if self.env.action_type == "discrete":
-            executed = jnp.where(over, 0, jnp.argmax(actions, -1).astype(jnp.int32))
+            classes = jnp.argmax(actions, -1) if actions.ndim == 2 else actions  # one-hots [N, n], or classes [N]
+            executed = jnp.where(over, 0, classes.astype(jnp.int32))
         else:
             executed = jnp.clip(jnp.where(over[:, None], 0.0, actions.astype(jnp.float32)), -1.0, 1.0)
         good = _finite(actions) | (actor.trouble > FINE)

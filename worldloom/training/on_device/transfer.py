@@ -60,6 +60,7 @@ class Transfer:
       run: an online run for which :func:`why_on_host` is None, and whose collector is ``ready``.
       update: its compiled update.
       decisions: decision steps at which it will end.
+      room: rows that one call may collect.
 
     Attributes:
       spec: what replay is on the device.
@@ -69,7 +70,7 @@ class Transfer:
     Raises ``ConfigError`` if rows can no longer be numbered on the device.
     """
 
-    def __init__(self, run: Run, update: CompiledUpdate, decisions: int):
+    def __init__(self, run: Run, update: CompiledUpdate, decisions: int, room: int):
         assert run.collector is not None
         assert run.sampler is not None
         assert run.learner is not None
@@ -84,7 +85,8 @@ class Transfer:
             raise ConfigError(f"Rows after number {_MOST_ROWS:,} cannot be collected on the device; use loop='host'.")
         slots = 1 << (held + coming - 1).bit_length()
         self.spec = RingSpec(
-            slots=max(num_envs, min(slots, replay.capacity)),
+            # Rows of a call are copied to the host afterwards: there is room for them beside those that are held.
+            slots=min(slots, replay.capacity + room),
             capacity=min(replay.capacity, _MOST_ROWS),
             num_envs=num_envs,
             batch_size=run.config.batch_size,
@@ -125,6 +127,7 @@ class Transfer:
         """The arrays of the run as it is on the host."""
         state = LoopState(self._actor(), self._ring(), self._unwritten())
         self._synced = self.collector.replay.state_dict()["next_row"]
+        self._dirty = [ids for pending in self.run.writeback.waiting for ids in pending.row_ids]
         return jax.device_put(state, self.run.device)
 
     def _obs_now(self) -> dict[str, np.ndarray]:
@@ -140,7 +143,7 @@ class Transfer:
         carry = self.run.model.algorithm.initial_carry(self.run.model.config, self.env.num_envs)
         leaves = strip_prefix(arrays, "carry/")
         latents = strip_prefix(arrays, "latents/")
-        executed = self.env.executed(strip_prefix(arrays, "actions/")[ACTION])
+        executed: Any = self.env.executed(strip_prefix(arrays, "actions/")[ACTION])
         discrete = self.env.action_type == "discrete"
         return Actor(
             entropy=entropy_words(self.env.seed),
@@ -173,9 +176,7 @@ class Transfer:
             for name in ("obs", "actions", "rewards", "flags", "latents"):
                 jax.tree.map(functools.partial(_put, ids % spec.slots), columns[name], found[name])
         drawn = np.int32(self.collector.queue.drawn)
-        return Ring(
-            **columns, episodes=self._episodes(first), end=np.int32(end), oldest=np.int32(first), drawn=drawn
-        )
+        return Ring(**columns, episodes=self._episodes(first), end=np.int32(end), oldest=np.int32(first), drawn=drawn)
 
     def _episodes(self, first: int) -> Episodes:
         spec, index = self.spec, self.collector.replay._storage.index
@@ -217,7 +218,7 @@ class Transfer:
 
         Raises ``DataError`` or ``ConfigError`` for what the host would have raised while it stepped the environments.
         """
-        actor: Actor = jax.device_get(state.actor._replace(envs=None))
+        actor: Actor = jax.device_get(state.actor._replace(envs=()))
         ring = state.ring
         rows = self._new_rows(ring, int(jax.device_get(ring.end)))
         self._dirty += updated
@@ -244,13 +245,18 @@ class Transfer:
         for begin in range(0, len(ids), _PIECE):
             part = ids[begin : begin + _PIECE]
             replay.write_latents(part, _fetch(ring._asdict(), ("latents",), part % self.spec.slots)["latents"])
-        self._dirty = []
+        # Latents that wait for their turn will be written on the device later.
+        self._dirty = [ids for pending in self.run.writeback.waiting for ids in pending.row_ids]
+
+    @property
+    def synced(self) -> int:
+        """Number of the first row that is not on the host yet."""
+        return self._synced
 
     def _new_rows(self, ring: Ring, end: int) -> dict[str, Any]:
         """The rows since the last call, of which as many as are held are added to the buffer."""
         replay, slots = self.collector.replay, self.spec.slots
-        if end - self._synced > slots:
-            raise RuntimeError("More rows were collected in one call than there is memory for.")
+        assert end - self._synced <= slots
         pieces = []
         for begin in range(self._synced, end, _PIECE):
             ids = np.arange(begin, min(begin + _PIECE, end))
@@ -323,9 +329,9 @@ class Transfer:
 
     def _collector_state(self, state: LoopState, actor: Actor) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What ``Collector.load_state_dict`` takes."""
-        counts, arrays = self.collector.state_dict()
+        counts, before = self.collector.state_dict()
         counts |= {"calls": int(actor.calls), "drawn": self.collector.queue.drawn}
-        saved = strip_prefix(arrays, "env/")
+        saved = strip_prefix(before, "env/")
         steps = np.asarray(state.actor.envs.steps).astype(np.int64)
         env = {
             "seed": saved["seed"],
@@ -339,7 +345,7 @@ class Transfer:
             **{f"obs/{name}": value for name, value in named(actor.now.obs, OBS).items()},
             **{f"state/{i}": value for i, value in flatten_state(state.actor.envs).items()},
         }
-        arrays = {f"env/{name}": np.array(value) for name, value in env.items()}
+        arrays: dict[str, Any] = {f"env/{name}": np.array(value) for name, value in env.items()}
         arrays |= {f"carry/{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(actor.carry))}
         arrays |= {f"latents/{name}": value for name, value in actor.latents.items()}
         return counts, arrays | {f"actions/{ACTION}": actor.actions}
@@ -406,7 +412,7 @@ def _put(slots: np.ndarray, column: np.ndarray, values: np.ndarray) -> None:
 
 
 def _fetch(columns: Mapping[str, Any], names: tuple[str, ...], slots: np.ndarray) -> dict[str, Any]:
-    """Rows in ``slots`` [R] of ``columns``, on the host; padded to a power of two, so that few programs are compiled."""
+    """Rows in ``slots`` [R] of ``columns``, on the host; padded to a power of two: few programs are compiled."""
     padded = np.resize(slots, 1 << (len(slots) - 1).bit_length()).astype(np.int32)
     found = jax.device_get(_gather({name: columns[name] for name in names}, padded))
     return jax.tree.map(lambda x: x[: len(slots)], found)
