@@ -105,7 +105,7 @@ def test_rows_follow_the_arrival_rule_and_a_state_is_restored_exactly():
         np.testing.assert_array_equal(one.reward, other.reward)
         assert one.events == other.events
     with pytest.warns(RuntimeWarning, match="not those of these environments"):
-        assert make_env("jax:Acrobot-v1", 3).restore({**state, "obs/obs": np.zeros((3, 6))}).is_first.all()
+        assert make_env("jax:Pendulum-v1", 3).restore({**state, "obs/obs": np.zeros((3, 3))}).is_first.all()
 
 
 def test_an_episode_depends_on_seed_and_number_alone():
@@ -121,7 +121,7 @@ def test_seeds_on_the_device_are_numpys(seed):
     from worldloom.envs import episode_seed
     from worldloom.ops.seed_sequence import entropy_words, spawned_state
 
-    for env, episode in ((0, 0), (3, 17), (255, 2**31)):
+    for env, episode in ((0, 0), (3, 17), (255, 2**31 - 1)):
         assert int(spawned_state(entropy_words(seed), env, episode) >> 1) == episode_seed(seed, env, episode)
 
 

@@ -49,6 +49,8 @@ CASES = [
 class Records(Callback):
     """What a callback sees at every log record."""
 
+    order = -2  # before the episodes are cleared
+
     def __init__(self):
         self.seen = []
 
