@@ -12,7 +12,8 @@ class ActionLog:
 
     Attributes:
       lengths: int64 [N], actions taken in the current episode.
-      arrays: name to ``[N, capacity, ...]``; entries from an environment's length on are undefined.
+      arrays: name to ``[N, capacity, ...]``; entries from an environment's length on are undefined. Actions without an
+        entry are only counted.
     """
 
     def __init__(self, lengths: np.ndarray, arrays: Mapping[str, np.ndarray]):
@@ -25,8 +26,8 @@ class ActionLog:
 
     def append(self, actions: Mapping[str, np.ndarray], mask: np.ndarray) -> None:
         """Add one action ``{name: [N, ...]}`` in the environments where ``mask`` (bool [N]) is true."""
-        for name, value in actions.items():
-            array = self.arrays[name]
+        for name, array in self.arrays.items():
+            value = actions[name]
             if self.lengths.max() == array.shape[1]:
                 # Full: double the capacity, starting from 64.
                 room = np.zeros((len(array), max(64, array.shape[1]), *array.shape[2:]), array.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
@@ -48,6 +48,17 @@ SUITES = {
 }
 """Suites by the prefix of ``prefix:task``."""
 
+JAX_SUITES = {
+    "jax": "jax",
+    "gymnax": "gymnax",
+    "craftax": "craftax",
+    "brax": "brax",
+    "playground": "mujoco_playground",
+    "navix": "navix",
+    "jumanji": "jumanji",
+}
+"""Packages of environments in JAX by the prefix of ``prefix:name``; see :mod:`worldloom.envs.jax`."""
+
 
 def make_env(
     spec: EnvLike,
@@ -72,8 +83,10 @@ def make_env(
     Args:
       spec: a Gymnasium id (``"Pendulum-v1"``, ``"module:Id"``); a function that returns a new ``gymnasium.Env``;
         ``"dmc:cartpole_swingup"`` (state), ``"dmc_vision:walker_walk"`` (64×64 pixels), ``"atari:pong"`` (96×96 gray,
-        sticky), ``"atari100k:pong"`` (64×64 colour), ``"crafter:reward"``; or an object: one ``gymnasium.Env``, or a
-        ``gymnasium.vector.VectorEnv`` in any autoreset mode, which is used as it is.
+        sticky), ``"atari100k:pong"`` (64×64 colour), ``"crafter:reward"``; environments in JAX, all N of which one
+        compiled call steps: ``"jax:Pendulum-v1"``, ``"gymnax:CartPole-v1"``, ``"craftax:Classic-Symbolic"``, …; or an
+        object: one ``gymnasium.Env``, a ``gymnasium.vector.VectorEnv`` in any autoreset mode, which is used as it is,
+        or a :class:`worldloom.envs.jax.JaxEnv`.
       num_envs: N, at least 1; must be 1 for a ``gymnasium.Env`` object.
       parallel: ``"sync"`` steps them in this process; ``"subprocess"`` steps each in its own process, which pays off
         when a step takes more than about 0.1 ms, and survives their crashes. Functions are sent by ``cloudpickle``.
@@ -118,6 +131,9 @@ def make_env(
         )
         backend = GymVectorBackend(spec, action_bounds=bounds, drop_keys=dropped, join_actions=bool(join_actions))
         return VectorEnv(backend, seed=seed, settings={"spec": spec, "seed": seed, **translation})
+    in_jax = is_jax_env(spec) or (isinstance(spec, str) and _is_of(JAX_SUITES, spec))
+    if in_jax:
+        _check_for_jax(parallel, image_size, frame_stack, translation, {} if isinstance(spec, str) else options)
     if isinstance(spec, gym.Env) and (num_envs != 1 or parallel != "sync" or options):
         raise ConfigError(
             "A gymnasium.Env object is one environment in this process, already configured; give make_env its id or "
@@ -138,14 +154,18 @@ def make_env(
         changes = _Changes(
             action_repeat, time_limit, image_size, frame_stack, bounds, dropped, bool(join_actions), render
         )
-        build, repeat = _builder(spec, changes, options)
         backend: Backend
-        if parallel == "subprocess":
+        repeat = action_repeat or 1
+        if in_jax:
+            backend = _jax_backend(spec, num_envs, repeat, time_limit, render, options)
+        elif parallel == "subprocess":
             # Workers import this module too; they need neither the backend nor cloudpickle.
             from worldloom.envs.backends.subproc import SubprocBackend
 
+            build, repeat = _builder(spec, changes, options)
             backend = SubprocBackend(build, num_envs, timeout=worker_timeout)
         else:
+            build, repeat = _builder(spec, changes, options)
             backend = SyncBackend(build, num_envs)
         remake = None if isinstance(spec, gym.Env) else make
         settings = {"spec": spec, "num_envs": num_envs, "parallel": parallel, "seed": seed, **per_env, **options}
@@ -182,7 +202,7 @@ def effective_defaults(env: VectorEnv) -> dict[str, Any]:
     spec = env.settings.get("spec")
     if not isinstance(spec, str):
         return {}
-    suite = spec.partition(":")[0] in SUITES
+    suite = spec.partition(":")[0] in {**SUITES, **JAX_SUITES}
     time_limit = env.time_limit if suite else _gym_spec(spec).max_episode_steps
     found = {"action_repeat": env.action_repeat, "time_limit": time_limit, **usual_options(spec)}
     return {name: value for name, value in found.items() if env.settings.get(name) is None and value is not None}
@@ -190,13 +210,18 @@ def effective_defaults(env: VectorEnv) -> dict[str, Any]:
 
 def is_env(value: Any) -> bool:
     """Whether ``value`` can be given to :func:`make_env` as ``spec``, or is a :class:`VectorEnv` already."""
-    return isinstance(value, str | gym.Env | gym.vector.VectorEnv | VectorEnv) or callable(value)
+    return isinstance(value, str | gym.Env | gym.vector.VectorEnv | VectorEnv) or callable(value) or is_jax_env(value)
+
+
+def is_jax_env(value: Any) -> bool:
+    """Whether ``value`` has what :class:`worldloom.envs.jax.JaxEnv` says; no class has, only its objects."""
+    names = ("reset", "step", "obs_shape", "action_dim", "action_type", "time_limit")
+    return not isinstance(value, type | VectorEnv) and all(hasattr(value, name) for name in names)
 
 
 def module_of(spec: str) -> str:
     """The module that making the environment ``spec`` imports first, as ``module:Id`` says; empty for none."""
-    prefix, _, task = spec.partition(":")
-    return "" if prefix in SUITES and task else spec.rpartition(":")[0]
+    return "" if _is_of({**SUITES, **JAX_SUITES}, spec) else spec.rpartition(":")[0]
 
 
 def require_package(package: str) -> None:
@@ -205,6 +230,41 @@ def require_package(package: str) -> None:
         raise MissingDependencyError(
             f"This environment needs the package '{package}', which is not installed; pip install 'worldloom[envs]'."
         )
+
+
+def _is_of(suites: Mapping[str, Any], spec: str) -> bool:
+    """Whether ``spec`` is ``prefix:task`` of one of these suites."""
+    prefix, _, task = spec.partition(":")
+    return prefix in suites and bool(task)
+
+
+def _check_for_jax(
+    parallel: str, image_size: Any, frame_stack: Any, translation: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Raise ``ConfigError`` for arguments that change environments of Gymnasium only."""
+    given = {"image_size": image_size, "frame_stack": frame_stack, **translation, **options}
+    refused = [name for name, value in given.items() if value is not None]
+    if parallel != "sync":
+        refused.append("parallel")
+    check(
+        not refused,
+        f"{', '.join(refused)}: environments in JAX are stepped as they are, all of them in one compiled call. Put the "
+        "change into the environment; options of one with a name go to its constructor.",
+    )
+
+
+def _jax_backend(
+    spec: Any, num_envs: int, action_repeat: int, time_limit: int | None, render: bool, options: dict[str, Any]
+) -> Backend:
+    if isinstance(spec, str):
+        package = JAX_SUITES[spec.partition(":")[0]]
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(f"{spec} needs the package '{package}', which is not installed; see its page.")
+    # Imported when first used: worker processes need no JAX.
+    from worldloom.envs.jax.make import make_backend
+
+    changes: dict[str, Any] = {"action_repeat": action_repeat, "time_limit": time_limit, "render": render}
+    return make_backend(spec, num_envs, **changes, options=options)
 
 
 _COUNTS = ("action_repeat", "time_limit", "image_size", "frame_stack")
@@ -288,8 +348,9 @@ def _gym_spec(name: str) -> Any:
             if error.name != module.partition(".")[0]:
                 raise
             raise ConfigError(
-                f"'{name}' names neither a suite ({', '.join(SUITES)}) nor a module that can be imported."
-                f"{suggestion(module, SUITES) or nearest(module, SUITES)}"
+                f"'{name}' names neither a suite ({', '.join([*SUITES, *JAX_SUITES])}) nor a module that can be "
+                "imported."
+                f"{suggestion(module, SUITES) or nearest(module, {**SUITES, **JAX_SUITES})}"
             ) from None
     try:
         return gym.spec(env_id)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from worldloom.envs.action_log import ActionLog
-from worldloom.envs.backends.base import Backend, BatchedStepResult
+from worldloom.envs.backends.base import Backend, BatchedStepResult, StatefulBackend
 from worldloom.envs.time_step import BadStep, EpisodeEnd, TimeStep, episode_seed
 from worldloom.errors import ConfigError, DataError, EnvError
 from worldloom.spaces.actions import ActionSpec
@@ -62,13 +62,16 @@ class VectorEnv:
         settings: Mapping[str, Any] | None = None,
     ):
         observations, actions = ObservationSpec(backend.observation_space), ActionSpec(backend.action_space)
-        self._backend, self._observations, self._actions, self._remake = backend, observations, actions, remake
+        self._backend: Any = backend
+        self._observations, self._actions, self._remake = observations, actions, remake
         self.observation_space, self.action_space = backend.observation_space, backend.action_space
         self.num_envs = backend.num_envs
         self.obs_shape, self.obs_dtype = observations.shape, observations.dtype
         self.action_dim, self.action_type = actions.dim, actions.type
         self.action_repeat, self.settings = action_repeat, dict(settings or {})
         self._restart_bad = restart_bad
+        # Environments in JAX take the agent's actions, and save their states in place of the actions that led there.
+        self._on_device = isinstance(backend, StatefulBackend)
         self.time_limit = backend.time_limit
         # Rounded up: an episode is truncated within its last decision step.
         self.episode_length = None if backend.time_limit is None else -(-backend.time_limit // action_repeat)
@@ -161,7 +164,7 @@ class VectorEnv:
         ``seed`` int64 [], ``episodes`` int64 [N] (episode numbers), ``returns`` float64 [N] so far, ``lengths``
         int64 [N] (actions so far), the last row as ``reward``, ``is_last``, ``is_terminal`` [N] and ``obs/<name>``
         ``[N, ...]``, ``cut`` bool [N] (it ends an episode because of a crash or of NaN), and the episodes' actions
-        ``actions/<name>`` ``[N, longest, ...]``, zero-padded.
+        ``actions/<name>`` ``[N, longest, ...]``, zero-padded; of environments in JAX, ``state/<i>`` in their place.
 
         Raises ``EnvError`` before the first reset. Still works after the environments were closed.
         """
@@ -178,6 +181,7 @@ class VectorEnv:
             "cut": self._cut.copy(),
             **{f"obs/{name}": value.copy() for name, value in self._last_result.obs.items()},
             **{f"actions/{name}": value for name, value in self._action_log.padded().items()},
+            **{f"state/{i}": value for i, value in (self._backend.save_state() if self._on_device else {}).items()},
         }
 
     def restore(self, state: Mapping[str, np.ndarray], *, max_steps: int | None = None) -> TimeStep:
@@ -198,6 +202,12 @@ class VectorEnv:
         self._returns = np.array(state["returns"], np.float64)
         self._action_log = ActionLog(state["lengths"], _with_prefix(state, "actions/"))
         obs = _with_prefix(state, "obs/")
+        self._cut = np.array(state.get("cut", np.zeros(self.num_envs)), bool)
+        saved = BatchedStepResult(
+            obs, np.array(state["reward"]), np.array(state["is_last"]), np.array(state["is_terminal"])
+        )
+        if self._on_device:
+            return self._restore_states(_with_prefix(state, "state/"), saved)
 
         # Replay, and compare with the saved observations.
         actions = [self._actions.to_env(self._action_log.of(env)) for env in range(self.num_envs)]
@@ -206,7 +216,6 @@ class VectorEnv:
         too_long = max_steps is not None and longest > max_steps
         replayed = None if too_long else self._backend.replay_actions(seeds, actions, self._action_log.lengths)
         # An episode that was cut by a crash or by NaN is over, with the observation before; its replay is not.
-        self._cut = np.array(state.get("cut", np.zeros(self.num_envs)), bool)
         if replayed is None or any(
             not np.array_equal(replayed.obs[name][~self._cut], value[~self._cut]) for name, value in obs.items()
         ):
@@ -217,9 +226,14 @@ class VectorEnv:
             return self.reset()
 
         # Reward and flags are the saved ones: an episode cut by a worker's crash is over, though its replay is not.
-        saved = BatchedStepResult(
-            obs, np.array(state["reward"]), np.array(state["is_last"]), np.array(state["is_terminal"])
-        )
+        return self._to_time_step(saved, is_first=self._action_log.lengths == 0)
+
+    def _restore_states(self, states: Mapping[str, np.ndarray], saved: BatchedStepResult) -> TimeStep:
+        """Return to the saved states of environments in JAX, which are exact."""
+        if not self._backend.load_state(states, saved.obs):
+            message = "The saved states are not those of these environments; their next episodes begin instead."
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return self.reset()
         return self._to_time_step(saved, is_first=self._action_log.lengths == 0)
 
     def close(self) -> None:
@@ -244,12 +258,13 @@ class VectorEnv:
         self._returns = np.zeros(self.num_envs, np.float64)
         self._episode_over = np.ones(self.num_envs, bool)
         self._cut = np.zeros(self.num_envs, bool)
-        self._action_log = ActionLog(np.zeros(self.num_envs), self._actions.zeros(self.num_envs, 0))
+        logged = {} if self._on_device else self._actions.zeros(self.num_envs, 0)
+        self._action_log = ActionLog(np.zeros(self.num_envs), logged)
         self._last_result: BatchedStepResult | None = None
 
     def _step_backend(self, actions: dict[str, np.ndarray] | None, reset_mask: np.ndarray) -> TimeStep:
         """Reset environments where ``reset_mask`` (bool [N]), step the others with checked ``actions``."""
-        native = None if actions is None else self._actions.to_env(actions)
+        native = None if actions is None else actions if self._on_device else self._actions.to_env(actions)
         episodes = self._episodes + reset_mask
         seeds = [
             episode_seed(self.seed, env, int(episodes[env])) if reset_mask[env] else None

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from worldloom.replay.buffer import ReplayBuffer
+from worldloom.replay.conversion import convert_rewards, pack_flags
 from worldloom.replay.sampling import fitting_segments
+from worldloom.replay.validation import array_group, convert_columns, convert_latents, infer_schema
 
 
 class OnlineQueue:
@@ -30,6 +35,47 @@ class OnlineQueue:
         if len(windows):
             self.drawn = int(windows[-1, -1])
         return windows
+
+
+def add_steps(
+    buffer: ReplayBuffer,
+    obs: Any,
+    actions: Any,
+    rewards: np.ndarray,
+    is_first: np.ndarray,
+    is_last: np.ndarray,
+    is_terminal: np.ndarray,
+    num_envs: int,
+    *,
+    latents: Mapping[str, np.ndarray],
+) -> None:
+    """What ``buffer.add_rows`` of S steps of N environments adds, at once: arrays [S · N, ...], step by step.
+
+    The flags are those that a program has set, and are not checked against each other. Raises ``DataError`` for NaN.
+    """
+    observations, chosen = array_group(obs, "obs"), array_group(actions, "actions")
+    schema = buffer._schema or infer_schema(buffer._declared, observations, chosen, False)
+    schema, columns = convert_columns(schema, observations, chosen, is_last, None)
+    count = len(is_last)
+    columns |= {
+        "rewards": convert_rewards(rewards, count),
+        "flags": pack_flags(is_first, is_last, is_terminal),
+        "stream": (np.arange(count) % num_envs).astype(np.int32),
+    }
+    buffer._append(schema, columns, convert_latents(latents, buffer.latents, (count,)))
+
+
+def is_interleaved(buffer: ReplayBuffer, num_envs: int) -> bool:
+    """Whether row ``i`` is of stream ``i % num_envs`` and no row has a task: nothing else was added to the buffer."""
+    rows, schema = buffer._storage.rows, buffer._schema
+    if schema is None:
+        return rows.end % num_envs == 0
+    first = rows.first
+    for streams in rows.iter_column("stream"):
+        if not np.array_equal(streams, (first + np.arange(len(streams))) % num_envs):
+            return False
+        first += len(streams)
+    return not schema.has_task and rows.end % num_envs == 0
 
 
 def has_finished_window(buffer: ReplayBuffer, rows: int, *, cross_episodes: bool) -> bool:

@@ -54,6 +54,7 @@ MAY_CHANGE = frozenset(
         "mesh",
         "updates_per_call",
         "replay_storage",
+        "loop",
         "max_episode_steps",
     }
 )

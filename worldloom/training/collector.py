@@ -71,6 +71,7 @@ class Collector:
 
     Attributes:
       updates_before: see above.
+      calls: how often actions were chosen for all environments.
       decisions: decision steps taken so far, summed over all environments.
       episodes: training episodes that ended so far.
       ends: those that ended since ``EpisodesCallback`` last cleared the list.
@@ -105,7 +106,7 @@ class Collector:
         self._time_step: TimeStep | None = None
         # Actions and latents for the newest time step, possibly still being computed.
         self._pending: tuple[Any, Mapping[str, Any]] | None = None
-        self._calls = self._moves = 0
+        self.calls = self._moves = 0
         self.decisions = self.restarts = self.bad_steps = self.episodes = 0
         self.ends: list[EpisodeRecord] = []
         self.seen = RewardsSeen()
@@ -116,6 +117,21 @@ class Collector:
     def env_steps(self) -> int:
         """Environment steps taken so far: decision steps times action repeat."""
         return self.decisions * self.env.action_repeat
+
+    @property
+    def acts_randomly(self) -> bool:
+        """Whether the next actions are random: in the prefill, unless the untrained policy acts there."""
+        return self._prefill_policy != "initial" and self.decisions < self._prefill
+
+    @property
+    def prefill(self) -> int:
+        """Decision steps of the prefill."""
+        return self._prefill
+
+    @property
+    def ready(self) -> bool:
+        """Whether the environments have begun, so that :meth:`state_dict` holds them."""
+        return self._pending is not None
 
     def updates_due(self, ratio: TrainRatio) -> int:
         """Total number of updates due by now, including those before the first step."""
@@ -144,7 +160,7 @@ class Collector:
         counts = {
             "trained": self.updates_before,
             "decisions": self.decisions,
-            "calls": self._calls,
+            "calls": self.calls,
             "restarts": self.restarts,
             "bad_steps": self.bad_steps,
             "episodes": self.episodes,
@@ -171,7 +187,7 @@ class Collector:
         """
         try:
             self.updates_before = int(counts["trained"])
-            self.decisions, self._calls = int(counts["decisions"]), int(counts["calls"])
+            self.decisions, self.calls = int(counts["decisions"]), int(counts["calls"])
             self.restarts = int(counts["restarts"])
             self.bad_steps = int(counts.get("bad_steps", 0))  # Checkpoints of earlier versions count none.
             # Checkpoints of earlier versions do not number episodes, and say nothing of rewards and of fresh rows.
@@ -191,7 +207,7 @@ class Collector:
             return
         saved = strip_prefix(arrays, "env/")
         limit, longest = self.env.episode_length or self._max_episode_steps, int(saved["lengths"].max())
-        if _REPLAY_SAID < longest <= limit:
+        if strip_prefix(saved, "actions/") and _REPLAY_SAID < longest <= limit:
             _log.info("Replaying the episodes in progress, of up to %s steps.", f"{longest:,}")
         self._time_step = self.env.restore(saved, max_steps=limit)
         self._moves = self.env.moves
@@ -273,23 +289,30 @@ class Collector:
         """Start choosing the actions for the current time step; ``executed`` are those that led to it, or None."""
         now = self._time_step
         assert now is not None
-        self._calls += 1
-        if self._prefill_policy != "initial" and self.decisions < self._prefill:
+        self.calls += 1
+        if self.acts_randomly:
             self._pending = self._random_actions(now.is_first, executed), {}
         else:
             self._carry, actions, latents = self._policy(
-                state.params, state.key, self._carry, now.obs, now.is_first, self._calls
+                state.params, state.key, self._carry, now.obs, now.is_first, self.calls
             )
             self._pending = actions, latents
 
-    def _random_actions(self, is_first: np.ndarray, executed: Any) -> Any:
-        """Random actions for all environments; correlated ones are mostly the ``executed`` ones again."""
-        seed = np.random.SeedSequence(self._seed, spawn_key=(_ACTING, self._calls))
+    def draw_random(self, call: int) -> tuple[Any, np.ndarray]:
+        """Uniform random actions of call number ``call``, and where correlated ones keep the previous, bool [N]."""
+        seed = np.random.SeedSequence(self._seed, spawn_key=(_ACTING, call))
         rng = np.random.Generator(np.random.Philox(seed))
         actions = self.env.sample_actions(rng)
-        if self._prefill_policy != "correlated" or executed is None:
+        if self._prefill_policy != "correlated":
+            return actions, np.zeros(self.env.num_envs, bool)
+        return actions, rng.random(self.env.num_envs) < _PERSISTENCE
+
+    def _random_actions(self, is_first: np.ndarray, executed: Any) -> Any:
+        """Random actions for all environments; correlated ones are mostly the ``executed`` ones again."""
+        actions, kept = self.draw_random(self.calls)
+        kept = kept & ~is_first
+        if executed is None or not kept.any():
             return actions
-        kept = (rng.random(self.env.num_envs) < _PERSISTENCE) & ~is_first
 
         def keep(new: np.ndarray, old: np.ndarray) -> np.ndarray:
             if new.shape != np.shape(old):  # one-hots of a policy that acted before

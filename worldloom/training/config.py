@@ -94,6 +94,10 @@ class TrainingConfig(BaseConfig):
     """Where batches are assembled. ``host``: in host memory, then copied to the device. ``device``: each row is copied
     to the device once, which needs memory for ``replay_capacity`` rows (for recorded data: for its rows). ``auto``: on
     a GPU or TPU if the rows need at most half of its free memory. Batches are the same."""
+    loop: Annotated[str, OneOf("auto", "host", "device")] = "auto"
+    """Where the loop of online training in JAX environments runs. ``device``: act, step, store, draw and update in one
+    compiled program, replay in the device's memory. ``host``: as in any other environment. ``auto``: on the device
+    wherever that is possible. Rows, batches and draws are the same."""
     max_episode_steps: Annotated[int, Ge(1)] = 27_000
     """Decision steps at which an episode of an evaluation is cut, and up to which a resumed run replays an episode in
     progress, if the environment has no time limit of its own."""

@@ -38,11 +38,12 @@ class RewardsSeen:
     best: float | None = None
 
     def add_rewards(self, rewards: np.ndarray, *, prefill: bool) -> None:
-        """Add the rewards [N] of one step of the environments."""
+        """Add the rewards [N] of one or several steps of the environments."""
+        if not prefill and len(rewards):
+            highest = float(rewards.max())
+            self.since = highest if self.since is None else max(self.since, highest)
+            return
         for reward in map(float, rewards):
-            if not prefill:
-                self.since = reward if self.since is None else max(self.since, reward)
-                continue
             self.low = reward if self.low is None else min(self.low, reward)
             self.high = reward if self.high is None else max(self.high, reward)
             self.steps += 1  # Welford's update of mean and spread

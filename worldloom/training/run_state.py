@@ -60,6 +60,7 @@ class Run:
       total_steps: updates at which the current call of ``train`` ends.
       capacity: K, the maximum number of updates per compiled call.
       placement: where weights and batches are: on one device, or on a mesh.
+      unrolled: whether a compiled call does one update without a loop; see ``needs_unrolled_updates``.
 
     Raises:
       DeviceError: ``config.device`` is a numbered device that does not exist.
@@ -75,8 +76,8 @@ class Run:
         model.check_trainable(self.device)
         # On a CPU, the overhead of a call is small compared with an update, and short calls react to Ctrl-C sooner.
         self.capacity = config.updates_per_call or (1 if self.device.platform == "cpu" else 8)
-        self._unrolled = needs_unrolled_updates(model, self.device)
-        if self._unrolled and self.capacity > 1:
+        self.unrolled = needs_unrolled_updates(model, self.device)
+        if self.unrolled and self.capacity > 1:
             _log.warning(
                 "updates_per_call=%d is reduced to 1: on a CPU, XLA computes gradients of convolutions a hundred times "
                 "slower inside the loop over several updates.",
@@ -178,21 +179,12 @@ class Run:
 
     # ---- parts of the loop ------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def batches(
-        self,
-        total_steps: int,
-        next_callback_step: Callable[[int], int | None],
-        stop_requested: Callable[[], bool],
-    ) -> Iterator[Iterator[UpdateChunk]]:
-        """Context manager of the iterator over the chunks up to ``total_steps`` updates; see :class:`BatchSource`."""
+    def begin(self, total_steps: int) -> CompiledUpdate:
+        """Prepare for the updates up to ``total_steps``; returns the compiled update."""
         assert self.sampler is not None
         self.total_steps = total_steps
         # Updates donate the state, so copy the arrays that the model and callers still hold.
         self._set_state(copy(self.state))
-        if self.placement.mesh is None:
-            growing = self.collector is not None
-            self.sampler.choose_storage(self.config.replay_storage, self.device, growing=growing)
         self._update = compiled_update(
             self.model.algorithm.make_update,
             self.model.config,
@@ -201,10 +193,25 @@ class Run:
             self.loss_terms,
             self.config.skip_nonfinite,
             self.sampler.uses_latents,
-            self._unrolled,
+            self.unrolled,
             self.model.version(),
             *([self.placement] if self.placement.mesh else []),  # Runs on one device share programs, whichever it is.
         )
+        return self._update
+
+    @contextmanager
+    def batches(
+        self,
+        total_steps: int,
+        next_callback_step: Callable[[int], int | None],
+        stop_requested: Callable[[], bool],
+    ) -> Iterator[Iterator[UpdateChunk]]:
+        """Context manager of the iterator over the chunks up to ``total_steps`` updates; see :class:`BatchSource`."""
+        self.begin(total_steps)
+        assert self.sampler is not None
+        if self.placement.mesh is None:
+            growing = self.collector is not None
+            self.sampler.choose_storage(self.config.replay_storage, self.device, growing=growing)
         source = BatchSource(
             self.sampler,
             self.writeback,
@@ -219,6 +226,10 @@ class Run:
         with source:
             yield source.chunks(self.step, total_steps, next_callback_step, stop_requested)
         self.sampler.write_back()
+        self.count_skipped()
+
+    def count_skipped(self) -> None:
+        """Note how many updates were skipped; waits for those in flight."""
         self._skipped = int(self._guard.skipped)
 
     def update(self, chunk: UpdateChunk) -> UpdateOutput:
@@ -254,7 +265,7 @@ class Run:
     def read_state(self) -> TrainState:
         """A copy of the state on the host, after all updates in flight."""
         self.sync()
-        self._skipped = int(self._guard.skipped)
+        self.count_skipped()
         collected = self._collected
         return collected if collected and int(collected.step) == self.step else on_host(self.state, self.placement)
 
@@ -424,7 +435,7 @@ class Run:
         if not begun:
             # Nothing depends on the old config yet: take what the constructor derives from the new one.
             new_run = Run(self.model, config)
-            self.device, self.capacity, self._unrolled = new_run.device, new_run.capacity, new_run._unrolled
+            self.device, self.capacity, self.unrolled = new_run.device, new_run.capacity, new_run.unrolled
             self.placement = new_run.placement
             self.writeback = new_run.writeback
         elif self.learner is not None:

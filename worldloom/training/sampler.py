@@ -36,7 +36,8 @@ class SequenceSampler:
       batch_size: windows per batch.
       rows: rows per window.
       uses_latents: whether windows start from stored latents, and fresh latents are written back.
-      on_device: the copy of the rows on the device, or None.
+      on_device: the copy of the rows on the device, a :class:`~worldloom.replay.device.DeviceReplay`, or whatever else
+        writes latents back; None without one.
 
     Raises:
       DataError: the buffer is empty or holds data that the model cannot train on.
@@ -64,7 +65,7 @@ class SequenceSampler:
         self._chooses_rows = allow_empty and (mixed or supports_device_storage(buffer))
         self._finished, self._fresh_first = not spec.open_episodes, spec.fresh_first
         self._checked = False
-        self.on_device: DeviceReplay | None = None
+        self.on_device: Any = None
         shapes = model.config.obs_shape
         self._shapes = list(shapes.values()) if isinstance(shapes, Mapping) else [shapes]
 
@@ -118,6 +119,12 @@ class SequenceSampler:
         """Windows of a batch that may be fresh ones: all but those of recorded data."""
         mixed = isinstance(self.buffer, MixedReplay)
         return self.buffer.fresh_places(self.batch_size, update) if mixed else self.batch_size
+
+    def check_window(self, seed: int, update: int) -> None:
+        """Raise ``DataError`` unless there is a window for batch number ``update``."""
+        if self._finished and self._chooses_rows and not self._checked:
+            self._check_finished()
+        self.buffer.draw(self.batch_size, self.rows, seed=seed, update=update, cross_episodes=self._cross_episodes)
 
     def _check_finished(self) -> None:
         """Say once if an episode in progress must be replayed, because no finished one is long enough."""

@@ -25,6 +25,7 @@ from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate
 from worldloom.training.fit import fit
 from worldloom.training.interrupts import Interrupts
+from worldloom.training.on_device import fit_on_device, runs_on_device
 from worldloom.training.resume import resume_run
 from worldloom.training.run_state import Run
 
@@ -139,7 +140,7 @@ class Trainer:
         self._callbacks.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())  # K in effect
         with jax.default_device(run.device), Interrupts() as interrupts:  # precision="auto" reads the default device
             try:
-                fit(run, total, self._callbacks, interrupts)
+                (fit_on_device if runs_on_device(run) else fit)(run, total, self._callbacks, interrupts)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error} {recovery_hint(self._callbacks.callbacks)}") from None
             except BaseException:

@@ -94,7 +94,7 @@ class CompiledUpdate:
 
     def metric_names(self, state: TrainState, batches: Batch, ring: Ring | None = None) -> tuple[str, ...]:
         """Metric names in the order of ``UpdateOutput.metrics``: loss terms first, in the family's order."""
-        metrics = dict(self._abstract_metrics(state, batches, ring))
+        metrics = dict(self.abstract_metrics(state, batches, ring))
         metrics.pop(LATENTS, None)
         wrong = {name: leaf.shape for name, leaf in metrics.items() if getattr(leaf, "shape", None) != ()}
         check(not wrong, f"The metrics of an update must be scalars; these have shapes: {wrong}.")
@@ -145,7 +145,38 @@ class CompiledUpdate:
         outputs = learner, UpdateOutput(whole, latents, whole)  # type: ignore[arg-type]
         return jax.jit(self._updates, donate_argnums=0, out_shardings=outputs)
 
-    def _abstract_metrics(self, state: TrainState, batches: Batch, ring: Ring | None) -> dict[str, Any]:
+    def apply(
+        self, learner: Learner, batch: Batch, names: tuple[str, ...], *, enabled: Any = True
+    ) -> tuple[Learner, jax.Array, dict[str, jax.Array], jax.Array]:
+        """One update with ``batch`` [B, T, ...], in traced code; dropped unless ``enabled``.
+
+        Returns:
+          The learner, the metrics in the order of ``names`` [M], fresh latents by name [B, T, ...], and whether the
+          update was applied, bool [].
+        """
+        old, guard = learner
+        update_names = names[:-1] if self._skip_nonfinite else names
+        # The barriers keep XLA from fusing the update with the indexing of its batch or the storing of its metrics:
+        # rounding must not depend on K.
+        batch = jax.lax.optimization_barrier(batch)
+        new, metrics = self._update(old, batch, jax.random.fold_in(old.key, old.step))
+        metrics = jax.lax.optimization_barrier(metrics)
+        row = jnp.stack([metrics[name].astype(jnp.float32) for name in update_names])
+        finite = jnp.isfinite(row[jnp.array(self.guarded(names))]).all()
+        if self._skip_nonfinite:
+            # Drop a non-finite update but count its step: the next one reads the next batch and key.
+            skipped = guard.skipped + (~finite & enabled)
+            new = _select(finite & enabled, new, old).replace(step=jnp.where(enabled, new.step, old.step))
+            guard, row = guard._replace(skipped=skipped), jnp.append(row, skipped.astype(jnp.float32))
+            applied = finite & enabled
+        else:
+            # Drop this update and all later ones: the step stays that of the last good update.
+            applied = guard.alive & finite & enabled
+            new, guard = _select(applied, new, old), guard._replace(alive=applied)
+        return Learner(new, guard), row, metrics.get(LATENTS, {}) if self._keep_latents else {}, applied
+
+    def abstract_metrics(self, state: TrainState, batches: Batch, ring: Ring | None = None) -> dict[str, Any]:
+        """Shapes and dtypes of the metrics and latents of an update with a batch of ``batches`` [K, B, T, ...]."""
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
         return jax.eval_shape(
             lambda *args: self._update(args[0], _gather(ring, args[1]), args[2]), state, batch, state.key
@@ -156,36 +187,18 @@ class CompiledUpdate:
     ) -> tuple[Learner, UpdateOutput]:
         # Names and shapes of the results.
         names = self.metric_names(state, batches, ring)
-        update_names = names[:-1] if self._skip_nonfinite else names
-        guarded = jnp.array(self.guarded(names))
         if not self._unrolled:
             batches = pad_single_update(batches)
         capacity = jax.tree.leaves(batches)[0].shape[0]
-        latents = self._abstract_metrics(state, batches, ring).get(LATENTS, {}) if self._keep_latents else {}
+        latents = self.abstract_metrics(state, batches, ring).get(LATENTS, {}) if self._keep_latents else {}
 
         def one_update(
             index: jax.Array, carry: tuple[TrainState, NonFiniteGuard, UpdateOutput]
         ) -> tuple[TrainState, NonFiniteGuard, UpdateOutput]:
             old, guard, output = carry
-            # The barriers keep XLA from fusing the update with the indexing of its batch or the storing of its
-            # metrics: rounding must not depend on K.
             batch = _gather(ring, jax.tree.map(lambda x: x[index], batches))
-            batch = jax.lax.optimization_barrier(batch)
-            new, metrics = self._update(old, batch, jax.random.fold_in(old.key, old.step))
-            metrics = jax.lax.optimization_barrier(metrics)
-            row = jnp.stack([metrics[name].astype(jnp.float32) for name in update_names])
-            finite = jnp.isfinite(row[guarded]).all()
-            if self._skip_nonfinite:
-                # Drop a non-finite update but count its step: the next one reads the next batch and key.
-                skipped = guard.skipped + ~finite
-                new = _select(finite, new, old).replace(step=new.step)
-                guard, row = guard._replace(skipped=skipped), jnp.append(row, skipped.astype(jnp.float32))
-                applied = finite
-            else:
-                # Drop this update and all later ones: the step stays that of the last good update.
-                applied = guard.alive & finite
-                new, guard = _select(applied, new, old), guard._replace(alive=applied)
-            kept = {name: output.latents[name].at[index].set(metrics[LATENTS][name]) for name in output.latents}
+            (new, guard), row, fresh, applied = self.apply(Learner(old, guard), batch, names)
+            kept = {name: output.latents[name].at[index].set(fresh[name]) for name in output.latents}
             return (
                 new,
                 guard,

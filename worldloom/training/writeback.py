@@ -63,6 +63,11 @@ class LatentWriteback:
         self._buffer: Any = None
         self._writes: list[Future[None]] = []
 
+    @property
+    def waiting(self) -> list[PendingLatents]:
+        """The latents that are not written yet, in the order of their updates."""
+        return list(self._queue)
+
     def switch_buffer(self, buffer: Any) -> None:
         """Switch to ``buffer``, writing pending latents to the previous buffer first."""
         while self._buffer is not buffer and self._queue:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from gymnasium.spaces import Space
@@ -108,6 +108,22 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release everything; safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class StatefulBackend(Protocol):
+    """A :class:`Backend` whose environments can be saved as they are, and that takes actions in the agent's units.
+
+    Its ``step`` gets checked actions by name: float32 [N, A] in [−1, 1], or integers [N].
+    """
+
+    def save_state(self) -> dict[str, np.ndarray]:
+        """The states of the environments by name."""
+        ...
+
+    def load_state(self, arrays: Mapping[str, np.ndarray], obs: Mapping[str, np.ndarray]) -> bool:
+        """Return to what :meth:`save_state` returned, with the observations ``obs``; False if that does not fit."""
         ...
 
 

@@ -1,0 +1,184 @@
+"""The loop on the device computes what the loop on the host computes, and is resumed exactly."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+from jax_worlds import (
+    CHOICES,
+    CONFIG,
+    DRIFT,
+    Drift,
+    Episodic,
+    LikeDreamer,
+    LikeTDMPC2,
+    Plain,
+    assert_same,
+    content,
+    trained,
+    trainer_in,
+)
+
+from worldloom.envs import make_env
+from worldloom.errors import ConfigError, DataError
+from worldloom.replay import ReplayBuffer
+from worldloom.training import Trainer, TrainingConfig
+from worldloom.training.callbacks import Callback, CheckpointCallback, StopTraining
+from worldloom.training.on_device import fit as loop_module
+
+SLOW = pytest.mark.slow
+CASES = [
+    pytest.param(
+        LikeDreamer,
+        {"latents": True, "num_envs": 3, "updates_per_call": 2, "prefill_updates": 9, "replay_capacity": 47},
+        id="across episodes, fresh rows first, latents, groups of updates, rows evicted",
+    ),
+    pytest.param(
+        LikeTDMPC2,
+        {"env": CHOICES, "replay_capacity": 60, "prefill_policy": "correlated"},
+        id="within finished episodes, random prefill, rows evicted",
+    ),
+    pytest.param(Episodic, {"replay_capacity": 50}, id="across finished episodes", marks=SLOW),
+    pytest.param(Plain, {"num_envs": 1, "train_ratio": 5.0}, id="within any episode", marks=SLOW),
+    pytest.param(LikeDreamer, {"latents": True, "train_ratio": 40.0}, id="several updates per step", marks=SLOW),
+    pytest.param(LikeTDMPC2, {"replay_capacity": 41, "num_envs": 3}, id="odd streams", marks=SLOW),
+]
+
+
+class Records(Callback):
+    """What a callback sees at every log record."""
+
+    order = -2  # before the episodes are cleared
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step(self, info):
+        ends = [(record.number, record.env_steps, record.prefill, record.end) for record in info.episodes()]
+        self.seen.append((info.step, info.env_steps, info.replay_size, dict(info.means), ends, info.episodes_ended))
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_both_loops_collect_the_same_rows_and_arrive_at_the_same_weights(kind, options):
+    seen = {loop: Records() for loop in ("host", "device")}
+    runs = {loop: trained(kind, loop, callbacks=[seen[loop]], **options) for loop in seen}
+    assert runs["device"].run.sampler.buffer is runs["device"].replay
+    assert_same(content(runs["host"]), content(runs["device"]))
+    assert seen["host"].seen == seen["device"].seen
+    assert len(seen["device"].seen) == 4
+    ends = [end for record in seen["device"].seen for *_, end in record[4]]
+    assert len(ends) > 5
+    assert all(end.info == {"steps": float(end.length)} for end in ends)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("device", "device"), pytest.param("device", "host", marks=SLOW), pytest.param("host", "device", marks=SLOW)],
+)
+def test_a_run_resumed_on_either_loop_equals_an_uninterrupted_one(tmp_path, before, after):
+    options = {"latents": True, "num_envs": 3, "updates_per_call": 2, "prefill_updates": 9, "replay_capacity": 470}
+    save = lambda: [CheckpointCallback(str(tmp_path), save_every=7, save_best=False)]  # noqa: E731
+    whole = trained(LikeDreamer, "device", **options)
+    trained(LikeDreamer, before, callbacks=save(), total_steps=23, **options)
+    env = make_env(DRIFT, 3, seed=3)
+    changes = {name: value for name, value in options.items() if name not in ("latents", "num_envs")}
+    resumed = trainer_in(env, LikeDreamer, CONFIG.replace(loop=after, **changes), latents=True, callbacks=save())
+    resumed.train(env, resume=True)
+    assert_same(content(whole), content(resumed))
+
+
+def test_neither_further_calls_nor_their_length_change_a_run(monkeypatch):
+    whole = trained(LikeTDMPC2, "device")
+    env = make_env(DRIFT, 2, seed=3)
+    parts = trainer_in(env, LikeTDMPC2, CONFIG.replace(loop="device"))
+    monkeypatch.setattr(loop_module, "_MOST_UPDATES", 3)
+    monkeypatch.setattr(loop_module, "_MOST_STEPS", 2)
+    for total in (1, 17, 40):
+        parts.train(env, total_steps=total)
+    assert_same(content(whole), content(parts))
+
+
+@SLOW
+def test_an_action_repeat_and_a_time_limit_are_those_of_make_env():
+    runs = []
+    for loop in ("host", "device"):
+        env = make_env(DRIFT, 2, seed=3, action_repeat=2, time_limit=5)
+        assert (env.action_repeat, env.time_limit, env.episode_length) == (2, 5, 3)
+        runs.append(trainer_in(env, Plain, CONFIG.replace(loop=loop)))
+        runs[-1].train(env)
+    assert_same(content(runs[0]), content(runs[1]))
+    assert runs[1].run.env_steps == 2 * runs[1].run.collector.decisions
+    assert max(record.end.length for record in runs[1].run.collector.ends) == 3
+
+
+def test_nan_from_an_environment_stops_the_run_with_the_weights_before(caplog):
+    bad = Drift(bad_after=6)
+    states = {}
+    for loop in ("host", "device"):
+        env = make_env(bad, 2, seed=3)
+        trainer = trainer_in(env, Plain, CONFIG.replace(loop=loop, prefill=20, train_ratio=3.0, total_steps=5000))
+        with pytest.raises(DataError, match=r"'obs' came back NaN or infinite from environments \[\d\]; check"):
+            trainer.train(env)
+        states[loop] = trainer
+        assert env.closed
+    assert states["host"].step == states["device"].step
+    for one, other in zip(*(jax_leaves(each) for each in states.values()), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def jax_leaves(trainer):
+    return [trainer.model.params["dynamics"]["kernel"], trainer.model.params["reward"]["kernel"]]
+
+
+def test_a_prefill_too_short_for_a_window_is_refused_as_on_the_host():
+    with pytest.raises(DataError, match=r"A window needs 9 rows.*\d decision steps.* larger prefill takes more"):
+        trained(LikeTDMPC2, "device", prefill=4, sequence_length=9)
+
+
+def test_terminal_states_are_refused_by_a_family_that_does_not_know_them():
+    def validate(config, *, has_terminals, online):
+        if has_terminals:
+            raise ConfigError("An episode ended in a terminal state.")
+
+    algorithm = dataclasses.replace(LikeTDMPC2.algorithm, validate_data=validate)
+    with pytest.raises(ConfigError, match="terminal state"):
+        trained(type("Refuses", (LikeTDMPC2,), {"algorithm": algorithm}), "device")
+
+
+def test_where_the_device_is_impossible_the_host_trains_and_says_why(caplog):
+    recorded = ReplayBuffer(1000)
+    recorded.add_episode(np.zeros((5, 2), np.float32), np.zeros((4, 1), np.float32), np.zeros(4))
+    for replay, options, why in (
+        (recorded, {}, "replay holds rows that these environments have not collected"),
+        (None, {"on_bad_step": "restart"}, "on_bad_step='restart' needs the host"),
+    ):
+        for loop in ("auto", "device"):
+            env = make_env(DRIFT, 2, seed=3, **options)
+            trainer = trainer_in(env, Plain, CONFIG.replace(loop=loop, total_steps=2))
+            if loop == "device":
+                with pytest.raises(ConfigError, match=f"loop='device' is impossible: {why}"):
+                    trainer.train(env, replay=replay)
+                continue
+            with caplog.at_level(logging.WARNING, "worldloom"):
+                trainer.train(env, replay=replay)
+            assert f"The loop runs on the host: {why}" in caplog.text
+            assert trainer.step == 2
+
+
+def test_the_device_is_refused_where_nothing_is_in_jax(buffer, model):
+    config = TrainingConfig(total_steps=1, batch_size=2, sequence_length=3, device="cpu", loop="device")
+    with pytest.raises(ConfigError, match="loop='device' needs a JAX environment"):
+        Trainer(model, config, callbacks=[]).train(buffer)
+
+
+def test_a_stop_request_ends_the_run_where_the_callback_asked_for_it():
+    class Stop(Callback):
+        every = 13
+
+        def on_step(self, info):
+            return StopTraining("enough")
+
+    trainer = trained(LikeTDMPC2, "device", callbacks=[Stop()])
+    assert trainer.step == 13
+    assert trainer.stop_reason == "Stop: enough"
