@@ -1,9 +1,10 @@
 """The command line, stopped at random moments in every way, then resumed by the same command. See ``kill_resume.py``.
 
 A run has four environments in processes of their own, terminations, evictions from replay, evaluations with pictures,
-and four updates per call. It is stopped from its first moment on: while it starts, compiles, evaluates and saves.
-Between two lives its folder may be moved, or copied and left. At the end, weights, optimizer, replay and log must be
-those of a run that was never stopped.
+and four updates per call. It is stopped from its first moment on: while it starts, compiles, evaluates and saves; some
+of the signals wait until a checkpoint, a replay chunk or a picture is half written. Between two lives its folder may be
+moved, or copied and left, and another life sees another number of devices. At the end, weights, optimizer, replay and
+log must be those of a run that was never stopped.
 """
 
 import collections
@@ -42,6 +43,15 @@ COMMON = [
     "--log-interval=7", "--save-interval=20", "--eval-interval=30", "--replay-storage=host",
 ]  # fmt: skip
 HOW = ["KILL"] * 5 + ["TERM", "INT", "INT INT", "HUP", "STOP CONT KILL"]
+WHEN = [None] * 7 + ["a checkpoint", "a replay chunk", "a picture or model file"]
+HALF_WRITTEN = {
+    "a checkpoint": "checkpoints/*.partial",
+    "a replay chunk": "checkpoints/replay/*.partial",
+    "a picture or model file": "**/.*.tmp",
+}
+"""What is there while something is being written."""
+DEVICES = [1, 1, 2, 4]
+"""Numbers of devices that JAX is told the machine has; a run computes on the first."""
 EXPECTED = {"KILL": -9, "TERM": 143, "INT": 130, "INT INT": 130, "HUP": 129, "STOP CONT KILL": -9}
 
 
@@ -54,24 +64,25 @@ def command(family, folder, steps):
 class Life:
     """One process of a run, from its start."""
 
-    def __init__(self, family, folder, steps, hash_seed):
+    def __init__(self, family, folder, steps, hash_seed, devices=1):
         self.folder = folder
-        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(hash_seed)}
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(hash_seed), "XLA_FLAGS": flags}
         self._errors = (folder.parent / f"{folder.name}.stderr").open("ab")
         self.process = subprocess.Popen(
             [*command(family, folder, steps), "--resume"],
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
             env=env,
-            # A shell starts background processes with Ctrl-C ignored, and so would ours be.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
-    def end(self, how=None, seconds=None):
-        """Wait ``seconds``, send the signals of ``how``, and return the exit code."""
+    def end(self, how=None, seconds=None, when=None):
+        """Wait ``seconds``, then until ``when`` is half written; send the signals of ``how``; return the exit code."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
+            while when and self.process.poll() is None and not any(self.folder.glob(HALF_WRITTEN[when])):
+                time.sleep(0.001)
             for name in how.split():
                 self.process.send_signal(getattr(signal, f"SIG{name}"))
                 time.sleep(0.3 if name == "STOP" else 0.02)
@@ -88,7 +99,7 @@ class Life:
             return "saving"
         if not any(checkpoints.glob("[0-9]*")):
             return "before the first checkpoint"
-        return "writing a file" if any(self.folder.glob(".*.tmp")) else "training"
+        return "writing a file" if any(self.folder.rglob(".*.tmp")) else "training"
 
 
 def content(folder):
@@ -139,6 +150,8 @@ def differences(folder, whole, stopped_at):
 def survive(family, folder, kills, options, rng):
     """Stop runs ``kills`` times in total, starting a new one whenever one ends, and compare what they leave."""
     folder.mkdir(parents=True)
+    # A shell starts background processes with Ctrl-C ignored, and so would ours be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     start, whole = time.monotonic(), Life(family, folder / "whole", options.steps, 0)
     if whole.end() != 0:
         raise SystemExit((folder / "whole.stderr").read_text()[-3000:])
@@ -149,18 +162,21 @@ def survive(family, folder, kills, options, rng):
     different = [
         f"{part} of an unbroken run with another hash seed" for part in differences(folder / "again", expected, ())
     ]
-    doing, codes, moves, runs = collections.Counter(), collections.defaultdict(collections.Counter), 0, 0
+    doing, devices, moves, runs = collections.Counter(), collections.Counter(), 0, 0
+    codes = collections.defaultdict(collections.Counter)
     wrong, stopped = [], 0
     while stopped < kills:
         runs += 1
         place, stopped_at = folder / f"run-{runs}-0 [a]*", set()
         for life_number in range(1, 1000):
-            life, how = Life(family, place, options.steps, life_number), rng.choice(HOW)
+            number = rng.choice(DEVICES)
+            life, how, when = Life(family, place, options.steps, life_number, number), rng.choice(HOW), rng.choice(WHEN)
             # Mostly within the first half, so that a run is stopped several times.
-            code = life.end(how, None if stopped >= kills else rng.uniform(0, seconds * rng.choice([0.5, 1.1])))
+            code = life.end(how, None if stopped >= kills else rng.uniform(0, seconds * rng.choice([0.5, 1.1])), when)
             if code == 0:
                 break
             stopped += 1
+            devices[number] += 1
             doing[life.doing()] += 1
             codes[how][code] += 1
             # Before Python has installed its handlers, a signal ends the process at once.
@@ -181,6 +197,7 @@ def survive(family, folder, kills, options, rng):
     return {
         "stopped": stopped,
         "while": dict(doing),
+        "devices": {str(number): count for number, count in sorted(devices.items())},
         "exit_codes": {how: {str(code): count for code, count in found.items()} for how, found in codes.items()},
         "moved_or_copied": moves,
         "runs": runs,

@@ -149,6 +149,16 @@ class DreamerV3Config(BaseConfig):
     return_range_rate: Annotated[float, Between(0, 1)] = 0.01
     """Rate of the moving 5th and 95th percentiles that scale the advantages."""
 
+    explore: Annotated[str, OneOf("none", "disagreement")] = "none"
+    """``disagreement`` adds an intrinsic reward to what the agent maximises: how differently several networks predict
+    the next latent (Plan2Explore). For tasks whose reward random actions never find."""
+    explore_weight: Annotated[float, Between(0, inf)] = 1.0
+    """Weight of the intrinsic reward at the start; a transition of twice the average spread is worth that much."""
+    explore_updates: Annotated[int, Ge(1)] = 20_000
+    """Updates until that weight has fallen to 0, linearly."""
+    explore_heads: Annotated[int, Ge(2)] = 5
+    """Networks that predict the next latent."""
+
     agc: Annotated[float, Between(0, inf)] = 0.3
     """Adaptive gradient clipping: largest ‖gradient‖ / ‖parameter‖ of a tensor; 0 is off."""
     beta1: Annotated[float, Between(0, 1)] = 0.9

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from worldloom.models.base import check_new_term
+from worldloom.models.disagreement import Disagreement
 from worldloom.models.dreamer.arrays import embed_actions, unwrap_single_action
-from worldloom.models.dreamer.batch import prepare_batch
+from worldloom.models.dreamer.batch import TrainBatch, prepare_batch
 from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.networks import Actor, Decoder, Encoder, Head, ReturnRange, unit_range
 from worldloom.models.dreamer.rssm import RSSM, Latent
@@ -62,6 +63,7 @@ class LossModel(Protocol):
     critic: Head
     slow_critic: Head
     return_range: ReturnRange
+    explorer: Disagreement  # Used with ``explore="disagreement"`` only.
 
     def initial_state(self, batch_size: int) -> Latent:
         """The state before any observation, [B, ...]."""
@@ -166,6 +168,11 @@ def loss(
     critic_logits = maybe_remat(model.critic)(dream_features)
     rewards = frozen.predict_reward(dream_features)[1:]
     continues = frozen.predict_continue(dream_features)
+    replayed_rewards, exploring = rows.rewards, {}
+    if config.explore == "disagreement":
+        bonus = exploration(model, frozen, latents, rows, dream_features, actions)
+        losses["disagreement"], exploring = bonus.errors, {"explore_spread": bonus.spread}
+        rewards, replayed_rewards = rewards + bonus.imagined, replayed_rewards + bonus.replayed
     values = symexp_twohot_mean(sg(critic_logits))
     returns = lambda_return(rewards, continues[1:], values[1:], config.return_lambda)
     percentiles = {"lo": model.return_range.lo[...], "hi": model.return_range.hi[...]}
@@ -181,7 +188,7 @@ def loss(
 
     # The critic also learns from replayed rewards, with the imagined returns as its bootstrap.
     bootstrap = returns[0].reshape(batch_size, num_starts)
-    replayed = (x[:, -num_starts:] for x in (features, rows.rewards, rows.is_terminal, rows.is_last))
+    replayed = (x[:, -num_starts:] for x in (features, replayed_rewards, rows.is_terminal, rows.is_last))
     features_replayed, rewards_replayed, is_terminal, is_last = replayed
     targets = replay_return(rewards_replayed, is_terminal, is_last, bootstrap, discount, config.return_lambda)
     slow_values = symexp_twohot_mean(frozen.slow_critic(sg(features_replayed[:, :-1])))
@@ -203,6 +210,7 @@ def loss(
         "imagined_reward": jnp.mean(rewards),
         "imagined_return": jnp.mean(returns),
         "return_scale": scale,
+        **exploring,
     }
     return LossOutput(total, {"loss": total, **terms}, losses, latents, logits, returns, return_range, metrics)
 
@@ -248,6 +256,50 @@ def imagine(
     # The action at the last state is sampled, though nothing follows it: the actor runs on all H + 1 states.
     actions, products = jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), acted, act(last, last_key))
     return dream, actions, products
+
+
+class Exploration(NamedTuple):
+    """What ``explore="disagreement"`` adds to a batch.
+
+    Attributes:
+      errors: the explorer's loss [B, T − 1].
+      spread: mean spread of its networks, [].
+      imagined: intrinsic rewards of arriving at imagined states 1 … H, [H, N].
+      replayed: those of arriving at the batch's rows, [B, T]; 0 for an episode's first row.
+    """
+
+    errors: jax.Array
+    spread: jax.Array
+    imagined: jax.Array
+    replayed: jax.Array
+
+
+def exploration(
+    model: LossModel,
+    frozen: LossModel,
+    latents: Latent,
+    rows: TrainBatch,
+    dream_features: jax.Array,
+    actions: Mapping[str, jax.Array],
+) -> Exploration:
+    """Loss and intrinsic rewards of the explorer, which predicts z from the state before and the action.
+
+    Args:
+      model: whose explorer learns.
+      frozen: the same without gradients.
+      latents: posterior states [B, T, ...].
+      rows: the batch.
+      dream_features: imagined features [H + 1, N, F].
+      actions: imagined actions by name, [H + 1, N, ...].
+    """
+    before = jnp.concatenate([latents.features[:, :-1], rows.previous_actions[:, 1:]], -1)
+    same_episode = 1 - rows.is_first[:, 1:]
+    errors = same_episode * model.explorer.errors(before, latents.flat_stoch[:, 1:])
+    spread = jnp.sum(same_episode * frozen.explorer.spread(before)) / jnp.maximum(jnp.sum(same_episode), 1)
+    replayed = jnp.pad(same_episode * frozen.explorer.reward(before), ((0, 0), (1, 0)))
+    embedded = embed_actions(model.config, unwrap_single_action(model.config, actions), 2, model.dtype)
+    imagined = frozen.explorer.reward(jnp.concatenate([dream_features, embedded], -1)[:-1])
+    return Exploration(errors, spread, imagined, replayed)
 
 
 def reconstruction_loss(decoded: Mapping[str, jax.Array], obs: Mapping[str, jax.Array]) -> jax.Array:
@@ -343,12 +395,19 @@ def loss_scales(config: DreamerV3Config) -> dict[str, float]:
         "actor": config.actor_scale,
         "critic": config.critic_scale,
         "replay_critic": config.replay_critic_scale,
+        "disagreement": 1.0,
     }
 
 
 def _assert_shapes(losses: Mapping[str, jax.Array], rows: tuple[int, int], imagined: tuple[int, int]) -> None:
     """Each term has its shape before its mean: a broadcast in the wrong place would leave a plausible scalar."""
     replayed = (rows[0], imagined[1] // rows[0] - 1)
-    expected = {"actor": imagined, "critic": imagined, "replay_critic": replayed}
+    expected = {
+        "actor": imagined,
+        "critic": imagined,
+        "replay_critic": replayed,
+        "disagreement": (rows[0], rows[1] - 1),
+    }
     shapes = {name: value.shape for name, value in losses.items()}
-    assert shapes == {name: expected.get(name, rows) for name in LOSS_TERMS[1:]}, shapes
+    assert shapes == {name: expected.get(name, rows) for name in losses}, shapes
+    assert losses.keys() - {"disagreement"} == set(LOSS_TERMS[1:]), losses.keys()

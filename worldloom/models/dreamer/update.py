@@ -13,6 +13,7 @@ import optax
 from worldloom.algorithm import LATENTS, Batch, Params, ReplaySpec, TrainState, Update
 from worldloom.devices import compute_dtype
 from worldloom.models.compilation import freeze_constants, merge
+from worldloom.models.disagreement import advance
 from worldloom.models.dreamer.config import DreamerV3Config
 from worldloom.models.dreamer.losses import update_return_range
 from worldloom.models.dreamer.world_model import ActorCarry, DreamerV3WorldModel, zero_carry
@@ -91,6 +92,10 @@ def make_update(
         rate = config.slow_critic_rate
         slow = jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, fixed["slow_critic"], trained["critic"])
         params = {**fixed, **trained, "slow_critic": slow, "return_range": return_range}
+        if config.explore == "disagreement":
+            weight, updates = config.explore_weight, config.explore_updates
+            params["explorer"] = advance(params["explorer"], extras["explore_spread"], weight=weight, updates=updates)
+            extras["explore_weight"] = params["explorer"]["weight"]
 
         learning_rate = learning_rate_schedule(training)(state.step)
         metrics = terms | extras | {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(learning_rate)}

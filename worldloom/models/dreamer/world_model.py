@@ -12,6 +12,7 @@ from flax import nnx
 
 from worldloom.describe import described_fields
 from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
+from worldloom.models.disagreement import Disagreement
 from worldloom.models.dreamer.arrays import (
     embed_actions,
     prepare_observations,
@@ -86,13 +87,14 @@ class DreamerV3WorldModel(WorldModel):
     critic: Head
     slow_critic: Head
     return_range: ReturnRange
+    explorer: Disagreement  # Only with ``explore="disagreement"``.
 
     @staticmethod
     def build(config: DreamerV3Config, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """The parts by name; the slow critic starts as a copy of the critic."""
         encoder = Encoder(config, dtype, rngs=rngs)
         critic = Head(config, config.mlp_layers, config.bins, scale=0.0, rngs=rngs)
-        return {
+        parts: dict[str, nnx.Module] = {
             "encoder": encoder,
             "rssm": RSSM(config, encoder.output_dim, rngs=rngs),
             "decoder": Decoder(config, rngs=rngs),
@@ -103,6 +105,17 @@ class DreamerV3WorldModel(WorldModel):
             "slow_critic": nnx.clone(critic),
             "return_range": ReturnRange(),
         }
+        if config.explore == "disagreement":
+            parts["explorer"] = Disagreement(
+                config.feature_dim + config.action_width,
+                config.stoch_dim,
+                width=config.width,
+                heads=config.explore_heads,
+                weight=config.explore_weight,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        return parts
 
     def initial_state(self, batch_size: int) -> Latent:
         """The state before any observation: zeros [B, ...]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from math import prod
+from math import inf, prod
 from typing import Annotated, Any, ClassVar, Self, cast
 
 from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
@@ -160,6 +160,15 @@ class TDMPC2Config(BaseConfig):
     max_std: Annotated[float, Ge(0)] = 2.0
     """Initial and largest standard deviation of the plan (continuous actions)."""
 
+    explore: Annotated[str, OneOf("none", "disagreement")] = "none"
+    """``disagreement`` adds an intrinsic reward to what the agent maximises: how differently several networks predict
+    the next latent (Plan2Explore). For tasks whose reward random actions never find."""
+    explore_weight: Annotated[float, Between(0, inf)] = 1.0
+    """Weight of the intrinsic reward at the start; a transition of twice the average spread is worth that much."""
+    explore_updates: Annotated[int, Ge(1)] = 20_000
+    """Updates until that weight has fallen to 0, linearly."""
+    explore_heads: Annotated[int, Ge(2)] = 5
+    """Networks that predict the next latent."""
     precision: Annotated[str, OneOf("auto", "float32", "bfloat16")] = "auto"
     """Dtype of matrix products: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on GPU and TPU."""
     model_type: Annotated[str, OneOf("tdmpc2")] = "tdmpc2"

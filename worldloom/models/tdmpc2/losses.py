@@ -80,6 +80,14 @@ class LossModel(Protocol):
     def gamma(self, task: jax.Array | None) -> jax.Array:
         """Discount, [] or with the axes of ``task``."""
 
+    def explorer_loss(
+        self, z: jax.Array, action: jax.Array, task: jax.Array | None, next_z: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Errors [...] of the explorer's predictions of ``next_z``, and their spread [...]; with ``explore`` only."""
+
+    def intrinsic_reward(self, z: jax.Array, action: jax.Array, task: jax.Array | None) -> jax.Array:
+        """Intrinsic reward [...] for ``action`` at ``z``; with ``explore`` only."""
+
     def two_hot(self, x: jax.Array) -> jax.Array:
         """Rewards or values [...] → target weights [..., K]."""
 
@@ -190,11 +198,18 @@ def model_loss(model: LossModel, batch: TrainBatch, key: jax.Array | None, *, re
         errors = optax.sigmoid_binary_cross_entropy(logits, terminated)
         terms["termination"] = _mean_over_steps(errors, weights, rho=1.0)
         terms |= _termination_shares(logits[-1] > 0, terminated[-1] > 0, weights[-1] > 0)
+    exploring = jnp.zeros(())
+    if c.explore == "disagreement":
+        errors, spread = model.explorer_loss(z, actions, task, next_z)
+        exploring = _mean_over_steps(errors, weights, rho=1.0)
+        spread = jnp.sum(spread * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+        terms |= {"disagreement": exploring, "explore_spread": spread}
     total = (
         c.consistency_coef * terms["consistency"]
         + c.reward_coef * terms["reward"]
         + c.value_coef * terms["value"]
         + c.termination_coef * terms["termination"]
+        + exploring
     )
     return ModelLoss(total, terms, Rollouts(jnp.stack(rollout), weights))
 
@@ -299,8 +314,11 @@ def _td_targets(
     next_q = model.prior(next_z, task, prior_key).expect(target_q(next_z))
     discounts = model.gamma(task) * (1.0 - batch.terminated[:, 1:])
     targets = batch.rewards[:, 1:] + discounts * next_q
-    if c.advantage_weight:
+    if c.advantage_weight or c.explore == "disagreement":
         z = jnp.concatenate([sg(model.latent(cut(batch.obs, slice(1)), task, encode_key)), next_z[:, :-1]], axis=1)
+    if c.explore == "disagreement":
+        targets += model.intrinsic_reward(z, batch.actions[:, :-1], task)
+    if c.advantage_weight:
         prior = model.prior(z, task)
         assert isinstance(prior, CategoricalSample)
         targets -= c.advantage_weight * prior.regret(target_q(z), batch.actions[:, :-1])

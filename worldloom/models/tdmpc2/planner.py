@@ -56,6 +56,9 @@ class PlannerModel(Protocol):
     def fused_dynamics_reward(self, task: jax.Array | None) -> DynamicsReward:
         """Dynamics and reward of one task as a function of latents and actions."""
 
+    def intrinsic_reward(self, z: jax.Array, action: jax.Array, task: jax.Array | None) -> jax.Array:
+        """[N, L] and [N, A] → [N]; called with ``explore="disagreement"`` only."""
+
     def termination_logits(self, z: jax.Array) -> jax.Array:
         """[N, L] → [N] of being terminal; called for ``episodic`` configs only."""
 
@@ -251,7 +254,7 @@ def _plan_one(
     mask = model.action_mask(task)
     estimate = _estimate(model, task)
     plan = planning.mppi(
-        _transition(model, task),
+        _transition(model, task, explore),
         _value(model, task),
         lambda z, key: model.prior(z, task, key).action,
         z,
@@ -276,16 +279,23 @@ def _plan_one(
     return plan.action, plan.mean
 
 
-def _transition(model: PlannerModel, task: jax.Array | None) -> Transition:
-    """Dynamics, rewards and discounts of one task; takes z [N, L], or [L] if shared."""
+def _transition(model: PlannerModel, task: jax.Array | None, explore: bool | jax.Array = False) -> Transition:
+    """Dynamics, rewards and discounts of one task; takes z [N, L], or [L] if shared.
+
+    The intrinsic reward counts only while exploring: the scores of evaluations are not paid for it.
+    """
     dynamics_reward, gamma = model.fused_dynamics_reward(task), model.gamma(task)
 
     def transition(z: jax.Array, action: jax.Array, key: jax.Array | None) -> Step:
         del key  # The dynamics are deterministic.
-        z, reward_logits = dynamics_reward(z, action)
+        before, (z, reward_logits) = z, dynamics_reward(z, action)
         # Nothing counts after a latent whose termination is more likely than not.
         discount = jnp.where(model.termination_logits(z) > 0.0, 0.0, gamma) if model.config.episodic else gamma
-        return Step(z, model.decode_scalar(reward_logits), discount)
+        reward = model.decode_scalar(reward_logits)
+        if model.config.explore == "disagreement":
+            before = jnp.broadcast_to(before, z.shape)
+            reward += jnp.where(explore, model.intrinsic_reward(before, action, task), 0.0)
+        return Step(z, reward, discount)
 
     return transition
 
@@ -336,8 +346,9 @@ def _check_model(model: Any) -> None:
     """Raise ``TypeError`` naming the methods of :class:`PlannerModel` that ``model`` lacks."""
     needed = ["config", *(name for name in vars(PlannerModel) if not name.startswith("_"))]
     missing = [name for name in needed if not hasattr(model, name)]
-    if "termination_logits" in missing and hasattr(model, "config") and not model.config.episodic:
-        missing.remove("termination_logits")
+    config = getattr(model, "config", None)
+    unused = {"termination_logits": not getattr(config, "episodic", True), "intrinsic_reward": True}
+    missing = [name for name in missing if not unused.get(name)]
     if missing:
         raise TypeError(
             f"The planner needs a model with the attributes of planner.PlannerModel; {type(model).__name__} lacks "

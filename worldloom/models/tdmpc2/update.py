@@ -12,6 +12,7 @@ import optax
 from worldloom.algorithm import Batch, Params, ReplaySpec, TrainState, Update
 from worldloom.errors import ConfigError, DataError
 from worldloom.models.compilation import freeze_constants, merge
+from worldloom.models.disagreement import advance
 from worldloom.models.microbatch import accumulate, part_keys, split_rows
 from worldloom.models.tdmpc2.batch import TrainBatch, prepare_batch
 from worldloom.models.tdmpc2.config import TDMPC2Config
@@ -119,6 +120,11 @@ def make_update(
         after = optax.apply_updates(before, steps)
         params |= after if _added_parts(model_class, params) else {"policy": after}
         params["scale"] = {"value": pi_metrics["pi_scale"]}
+
+        if config.explore == "disagreement":
+            weight, updates = config.explore_weight, config.explore_updates
+            params["explorer"] = advance(params["explorer"], terms["explore_spread"], weight=weight, updates=updates)
+            terms["explore_weight"] = params["explorer"]["weight"]
 
         # 3. Target networks.
         params["target_q"] = optax.incremental_update(params["q"], params["target_q"], config.tau)

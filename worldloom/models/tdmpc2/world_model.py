@@ -12,6 +12,7 @@ from flax import nnx
 from worldloom.describe import described_fields
 from worldloom.errors import DataError
 from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
+from worldloom.models.disagreement import Disagreement
 from worldloom.models.tdmpc2 import losses, planner
 from worldloom.models.tdmpc2.batch import TrainBatch, check_batch_axis, prepare_batch, prepare_observations
 from worldloom.models.tdmpc2.config import TDMPC2Config
@@ -79,6 +80,7 @@ class TDMPC2WorldModel(WorldModel):
     target_q: Ensemble
     task_embedding: TaskEmbedding
     scale: ValueScale
+    explorer: Disagreement  # Only with ``explore="disagreement"``.
 
     def single_task(self, task: int | str, *, obs_dim: int | None = None, action_dim: int | None = None) -> Self:
         """A single-task model that computes what this multitask one does for ``task``, a number or a name of mt30.
@@ -132,6 +134,11 @@ class TDMPC2WorldModel(WorldModel):
             parts["termination"] = NormedMLP(z, hidden, 1, dtype=dtype, rngs=rngs)
         if c.multitask:
             parts["task_embedding"] = TaskEmbedding(c, rngs)
+        if c.explore == "disagreement":
+            weight = c.explore_weight
+            parts["explorer"] = Disagreement(
+                za, c.latent_dim, width=c.hidden_dim, heads=c.explore_heads, weight=weight, dtype=dtype, rngs=rngs
+            )
         return parts
 
     @property
@@ -387,6 +394,17 @@ class TDMPC2WorldModel(WorldModel):
         """Rewards or values [...] → target weights [..., K]."""
         c = self.config
         return symlog_twohot.two_hot(x, num_bins=c.num_bins, vmin=c.vmin, vmax=c.vmax)
+
+    def explorer_loss(
+        self, z: jax.Array, action: jax.Array, task: jax.Array | None, next_z: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Errors and spread [...] of the explorer's predictions of ``next_z``; with ``explore="disagreement"`` only."""
+        x = self._join(z, task, action)
+        return self.explorer.errors(x, next_z), self.explorer.spread(x)
+
+    def intrinsic_reward(self, z: jax.Array, action: jax.Array, task: jax.Array | None) -> jax.Array:
+        """Intrinsic reward [...] for ``action`` [..., A] at ``z``; with ``explore="disagreement"`` only."""
+        return self.explorer.reward(self._join(z, task, action))
 
     def gamma(self, task: jax.Array | None) -> jax.Array:
         """Discount γ: a scalar, or one for each entry of ``task``."""

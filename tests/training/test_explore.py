@@ -1,0 +1,122 @@
+"""Exploration by disagreement: what was seen often is worth less than what was not, and the weight falls to 0."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from worldloom import create_world_model
+from worldloom.errors import ConfigError
+from worldloom.models.disagreement import advance
+from worldloom.replay import ReplayBuffer
+from worldloom.training import Trainer, TrainingConfig
+
+SMALL = {
+    "tdmpc2": {
+        "latent_dim": 16, "hidden_dim": 16, "encoder_dim": 16, "num_q": 2, "num_bins": 21, "iterations": 1,
+        "num_samples": 8, "num_elites": 4, "num_pi_trajs": 2, "horizon": 2,
+    },
+    "dreamerv3": {
+        "deter_dim": 16, "stoch_dim": 8, "num_categories": 4, "hidden_dim": 16, "mlp_layers": 1, "blocks": 2,
+        "imagination_horizon": 3, "bins": 21,
+    },
+}  # fmt: skip
+EXPLORE = {"explore": "disagreement", "explore_updates": 60, "explore_weight": 0.5, "explore_heads": 3}
+
+
+def make(family, **changes):
+    values = SMALL[family] | {"action_type": "discrete", "precision": "float32"} | changes
+    return create_world_model(f"{family}:tiny", obs_shape=(4,), action_dim=2, seed=1, device="cpu", **values)
+
+
+def one_sided(episodes=12, length=10):
+    """Episodes in which only action 0 is ever taken; observations are one-hot and walk round."""
+    buffer = ReplayBuffer(1_000, obs_shape=(4,), action_dim=2, action_type="discrete")
+    for _ in range(episodes):
+        obs = np.eye(4, dtype=np.float32)[np.arange(length + 1) % 4]
+        buffer.add_episode(obs, np.zeros(length, int), rewards=np.zeros(length), truncated=True)
+    return buffer
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def trained(request):
+    """A model that has been trained for most of the weight's decay, with the records of its metrics."""
+    model = make(request.param, **EXPLORE)
+    config = TrainingConfig(total_steps=45, batch_size=4, sequence_length=5, learning_rate=1e-2, device="cpu", seed=0)
+
+    result = Trainer(model, config, callbacks=[]).train(one_sided())
+    return request.param, model, result
+
+
+def inputs(family, model):
+    """Latent and action side by side of every observation with action 0 and with action 1, [2, 4, ...]."""
+    obs = np.eye(4, dtype=np.float32)
+    state = model.encode(obs)
+    latent = state.features if family == "dreamerv3" else state.z
+    actions = jnp.eye(2)[:, None].repeat(4, 1)
+    return jnp.concatenate([jnp.broadcast_to(latent, (2, *latent.shape)), actions], -1)
+
+
+def test_an_action_never_taken_is_worth_more(trained):
+    family, model, _ = trained
+    seen, unseen = model.explorer.spread(inputs(family, model)).mean(1)
+    assert unseen > 1.3 * seen
+    seen, unseen = model.explorer.reward(inputs(family, model)).mean(1)
+    assert unseen > max(seen, 0)
+
+
+def test_the_weight_falls_linearly(trained):
+    _, model, _ = trained
+    np.testing.assert_allclose(model.explorer.weight[...], 0.5 * (1 - 45 / 60), rtol=1e-5)
+    assert model.explorer.scale[...] > 0
+
+
+def test_the_weight_ends_at_zero_and_the_first_average_is_the_first_batch():
+    part = {"weight": jnp.asarray(0.5), "scale": jnp.zeros(()), "networks": {}}
+    part = advance(part, jnp.asarray(3.0), weight=0.5, updates=2)
+    assert (float(part["weight"]), float(part["scale"])) == (0.25, 3.0)
+    for _ in range(3):
+        part = advance(part, jnp.asarray(1.0), weight=0.5, updates=2)
+    assert float(part["weight"]) == 0.0
+    assert 2.9 < float(part["scale"]) < 3.0
+
+
+def test_there_is_no_reward_before_the_first_update():
+    for family in SMALL:
+        model = make(family, **EXPLORE)
+        np.testing.assert_array_equal(model.explorer.reward(inputs(family, model)), 0)
+
+
+def test_tdmpc2_is_not_paid_for_exploring_when_it_is_evaluated(trained):
+    family, model, _ = trained
+    if family == "dreamerv3":
+        return
+    key, obs = jax.random.key(0), np.eye(4, dtype=np.float32)
+    without = make("tdmpc2")
+    without.load_params({name: part for name, part in model.params.items() if name != "explorer"})
+    for explore in (False, True):
+        plans = [m.act(None, obs, key, explore=explore)[0] for m in (model, without)]
+        assert np.array_equal(*plans) == (not explore)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_microbatches_and_switching_off(family):
+    """The explorer's loss is a term of the total, also when it is computed in parts; without it there is no part."""
+    buffer = one_sided(4)
+    losses = {}
+    for parts in (1, 2):
+        model = make(family, **EXPLORE)
+        config = TrainingConfig(
+            total_steps=1, batch_size=4, sequence_length=5, device="cpu", seed=0, microbatches=parts
+        )
+        Trainer(model, config, callbacks=[]).train(buffer)
+        losses[parts] = float(model.explorer.scale[...])
+    np.testing.assert_allclose(losses[1], losses[2], rtol=0.2)
+    assert "explorer" not in make(family).params
+
+
+@pytest.mark.parametrize("wrong", [{"explore": "curiosity"}, {"explore_heads": 1}, {"explore_updates": 0}])
+def test_settings_that_make_no_sense_are_refused(wrong):
+    for family in SMALL:
+        with pytest.raises(ConfigError):
+            make(family, **EXPLORE | wrong)
