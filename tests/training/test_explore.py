@@ -21,7 +21,7 @@ SMALL = {
         "imagination_horizon": 3, "bins": 21,
     },
 }  # fmt: skip
-EXPLORE = {"explore": "disagreement", "explore_updates": 60, "explore_weight": 0.5, "explore_heads": 3}
+EXPLORE = {"explore": "disagreement", "explore_updates": 300, "explore_weight": 0.5, "explore_heads": 3}
 
 
 def make(family, **changes):
@@ -40,12 +40,11 @@ def one_sided(episodes=12, length=10):
 
 @pytest.fixture(scope="module", params=SMALL)
 def trained(request):
-    """A model that has been trained for most of the weight's decay, with the records of its metrics."""
+    """A model that has been trained for two thirds of the weight's decay."""
     model = make(request.param, **EXPLORE)
-    config = TrainingConfig(total_steps=45, batch_size=4, sequence_length=5, learning_rate=1e-2, device="cpu", seed=0)
-
-    result = Trainer(model, config, callbacks=[]).train(one_sided())
-    return request.param, model, result
+    config = TrainingConfig(total_steps=200, batch_size=8, sequence_length=6, learning_rate=3e-3, device="cpu", seed=0)
+    Trainer(model, config, callbacks=[]).train(one_sided())
+    return request.param, model
 
 
 def inputs(family, model):
@@ -58,16 +57,16 @@ def inputs(family, model):
 
 
 def test_an_action_never_taken_is_worth_more(trained):
-    family, model, _ = trained
+    family, model = trained
     seen, unseen = model.explorer.spread(inputs(family, model)).mean(1)
-    assert unseen > 1.3 * seen
+    assert unseen > 1.5 * seen
     seen, unseen = model.explorer.reward(inputs(family, model)).mean(1)
     assert unseen > max(seen, 0)
 
 
 def test_the_weight_falls_linearly(trained):
-    _, model, _ = trained
-    np.testing.assert_allclose(model.explorer.weight[...], 0.5 * (1 - 45 / 60), rtol=1e-5)
+    _, model = trained
+    np.testing.assert_allclose(model.explorer.weight[...], 0.5 * (1 - 200 / 300), rtol=1e-5)
     assert model.explorer.scale[...] > 0
 
 
@@ -88,7 +87,7 @@ def test_there_is_no_reward_before_the_first_update():
 
 
 def test_tdmpc2_is_not_paid_for_exploring_when_it_is_evaluated(trained):
-    family, model, _ = trained
+    family, model = trained
     if family == "dreamerv3":
         return
     key, obs = jax.random.key(0), np.eye(4, dtype=np.float32)
