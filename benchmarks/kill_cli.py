@@ -65,7 +65,7 @@ class Life:
     """One process of a run, from its start."""
 
     def __init__(self, family, folder, steps, hash_seed, devices=1):
-        self.folder = folder
+        self.folder, self.stopped = folder, False
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
         env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(hash_seed), "XLA_FLAGS": flags}
         self._errors = (folder.parent / f"{folder.name}.stderr").open("ab")
@@ -83,6 +83,7 @@ class Life:
         except subprocess.TimeoutExpired:
             while when and self.process.poll() is None and not any(self.folder.glob(HALF_WRITTEN[when])):
                 time.sleep(0.001)
+            self.stopped = self.process.poll() is None
             for name in how.split():
                 self.process.send_signal(getattr(signal, f"SIG{name}"))
                 time.sleep(0.3 if name == "STOP" else 0.02)
@@ -175,6 +176,8 @@ def survive(family, folder, kills, options, rng):
             code = life.end(how, None if stopped >= kills else rng.uniform(0, seconds * rng.choice([0.5, 1.1])), when)
             if code == 0:
                 break
+            if not life.stopped:
+                raise SystemExit((place.parent / f"{place.name}.stderr").read_text()[-3000:])
             stopped += 1
             devices[number] += 1
             doing[life.doing()] += 1

@@ -370,6 +370,12 @@ class BaseConfig:
         return {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The fields that have a default, as in :meth:`to_dict`. Files of older versions lack newer fields."""
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        return {f.name: thaw(f.default) for f in fields if f.default is not dataclasses.MISSING}
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a plain dict, such as a parsed ``config.json``; raises as the constructor does."""
         return cls(**dict(values))

@@ -15,6 +15,7 @@ from toy_family import ToyConfig, ToyWorldModel, fill
 from worldloom import CheckpointError, ConfigError, FileFormatError, NonFiniteError
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer
+from worldloom.training import checkpoint_files as files
 from worldloom.training.callbacks import (
     CheckpointCallback,
     EarlyStoppingCallback,
@@ -50,6 +51,26 @@ def trainer_in(folder, config, held_out, means):
 def records(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("time", "fps/update")} for line in lines]
+
+
+def test_fields_that_an_older_version_did_not_have_are_at_their_defaults(buffer, held_out, config, tmp_path):
+    trainer, _ = trainer_in(tmp_path, config, held_out, [])
+    trainer.train(buffer, total_steps=10)
+    folder = tmp_path / "checkpoints" / "10"
+    record = files.read_record(folder)
+    del record["config"]["noise"], record["training"]["lr_schedule"]
+    files._write_json(folder / "run.json", record)
+    files._write_json(folder / "manifest.json", {})
+    files._write_json(folder / "manifest.json", {"files": dict(files._checksums(folder))})
+    noisier = Trainer(ToyWorldModel(ToyConfig(noise=0.2)), config, [CheckpointCallback(str(folder.parent))])
+    with pytest.raises(ConfigError, match=r"config noise=0\.1; this run has 0\.2"):
+        noisier.train(buffer, resume="auto")
+    changed, _ = trainer_in(tmp_path, config.replace(lr_schedule="linear"), held_out, [])
+    with pytest.raises(ConfigError, match="lr_schedule='constant'"):
+        changed.train(buffer, resume="auto")
+    again, _ = trainer_in(tmp_path, config, held_out, [])
+    again.train(buffer, total_steps=12, resume="auto")
+    assert again.step == 12
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(buffer, held_out, config, tmp_path):

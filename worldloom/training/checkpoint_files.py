@@ -25,7 +25,7 @@ import numpy as np
 from worldloom.algorithm import TrainState
 from worldloom.config import is_integer, read_json_object
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
-from worldloom.families import class_name
+from worldloom.families import class_name, find_family
 from worldloom.files import fsync_folder, fsync_tree, plain_path, write_atomically
 from worldloom.training.config import TrainingConfig
 from worldloom.training.optimizer_layout import OptimizerLayout
@@ -167,9 +167,7 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
     tree = _tree(template)
     if exact:
         check_config(path, "model", record.get("config"), identity["config"])
-        # Fields that the version which wrote it did not have are at their defaults.
-        saved_training = {**TrainingConfig().to_dict(), **(record.get("training") or {})}
-        check_config(path, "training", saved_training, identity["training"], MAY_CHANGE)
+        check_config(path, "training", record.get("training"), identity["training"], MAY_CHANGE)
         _check_class(path, record.get("model_class"), identity["model_class"])
     else:
         saved = _saved_shapes(path)
@@ -396,8 +394,13 @@ def _checksums(folder: Path) -> Iterator[tuple[str, list[Any]]]:
 def check_config(
     path: Path, kind: str, saved: Any, given: Mapping[str, Any], may_change: frozenset[str] = frozenset()
 ) -> None:
-    """Raise ``ConfigError`` naming the first field outside ``may_change`` in which the saved config differs."""
-    saved = saved if isinstance(saved, Mapping) else {}
+    """Raise ``ConfigError`` naming the first field outside ``may_change`` in which the saved config differs.
+
+    Fields that the version which saved it did not have count as at their defaults.
+    """
+    family = find_family(given["model_type"]) if kind == "model" else None
+    cls = TrainingConfig if kind == "training" else family.config_class if family else None
+    saved = {**(cls.defaults() if cls else {}), **(saved if isinstance(saved, Mapping) else {})}
     for name, value in given.items():
         if name not in may_change and saved.get(name) != value:
             raise ConfigError(
