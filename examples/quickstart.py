@@ -244,7 +244,7 @@ def main():
         for title, errors in results.items()
     }
     (args.out / "errors.json").write_text(json.dumps(listed, indent=2))
-    print(f"\nThe picture is {args.out / 'imagination.png'}; curves: tensorboard --logdir {args.out}")
+    print(f"\nThe picture is {args.out / 'imagination.png'}; TensorBoard (pip install tensorboard) shows {args.out}.")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 

@@ -127,12 +127,6 @@ def test_a_batch_has_continues_beside_terminations(buffer):
     assert batch["continues"][:, -1].tolist() == [0, 0]
 
 
-def test_either_of_the_two_is_enough_for_a_loss(model, buffer):
-    batch = buffer.sample(2, 8)
-    without = {name: value for name, value in batch.items() if name != "is_terminal"}
-    assert model.compute_loss(without)["loss"] == model.compute_loss(batch)["loss"]
-
-
 def test_fields_of_states_are_explained(model):
     state = model.encode(np.zeros((2, 3), np.float32))
     for name in ("deterministic", "stochastic"):

@@ -138,7 +138,8 @@ def test_an_offline_run_plots_losses(tmp_path, monkeypatch):
     )
     drawn = []
     monkeypatch.setattr(
-        "worldloom.training.callbacks.reports.draw_imagination", lambda *args, title: drawn.append((args[1], title))
+        "worldloom.training.callbacks.reports.draw_imagination",
+        lambda *args, title, **names: drawn.append((args[1], title)),
     )
     Trainer(ToyWorldModel(ToyConfig()), config, run.callbacks(held_out, progress=False)).train(buffer)
     assert {line["step"] for line in records(run) if "eval/loss" in line} == {4, 8}

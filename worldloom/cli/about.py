@@ -71,7 +71,9 @@ def names(words: Sequence[str]) -> int:
         return _list_protocols(words[1:])
     about = "Names of models and kinds of environments; with 'protocols', the published experiments and their settings."
     FlagParser("list", about).parse(words)
-    print("models (details: worldloom info NAME):", *(f"  {name}" for name in list_models()), sep="\n")
+    print("models, and their parameters for usual shapes (for yours: worldloom info NAME --env ENV):")
+    for name, found in list_models(verbose=True).items():
+        print(f"  {name:20} {found['parameters']:>11,}")
     print("environments: any Gymnasium id (Pendulum-v1, module:Id), or a suite and a task:")
     print(*(f"  {prefix}:…" for prefix in SUITES), sep="\n")
     print("published experiments: worldloom list protocols")
