@@ -21,6 +21,11 @@ DATA_FLAGS = [
     Flag("held_out", float, "Share of the episodes that is only evaluated on.", 0.1),
     Flag("then_env", str, "Environment to go on in, after --offline-updates on the data."),
 ]
+INIT_FLAGS = [
+    Flag("init_from", str, "Begin with the weights of this run, saved model or repository, as far as they fit."),
+    Flag("task_like", str, "With --init-from a multitask model: the task to begin with, its number or name."),
+    Flag("reset", str, "With --init-from: parts that begin anew all the same, such as reward.", words="+"),
+]
 _ENV_ONLY = ("prefill", "prefill_updates", "train_ratio", "env_steps")
 """Fields of the training config that mean nothing without environments."""
 _RECORDED = ("data", "data_option", "held_out")
@@ -88,6 +93,11 @@ class DataSource:
             f"{dataset.spec}: {len(dataset):,} rows of {dataset.num_episodes:,} episodes{apart}; observations "
             f"{dataset.obs_shape}, {dataset.action_dim} {dataset.action_type} actions"
         )
+
+
+def init_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``create_world_model`` among the ``given`` flags that say what it begins with."""
+    return {flag.name: given[flag.name] for flag in INIT_FLAGS if flag.name in given}
 
 
 def check_data_flags(given: Mapping[str, Any]) -> None:
