@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from worldloom.errors import ConfigError
 from worldloom.models.registry import split_name
 from worldloom.training.protocols import find_protocol
 from worldloom.training.recipes import recipe
+
+_log = logging.getLogger("worldloom")
 
 DATA_FLAGS = [
     Flag("data", str, "Recorded data to train on, as worldloom data inspect takes them."),
@@ -81,6 +84,8 @@ class DataSource:
     def _fields(self, known: set[str], given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the ``known`` fields that follow from the data, other than those ``given``."""
         dataset, found = self.training, {"episodic": self.training.has_terminals}
+        if dataset.has_task and "num_tasks" not in known:
+            _log.warning("The data are of several tasks, which this model does not tell apart.")
         if dataset.has_task:
             found["num_tasks"] = 1 + max(int(task) for task in _tasks(dataset))
         return {name: value for name, value in found.items() if name in known and name not in given}
