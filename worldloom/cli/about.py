@@ -45,6 +45,7 @@ EXTRAS = {
     "hub": ("huggingface_hub",),
     "wandb": ("wandb",),
     "minari": ("minari", "h5py"),
+    "lerobot": ("pyarrow",),
 }
 """Extras and the packages that they install."""
 _SHAPE_OPTIONS = ("image_size", "frame_stack")
