@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import mmap
 import os
 import re
 import secrets
@@ -12,11 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
-
-import numpy as np
-from numpy.typing import DTypeLike, NDArray
-
-from worldloom.errors import FileFormatError
 
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.tmp", re.DOTALL)
 """Names of the temporary files of :func:`atomic_file`; a killed process may leave one."""
@@ -131,42 +124,3 @@ def plain_path(folder: str | Path) -> Iterator[Path]:
 
 
 _PLAIN = re.compile(r"[A-Za-z0-9._/-]+")
-
-
-class MappedFile:
-    """A file mapped into memory for reading: arrays of it cost memory only where they are read.
-
-    Args:
-      path: a regular file.
-
-    Raises:
-      FileFormatError: the file is empty.
-      OSError: it cannot be opened.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        with self.path.open("rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            if self.size == 0:
-                raise FileFormatError(f"{self.path} is empty.")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def array(self, dtype: DTypeLike, shape: tuple[int, ...], offset: int, what: str = "an array") -> NDArray:
-        """The read-only array of ``shape`` at byte ``offset``, not read yet.
-
-        Raises ``FileFormatError`` if it reaches beyond the file's end; ``what`` names it there.
-        """
-        dtype = np.dtype(dtype)
-        end = offset + math.prod(shape) * dtype.itemsize
-        if offset < 0 or min(shape, default=0) < 0 or end > self.size:
-            raise FileFormatError(
-                f"{self.path} is truncated: {what} would end at byte {end}, and the file has {self.size}."
-            )
-        array: NDArray = np.ndarray(shape, dtype, self._map, offset)
-        return array
-
-    def offset(self, array: NDArray) -> int:
-        """At which byte an array of :meth:`array`, or a view of one, begins."""
-        start = np.frombuffer(self._map, np.uint8, 1).__array_interface__["data"][0]
-        return int(array.__array_interface__["data"][0] - start)

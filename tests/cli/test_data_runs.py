@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import worldloom.cli.train as cli_train
+import worldloom.training.task_evaluation as task_evaluation
+
 sys.path.append(str(Path(__file__).parents[1] / "datasets"))
 from dataset_writers import multitask_arrays, recorded, write_npz_folder, write_pt
 
 from worldloom.algorithm import TaskSpec
 from worldloom.cli import main
+from worldloom.envs import EpisodeEnd
 from worldloom.errors import ConfigError
+from worldloom.families import get_family
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 from worldloom.models.tdmpc2.tasks import MT30, task_env, task_fields
 from worldloom.training import RunFolder, evaluate_tasks
@@ -43,6 +48,13 @@ def test_a_run_from_data_alone_is_resumed_with_the_same_data(pendulum, tmp_path,
     assert "3 updates" in capsys.readouterr().out
     assert main(["eval", run]) == 2
     assert "Name one of the same shapes" in capsys.readouterr().err
+    given = cli_train._flags(get_family("tdmpc2")).parse(
+        [*SMALL, "--data", str(pendulum), "--run", str(tmp_path / "tuned"), "--init-from", run, "--reset", "reward"]
+    )
+    report = cli_train._new_run(given, "tdmpc2:tiny").model.init_report
+    assert {name.partition(".")[0] for name in report.reset} == {"reward", "scale"}
+    assert main(["train", "--run", run, "--resume", "--init-from", run]) == 2
+    assert "is for a new run" in capsys.readouterr().err
 
 
 def test_data_first_and_an_environment_later(pendulum, tmp_path, capsys):
@@ -54,7 +66,6 @@ def test_data_first_and_an_environment_later(pendulum, tmp_path, capsys):
     assert "2 updates on" in out
     records = [json.loads(line) for line in (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()]
     assert records
-    assert main(["train", "--run", run, "--resume", "--steps", "14"]) == 0
 
 
 def test_flags_that_do_not_go_together_are_refused(pendulum, capsys):
@@ -70,18 +81,20 @@ def test_flags_that_do_not_go_together_are_refused(pendulum, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_mt30_is_trained_by_its_protocol_with_the_tasks_of_the_data(tmp_path, capsys):
+def test_mt30_is_trained_by_its_protocol_with_the_tasks_of_the_data(tmp_path):
     episodes = recorded(count=30, obs_dim=24, action_dim=6, lengths=[5])
     write_pt(tmp_path / "chunk_0.pt", multitask_arrays(episodes, list(range(30))))
-    run = str(tmp_path / "run")
-    words = ["--protocol", "tdmpc2/mt30", "--data", str(tmp_path / "chunk_0.pt"), "--total-steps", "1", "--run", run]
-    assert main(["train", *words, *SMALL]) == 0
-    assert "--num-tasks 30" in capsys.readouterr().out
-    model = RunFolder(run).settings()["model"]
-    fields = task_fields("mt30")
-    assert (model["num_tasks"], model["task_dim"], model["action_dim"]) == (30, 64, 6)
-    assert tuple(model["action_dims"]) == fields["action_dims"]
-    assert tuple(model["episode_lengths"]) == fields["episode_lengths"] == (500,) * 30
+    words = ["--protocol", "tdmpc2/mt30", "--data", str(tmp_path / "chunk_0.pt"), "--run", str(tmp_path / "run")]
+    given = cli_train._flags(get_family("tdmpc2")).parse([*words, *SMALL])
+    plan = cli_train._new_run(given, "tdmpc2:tiny")
+    config, fields = plan.model.config, task_fields("mt30")
+    assert (config.num_tasks, config.task_dim, config.action_dim) == (30, 64, 6)
+    assert (config.action_dims, config.episode_lengths) == (fields["action_dims"], (500,) * 30)
+    assert any(line.split() == ["--num-tasks", "30", "protocol"] for line in plan.settings)
+    assert plan.config.batch_size == 4
+    batch = plan.source.training.sample(4, 4)
+    terms = plan.model.compute_loss(batch, key=None)
+    assert np.isfinite(float(terms["loss"]))
 
 
 def test_tasks_are_evaluated_in_environments_of_their_own(monkeypatch):
@@ -94,11 +107,18 @@ def test_tasks_are_evaluated_in_environments_of_their_own(monkeypatch):
     ]
     algorithm = dataclasses.replace(TDMPC2WorldModel.algorithm, tasks=lambda config: tasks)
     monkeypatch.setattr(TDMPC2WorldModel, "algorithm", algorithm)
-    model = TDMPC2WorldModel(config)
+    model, played = TDMPC2WorldModel(config), []
+
+    def play(single, env, *, episodes, seed):
+        played.append((single, env))
+        return [EpisodeEnd(0, -3.0 - number, 3, False, True) for number in range(episodes)]
+
+    monkeypatch.setattr(task_evaluation, "play", play)
     (result,) = evaluate_tasks(model, episodes=2)
-    assert result.task.name == "swing"
-    assert result.returns.shape == (2,)
-    assert result.score == pytest.approx(float(np.mean(result.returns)) * -10)
+    assert (result.task.name, result.returns.tolist()) == ("swing", [-3.0, -4.0])
+    assert result.score == pytest.approx(35.0)
+    ((single, env),) = played
+    assert (single.config.obs_shape, single.config.action_dim, env.num_envs) == ((3,), 1, 2)
     with pytest.raises(ConfigError, match="no task walk; it has missing, swing"):
         list(evaluate_tasks(model, tasks=["walk"]))
 

@@ -1,5 +1,7 @@
 """Recorded data first, environments later: shares of batches, and runs that are resumed in either part."""
 
+import logging
+
 import numpy as np
 import pytest
 from online_worlds import ONLINE_CONFIG, Glide, assert_equal, every_row, small_dreamer, toy
@@ -119,7 +121,7 @@ def test_dreamer_trains_on_mixed_batches_with_fresh_rows_first(data, tmp_path):
     assert all(((ids[:, 0] < 0) == [False, False, True, True]).all() for ids in drawn)
 
 
-def test_other_data_are_refused_when_a_run_goes_on(tmp_path, data):
+def test_other_data_are_refused_when_a_run_goes_on(tmp_path, data, caplog):
     trainer, env = make_run(tmp_path, PrefillingToy)
     offline_then_online(trainer, data, env, total_steps=14)
     fewer, _ = data.split(0.5)
@@ -129,6 +131,10 @@ def test_other_data_are_refused_when_a_run_goes_on(tmp_path, data):
     trainer, env = make_run(tmp_path, PrefillingToy)
     with pytest.raises(ConfigError, match="--data"):
         trainer.train(env, total_steps=TOTAL, resume=True)
+    with caplog.at_level(logging.WARNING, "worldloom"):
+        offline_then_online(trainer, fewer, env, total_steps=16, resume="continue")
+    assert "recorded data {" in caplog.text
+    assert trainer.step == 16
 
 
 def test_what_does_not_fit_is_refused(tmp_path, data):

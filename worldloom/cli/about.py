@@ -55,6 +55,7 @@ EXTRAS = {
     "wandb": ("wandb",),
     "tensorboard": ("tensorboard",),
     "minari": ("minari", "h5py"),
+    "lerobot": ("pyarrow",),
 }
 """Extras and the packages that they install."""
 _OF_BATCH = ("batch_size", "sequence_length", "mesh")

@@ -37,7 +37,7 @@ def data(words: Sequence[str]) -> int:
         formats = "\n".join(f"  {name + ':':12} {text}" for name, text in KINDS.items())
         print(f"{about}\nSPEC is a path, whose format is recognised, or names its format:\n\n{formats}")
         if not words or words[0] in ("-h", "--help"):
-            return 0
+            raise SystemExit(0)
         raise ConfigError(f"There is no 'worldloom data {words[0]}'.{nearest(words[0], actions)}")
     return actions[words[0]](words[1:])
 

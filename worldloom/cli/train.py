@@ -18,7 +18,7 @@ import jax
 
 from worldloom import distributed
 from worldloom.cli.flags import FALSE, FAMILY_FLAG, TRUE, Flag, FlagParser, config_flags, peek_option
-from worldloom.cli.train_data import DATA_FLAGS, DataSource, check_data_flags
+from worldloom.cli.train_data import DATA_FLAGS, INIT_FLAGS, DataSource, check_data_flags, init_options
 from worldloom.config import check
 from worldloom.devices import keep_freed_memory
 from worldloom.distributed import is_primary
@@ -211,6 +211,7 @@ def _flags(family: Family | None) -> FlagParser:
     flags.group("run", RUN_FLAGS)
     flags.group("recorded data (worldloom.data.open)", DATA_FLAGS)
     flags.group("several processes", PROCESS_FLAGS)
+    flags.group("weights of another model (create_world_model)", INIT_FLAGS)
     flags.group("environment (make_env)", ENV_FLAGS)
     training = [
         flag._replace(aliases=("steps",)) if flag.name == "env_steps" else flag for flag in config_flags(TrainingConfig)
@@ -264,7 +265,8 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
         fixed = {**model_given, **training_given}
         recommended = experiment._replace(model=name).recipe(env, fixed) if experiment else recipe(name, env, fixed)
         config = TrainingConfig(**{**recommended.training, **training_given})
-        model = create_world_model(name, **{**recommended.model, **model_given}, seed=seed, device=config.device)
+        values = {**recommended.model, **model_given}
+        model = create_world_model(name, **values, seed=seed, device=config.device, **init_options(given))
     except BaseException:
         env.close()
         raise
@@ -292,7 +294,7 @@ def _run_of_data(
     """A new run from recorded data alone, with the settings of a protocol of such data if one is given."""
     values, training, reasons = source.settings_of(name, given.get("protocol"), model_given, training_given)
     config = TrainingConfig(**training)
-    model = create_world_model(name, **values, seed=config.seed, device=config.device)
+    model = create_world_model(name, **values, seed=config.seed, device=config.device, **init_options(given))
     lines = [
         _as_flag(name, value, reasons[name]) for name, value in {**values, **training}.items() if name not in SHAPES
     ]
@@ -359,6 +361,8 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     from worldloom.envs.across_processes import across_processes
 
     settings = run.settings()
+    for name in init_options(given):
+        raise ConfigError(f"--{name.replace('_', '-')} is for a new run; {run.path} goes on with its own weights.")
     model_given, training_given, env_given = _split_given(given)
     if "env" in given:
         env_given["spec"] = given["env"]
@@ -394,7 +398,7 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
 def _split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The given fields of the model's config and of the training config, and the arguments of ``make_env``."""
     env_names = {flag.name for flag in ENV_FLAGS}
-    run_names = {flag.name for flag in (*RUN_FLAGS, *DATA_FLAGS, *PROCESS_FLAGS)}
+    run_names = {flag.name for flag in (*RUN_FLAGS, *DATA_FLAGS, *INIT_FLAGS, *PROCESS_FLAGS)}
     training_names = TrainingConfig.__dataclass_fields__  # type: ignore[attr-defined]
     env = {name: value for name, value in given.items() if name in env_names}
     for name, value in given.get("env_option", {}).items():

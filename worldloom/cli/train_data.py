@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,18 @@ from worldloom.models.registry import split_name
 from worldloom.training.protocols import find_protocol
 from worldloom.training.recipes import recipe
 
+_log = logging.getLogger("worldloom")
+
 DATA_FLAGS = [
     Flag("data", str, "Recorded data to train on, as worldloom data inspect takes them."),
     *DATA_OPTIONS,
     Flag("held_out", float, "Share of the episodes that is only evaluated on.", 0.1),
     Flag("then_env", str, "Environment to go on in, after --offline-updates on the data."),
+]
+INIT_FLAGS = [
+    Flag("init_from", str, "Begin with the weights of this run, saved model or repository, as far as they fit."),
+    Flag("task_like", str, "With --init-from a multitask model: the task to begin with, its number or name."),
+    Flag("reset", str, "With --init-from: parts that begin anew all the same, such as reward.", words="+"),
 ]
 _ENV_ONLY = ("prefill", "prefill_updates", "train_ratio", "env_steps")
 """Fields of the training config that mean nothing without environments."""
@@ -76,6 +84,8 @@ class DataSource:
     def _fields(self, known: set[str], given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the ``known`` fields that follow from the data, other than those ``given``."""
         dataset, found = self.training, {"episodic": self.training.has_terminals}
+        if dataset.has_task and "num_tasks" not in known:
+            _log.warning("The data are of several tasks, which this model does not tell apart.")
         if dataset.has_task:
             found["num_tasks"] = 1 + max(int(task) for task in _tasks(dataset))
         return {name: value for name, value in found.items() if name in known and name not in given}
@@ -88,6 +98,11 @@ class DataSource:
             f"{dataset.spec}: {len(dataset):,} rows of {dataset.num_episodes:,} episodes{apart}; observations "
             f"{dataset.obs_shape}, {dataset.action_dim} {dataset.action_type} actions"
         )
+
+
+def init_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``create_world_model`` among the ``given`` flags that say what it begins with."""
+    return {flag.name: given[flag.name] for flag in INIT_FLAGS if flag.name in given}
 
 
 def check_data_flags(given: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -17,6 +18,8 @@ from worldloom.errors import FileFormatError
 
 KEPT_BYTES = 192 << 20
 """Memory of a dataset for its smallest arrays, such as rewards, which are read once and kept."""
+_SMALL_BYTES = 4096
+"""Runs of rows of up to so many bytes are read into an object of their own, longer ones where they belong."""
 _MAX_OPEN = 64
 """Files that are held open, of all datasets together; a process may usually open 1,024."""
 
@@ -59,22 +62,26 @@ class FileRows:
             if self._whole is None:
                 self._whole = self.whole()
             return self._whole.take(index, axis=0)
-        out = np.empty((len(index), *self.shape[1:]), self.dtype)
-        if out.nbytes == 0:
-            return out
-        data: memoryview = memoryview(out.data).cast("B")
+        if len(index) == 0 or self._row_bytes == 0:
+            return np.zeros((len(index), *self.shape[1:]), self.dtype)
         width = self._row_bytes
-        cuts = np.flatnonzero(np.diff(index) != 1) + 1
-        starts = np.concatenate([[0], cuts])
+        starts = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)
         begins = (self.offset + index[starts] * width).tolist()
-        edges = [*(starts * width).tolist(), len(data)]
-        read = 0
+        edges = [*(starts * width).tolist(), len(index) * width]
+        lengths = [stop - start for start, stop in itertools.pairwise(edges)]
         with _OPEN.file(self.path) as file:
-            for number, begin in enumerate(begins):
-                read += os.preadv(file, [data[edges[number] : edges[number + 1]]], begin)
-        if read != len(data):
+            if edges[-1] <= _SMALL_BYTES * len(begins):
+                # One call per run of rows is most of the work here, so as little as possible is done around it.
+                data = bytearray(b"").join(map(os.pread, itertools.repeat(file), lengths, begins))
+                read = len(data)
+            else:
+                data = bytearray(edges[-1])
+                view = memoryview(data)
+                parts = (view[start:stop] for start, stop in itertools.pairwise(edges))
+                read = sum(os.preadv(file, [part], begin) for part, begin in zip(parts, begins, strict=True))
+        if read != edges[-1]:
             raise FileFormatError(f"{self.path} has become shorter since it was opened.")
-        return out
+        return np.frombuffer(data, self.dtype).reshape(len(index), *self.shape[1:])
 
     def whole(self) -> np.ndarray:
         """The array in memory."""

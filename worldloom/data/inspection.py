@@ -11,6 +11,8 @@ import numpy as np
 from worldloom.data.dataset import Dataset
 from worldloom.errors import DataError
 
+_SHORTER = 0.2
+"""Share of episodes shorter than the longest from which it is suspicious that none is terminal."""
 _MAX_ROWS = 1 << 16
 """Rows of an episode that are read at once."""
 
@@ -150,7 +152,8 @@ def _notes(dataset: Dataset, ranges: _Ranges, returns: np.ndarray, terminal: np.
         if still.any() and len(returns) > 1:
             notes.append(f"{int(still.sum())} of {still.size} numbers of {name} never change in an episode.")
     lengths = dataset.episode_lengths
-    if not terminal.any() and len(np.unique(lengths)) > 1 and len(lengths) > 1:
+    # A few shorter ones are those that were cut when the recording ended.
+    if not terminal.any() and (lengths < lengths.max()).mean() > _SHORTER and len(lengths) > 2:
         notes.append(
             "Episodes differ in length, but none is marked terminal: if the environment ends episodes itself, say so "
             "by terminals, or values will be bootstrapped beyond those ends."

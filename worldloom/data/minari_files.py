@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,41 @@ def minari_parts(
         return cached(number)[0]
 
     parts = []
-    for number in progress(numbers):
-        columns, terminal = cached(number)
-        steps = len(columns.rewards)
-        if steps == 0:
-            continue
-        length, begin = np.array([steps + 1]), np.zeros(1, np.int64)
-        read = functools.partial(columns_of, number)
-        parts.append(Part(f"{name}, episode {number}", begin, length, np.array([terminal]), read))
+    with _ends(storage, name) as ends:
+        for number in progress(numbers):
+            known = None if ends is None else ends(number)
+            if known is None:
+                columns, terminal = cached(number)
+                known = len(columns.rewards), terminal
+            steps, terminal = known
+            if steps:
+                length, begin = np.array([steps + 1]), np.zeros(1, np.int64)
+                read = functools.partial(columns_of, number)
+                parts.append(Part(f"{name}, episode {number}", begin, length, np.array([terminal]), read))
     return parts, described
+
+
+@contextlib.contextmanager
+def _ends(storage: Any, name: str) -> Iterator[Callable[[int], tuple[int, bool]] | None]:
+    """Function (episode) → its steps, and whether it ended terminal, without reading the episode; None if not known.
+
+    Minari has no call for this. Its HDF5 files hold the flags as arrays of their own.
+    """
+    path = Path(storage.data_path) / "main_data.hdf5"
+    if not path.is_file():
+        yield None
+        return
+    h5py = import_extra("h5py")
+    try:
+        with h5py.File(path, "r") as file:
+
+            def ends(number: int) -> tuple[int, bool]:
+                flags = file[f"episode_{number}"]["terminations"]
+                return len(flags), bool(len(flags) and flags[-1])
+
+            yield ends
+    except (OSError, KeyError, RuntimeError, TypeError) as error:
+        raise FileFormatError(f"The Minari dataset '{name}' is damaged: {str(error)[:200]}.") from error
 
 
 class _Episode:

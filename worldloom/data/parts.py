@@ -75,7 +75,7 @@ class Part:
         at_actions = np.where(last, index - (self.action_offset == 0), index + self.action_offset)
         actions = take_rows(columns.actions, self._rows(at_actions))
         rewards = take_rows(columns.rewards, self._rows(np.where(first, index, index + self.reward_offset)))
-        actions, rewards = np.array(actions), np.array(rewards)
+        actions, rewards = _writable(actions), _writable(rewards)
         if last.any():
             actions[last] = 0
         if first.any():
@@ -98,6 +98,10 @@ class Part:
 
     def _rows(self, index: np.ndarray) -> np.ndarray:
         return index if self.order is None else self.order[index]
+
+
+def _writable(array: np.ndarray) -> np.ndarray:
+    return array if array.flags.writeable else np.array(array)
 
 
 def take_rows(array: Any, index: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from worldloom.data.arrays import MAX_MAPPED_BYTES
 from worldloom.data.file_rows import FileRows, forget_open_file
 from worldloom.data.parts import Columns, Part
 from worldloom.errors import DataError, FileFormatError
-from worldloom.files import MappedFile
+from worldloom.interop.mapped_file import MappedFile
 from worldloom.interop.torch_file import read_torch
 
 _KEYS = ("obs", "action", "reward")

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import FileFormatError
-from worldloom.files import MappedFile, absolute_path
+from worldloom.files import absolute_path
 from worldloom.interop.archive import (
     MAX_BYTES,
     Archive,
@@ -36,6 +36,7 @@ from worldloom.interop.archive import (
     open_archive,
     shorten,
 )
+from worldloom.interop.mapped_file import MappedFile
 from worldloom.interop.pickle_machine import Call, Global, Opaque, PickleReader
 from worldloom.interop.pickles import PLAIN_CALLS, PLAIN_NAMES
 

@@ -147,3 +147,9 @@ def check_same_data(saved: Any, data: Any) -> None:
             f"The run was begun with recorded data ({saved}), and is resumed with other data ({given}). "
             "Give the same data (data=, --data), or go on inexactly by resume='continue' (--resume continue)."
         )
+
+
+def data_changes(saved: Any, data: Any) -> list[str]:
+    """What is different if a run goes on with other recorded data than it was begun with."""
+    given = data_identity(data)
+    return [] if saved == given else [f"recorded data {saved or 'none'} → {given or 'none'}"]

@@ -26,7 +26,7 @@ from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot,
 from worldloom.training.collector import Collector, check_env_fits, check_same_env
 from worldloom.training.config import TrainingConfig
 from worldloom.training.metrics import MetricsStream
-from worldloom.training.mixed_replay import check_same_data, data_identity, mix_data
+from worldloom.training.mixed_replay import check_same_data, data_changes, data_identity, mix_data
 from worldloom.training.run_info import check_is_model, on_host, root_key, versions, with_params
 from worldloom.training.sampler import SequenceSampler
 from worldloom.training.train_ratio import TrainRatio
@@ -347,9 +347,8 @@ class Run:
         if self.collector is not None:
             record["collector"], collected = self.collector.state_dict()
             arrays |= {f"collector/{name}": value for name, value in collected.items()}
-        changes = self.collector is not None or self.sampler.uses_latents
-        stored = self.collector.replay if self.collector is not None else self.sampler.buffer
-        return Snapshot(state, record, arrays, stored if changes else None)
+        replay = self.collector.replay if self.collector else self.sampler.buffer if self.sampler.uses_latents else None
+        return Snapshot(state, record, arrays, replay)
 
     def restore(self, snapshot: Snapshot, folder: Path, *, exact: bool = True) -> list[str]:
         """Restore a snapshot, including replay content that the run collected; ``folder`` is named in messages.
@@ -411,6 +410,7 @@ class Run:
             return [*changes, "environments in place of recorded episodes, with an empty replay"]
         else:
             changes += self.collector.take_along(record["collector"], strip_prefix(arrays, "collector/"), replay)
+            changes += data_changes(record.get("data"), self.data)
             self.sampler = self._online_sampler(self.collector.replay)
             saved = record.get("training") or {}
             if any(saved.get(name) != getattr(self.config, name) for name in _OF_RATIO):
