@@ -66,11 +66,6 @@ def resolve_mesh(sizes: Mapping[str, int], devices: int) -> tuple[int, int]:
     return (left if data == -1 else data), (left if fsdp == -1 else fsdp)
 
 
-def abstract_mesh(sizes: Mapping[str, int], devices: int) -> jax.sharding.AbstractMesh:
-    """The mesh without devices, to say what each would hold; -1 stands for what is left of ``devices``."""
-    return jax.sharding.AbstractMesh(resolve_mesh(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 2)
-
-
 # ---- in traced code -------------------------------------------------------------------------------------------------
 
 

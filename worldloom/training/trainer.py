@@ -160,6 +160,8 @@ class Trainer:
 
     def _env(self, source: Any) -> VectorEnv:
         """``source``, or environments made from it, which are kept for the next call; with those of other processes."""
+        if isinstance(source, VectorEnv) and jax.process_count() == 1:
+            return source
         if self._made_env is None or self._made_env[0] != source or self._made_env[1].closed:
             env = source if isinstance(source, VectorEnv) else make_env(source, seed=self.config.seed)
             self._made_env = source, across_processes(env)
