@@ -36,6 +36,13 @@ def on_host(state: TrainState, placement: Placement) -> TrainState:
     return state.replace(step=step, params=params, opt_state=opt_state, key=copy(placement.to_device(state.key)))
 
 
+def facts(run: Any) -> dict[str, Any]:
+    """What the processes that train a ``Run`` together must agree on before it goes on, as JSON values by name."""
+    identity = run.identity()
+    settings = {**identity.pop("config"), **identity.pop("training"), **identity}
+    return settings | {"updates done": run.step, "rows in replay": len(run.sampler.buffer)}
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that results may depend on."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
