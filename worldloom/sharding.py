@@ -59,7 +59,10 @@ def resolve_mesh(sizes: Mapping[str, int], devices: int) -> tuple[int, int]:
     fixed = math.prod(size for size in (data, fsdp) if size > 0)
     needed, counted = max(fixed, 1), f"{devices} device{'s are' if devices != 1 else ' is'} there"
     if needed > devices:
-        raise DeviceError(f"mesh={dict(sizes)} needs {needed} devices; {counted}.")
+        raise DeviceError(
+            f"mesh={dict(sizes)} needs {needed} devices; {counted}. mesh={{'data': -1}} (--mesh data=-1) takes what is "
+            "there; a run may go on over another mesh."
+        )
     left = devices // needed
     if -1 in (data, fsdp) and left * needed != devices:
         raise DeviceError(f"mesh={dict(sizes)} cannot be formed: {counted}, no multiple of {needed}.")
