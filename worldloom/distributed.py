@@ -32,11 +32,12 @@ _log = logging.getLogger("worldloom")
 
 _ALIVE = "worldloom/alive/"
 """Keys, in the store that JAX's processes share, of their signs of life."""
-_left = threading.Event()
 _ENDED = "ended"
 """The last sign of a process that ends by itself, and may wait for others to do so."""
 _ending = threading.Event()
 """Set when this process ends by itself: then process 0 may have ended before."""
+_left = threading.Event()
+"""Set when this process has failed by itself."""
 _LAG = 2
 """Calls after which a vote is counted, so that no process waits for the others' newest."""
 

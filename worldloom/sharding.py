@@ -311,15 +311,28 @@ class Placement:
             return jax.device_get(tree)
         return jax.tree.map(lambda x: np.asarray(x if x.is_fully_replicated else self.to_device(x)), tree)
 
-    def acting_state(self, state: Any) -> Any:
-        """A ``TrainState`` with weights and key on :attr:`device`, and without the optimizer's state."""
-        if self.mesh is None:
-            return state
-        params, key = self.to_device((state.params, state.key))
-        return state.replace(params=params, key=key, opt_state=())
-
     def _own_copy(self, x: jax.Array) -> jax.Array:
         return next(shard.data for shard in x.addressable_shards if shard.device == self.device)
+
+
+class ActingState:
+    """States of a run as acting needs them: weights and key on one device, without the optimizer's state.
+
+    Weights that are divided are collected once for each state.
+    """
+
+    def __init__(self, placement: Placement):
+        self._placement = placement
+        self._state = self._copy = None
+
+    def __call__(self, state: Any) -> Any:
+        """``state`` on ``placement.device``; ``state`` itself without a mesh."""
+        if self._placement.mesh is None:
+            return state
+        if state is not self._state:
+            params, key = self._placement.to_device((state.params, state.key))
+            self._state, self._copy = state, state.replace(params=params, key=key, opt_state=())
+        return self._copy
 
 
 @functools.lru_cache(maxsize=8)

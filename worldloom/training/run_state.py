@@ -19,7 +19,7 @@ from worldloom.envs import EnvSpaces, VectorEnv
 from worldloom.errors import ConfigError, NonFiniteError
 from worldloom.families import class_name
 from worldloom.replay import ReplayBuffer
-from worldloom.sharding import Placement
+from worldloom.sharding import ActingState, Placement
 from worldloom.training.batches import BatchSource, UpdateChunk
 from worldloom.training.callbacks.base import StepInfo
 from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot, flatten_state
@@ -29,9 +29,16 @@ from worldloom.training.metrics import MetricsStream
 from worldloom.training.run_info import check_is_model, on_host, root_key, versions, with_params
 from worldloom.training.sampler import SequenceSampler
 from worldloom.training.train_ratio import TrainRatio
-from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard, UpdateOutput, compiled_update, copy
+from worldloom.training.update_loop import (
+    CompiledUpdate,
+    Learner,
+    NonFiniteGuard,
+    UpdateOutput,
+    call_capacity,
+    compiled_update,
+    copy,
+)
 from worldloom.training.writeback import LatentWriteback, copy_latents, strip_prefix
-from worldloom.xla_workarounds import needs_unrolled_updates
 
 _log = logging.getLogger("worldloom")
 
@@ -71,16 +78,7 @@ class Run:
         self.placement = Placement.of(config.mesh, self.device)
         self.placement.check_batch(config.batch_size, config.microbatches)
         model.check_trainable(self.device)
-        # On a CPU, the overhead of a call is small compared with an update, and short calls react to Ctrl-C sooner.
-        self.capacity = config.updates_per_call or (1 if self.device.platform == "cpu" else 8)
-        self._unrolled = needs_unrolled_updates(model, self.device)
-        if self._unrolled and self.capacity > 1:
-            _log.warning(
-                "updates_per_call=%d is reduced to 1: on a CPU, XLA computes gradients of convolutions a hundred times "
-                "slower inside the loop over several updates.",
-                self.capacity,
-            )
-            self.capacity = 1
+        self.capacity, self._unrolled = call_capacity(model, config, self.device)
         self.run_id = uuid.uuid4().hex
         self.step = self.total_steps = self._skipped = 0
         self.learner: Learner | None = None
@@ -199,6 +197,7 @@ class Run:
             self.model.version(),
             *([self.placement] if self.placement.mesh else []),  # Runs on one device share programs, whichever it is.
         )
+        acting = ActingState(self.placement)
         source = BatchSource(
             self.sampler,
             self.writeback,
@@ -208,7 +207,7 @@ class Run:
             capacity=self.capacity,
             collector=self.collector,
             ratio=self.ratio if self.collector else None,
-            read_state=lambda: self.placement.acting_state(self.state),
+            read_state=lambda: acting(self.state),
         )
         with source:
             yield source.chunks(self.step, total_steps, next_callback_step, stop_requested)
