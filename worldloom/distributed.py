@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -26,17 +26,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from worldloom.config import check
-from worldloom.errors import ConfigError, DeviceError
+from worldloom.errors import ConfigError, DeviceError, NonFiniteError
 
 _log = logging.getLogger("worldloom")
 
 _ALIVE = "worldloom/alive/"
 """Keys, in the store that JAX's processes share, of their signs of life."""
-_left = threading.Event()
 _ENDED = "ended"
 """The last sign of a process that ends by itself, and may wait for others to do so."""
 _ending = threading.Event()
 """Set when this process ends by itself: then process 0 may have ended before."""
+_left = threading.Event()
+"""Set when this process has failed by itself."""
 _LAG = 2
 """Calls after which a vote is counted, so that no process waits for the others' newest."""
 
@@ -121,14 +122,21 @@ def _watch(timeout: float) -> None:
         client.key_value_set(f"{_ALIVE}{own}", _ENDED, allow_overwrite=True)
 
 
-def leave() -> None:
-    """After an error that the other processes cannot know of: show no more signs of life, which ends them in time."""
-    if jax.process_count() > 1:
-        _left.set()
+@contextlib.contextmanager
+def leaving_on_error() -> Iterator[None]:
+    """After an error that the other processes cannot know of, show no more signs of life, which ends them in time."""
+    try:
+        yield
+    except NonFiniteError:
+        raise  # It happens to all of them.
+    except BaseException:
+        if jax.process_count() > 1:
+            _left.set()
+        raise
 
 
 def has_left() -> bool:
-    """Whether :func:`leave` was called: from then on nothing may be exchanged with the other processes."""
+    """Whether this process has failed, see :func:`leaving_on_error`; then nothing may be exchanged with the others."""
     return _left.is_set()
 
 
@@ -198,9 +206,9 @@ class StopVote:
         return len(self._votes) > _LAG and bool(np.asarray(self._votes.popleft()))
 
 
-def check_same(exchange: Exchange, facts: Mapping[str, Any]) -> None:
+def check_processes(facts: Mapping[str, Any]) -> None:
     """Raise ``ConfigError``, in every process, if they do not agree on ``facts``, JSON values by name."""
-    received = [json.loads(each) for each in exchange(json.dumps(facts).encode())]
+    received = [json.loads(each) for each in Exchange()(json.dumps(facts).encode())]
     for name, value in received[0].items():
         for number, other in enumerate(received):
             if other.get(name) != value:

@@ -59,16 +59,14 @@ def resolve_mesh(sizes: Mapping[str, int], devices: int) -> tuple[int, int]:
     fixed = math.prod(size for size in (data, fsdp) if size > 0)
     needed, counted = max(fixed, 1), f"{devices} device{'s are' if devices != 1 else ' is'} there"
     if needed > devices:
-        raise DeviceError(f"mesh={dict(sizes)} needs {needed} devices; {counted}.")
+        raise DeviceError(
+            f"mesh={dict(sizes)} needs {needed} devices; {counted}. mesh={{'data': -1}} (--mesh data=-1) takes what is "
+            "there; a run may go on over another mesh."
+        )
     left = devices // needed
     if -1 in (data, fsdp) and left * needed != devices:
         raise DeviceError(f"mesh={dict(sizes)} cannot be formed: {counted}, no multiple of {needed}.")
     return (left if data == -1 else data), (left if fsdp == -1 else fsdp)
-
-
-def abstract_mesh(sizes: Mapping[str, int], devices: int) -> jax.sharding.AbstractMesh:
-    """The mesh without devices, to say what each would hold; -1 stands for what is left of ``devices``."""
-    return jax.sharding.AbstractMesh(resolve_mesh(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 # ---- in traced code -------------------------------------------------------------------------------------------------
@@ -313,15 +311,28 @@ class Placement:
             return jax.device_get(tree)
         return jax.tree.map(lambda x: np.asarray(x if x.is_fully_replicated else self.to_device(x)), tree)
 
-    def acting_state(self, state: Any) -> Any:
-        """A ``TrainState`` with weights and key on :attr:`device`, and without the optimizer's state."""
-        if self.mesh is None:
-            return state
-        params, key = self.to_device((state.params, state.key))
-        return state.replace(params=params, key=key, opt_state=())
-
     def _own_copy(self, x: jax.Array) -> jax.Array:
         return next(shard.data for shard in x.addressable_shards if shard.device == self.device)
+
+
+class ActingState:
+    """States of a run as acting needs them: weights and key on one device, without the optimizer's state.
+
+    Weights that are divided are collected once for each state.
+    """
+
+    def __init__(self, placement: Placement):
+        self._placement = placement
+        self._state = self._copy = None
+
+    def __call__(self, state: Any) -> Any:
+        """``state`` on ``placement.device``; ``state`` itself without a mesh."""
+        if self._placement.mesh is None:
+            return state
+        if state is not self._state:
+            params, key = self._placement.to_device((state.params, state.key))
+            self._state, self._copy = state, state.replace(params=params, key=key, opt_state=())
+        return self._copy
 
 
 @functools.lru_cache(maxsize=8)

@@ -86,11 +86,12 @@ def updates(model, batch, training, mesh, count):
     batches = placement.put_batches({name: value[None] for name, value in batch.items()}, len(batch["rewards"]))
     with placement.context():
         names = call.metric_names(learner.state, batches)
-    rows = []
+    program, rows = call.lower(learner, batches).compile(), []
+    about = described(program, learner.state)
     for _ in range(count):
-        learner, output = call(learner, batches, 1)
+        learner, output = program(*learner, batches, 1, None)
         rows.append(np.asarray(output.metrics)[0])
-    return dict(zip(names, np.array(rows).T.tolist(), strict=True)), placement.to_host(learner.state.params), learner
+    return dict(zip(names, np.array(rows).T.tolist(), strict=True)), learner, about
 
 
 def tdmpc2_updates(variant, *meshes):
@@ -101,8 +102,8 @@ def tdmpc2_updates(variant, *meshes):
         training = TrainingConfig(
             learning_rate=settings["lr"], grad_clip=settings["grad_clip_norm"], batch_size=8, device="cpu", mesh=mesh
         )
-        metrics, params, learner = updates(model, batch, training.of_update(), mesh, 3)
-        state = learner.state.replace(params=jax.tree.map(jnp.asarray, params))
+        metrics, learner, about = updates(model, batch, training.of_update(), mesh, 3)
+        state = learner.state.replace(params=jax.tree.map(jnp.asarray, jax.device_get(learner.state.params)))
         weights = to_official_tdmpc2(state)
         errors = [
             np.abs(weights[name.removeprefix("after3/")] - value).max()
@@ -123,6 +124,7 @@ def tdmpc2_updates(variant, *meshes):
                 "off": float(max(errors)),
                 "from_first": float(moved) / settings["lr"],
                 "specs": specs,
+                **about,
             }
         )
     return found
@@ -203,18 +205,7 @@ def compiled_text(name, obs_shape, fields, *meshes):
         batches = placement.put_batches(batch, training.batch_size)
         learner = Learner(state, placement.put_state(NonFiniteGuard.create()))
         program = call.lower(learner, batches).compile()
-        text, weights = program.as_text(), {x.shape for x in jax.tree.leaves(state.params)}
-        gathered = [shape for _, shape in collectives(text).get("all-gather", [])]
-        loops = set(re.findall(r"body=%?([\w.\-]+)", text))
-        found.append(
-            {
-                "flops": program.cost_analysis()["flops"],
-                "bytes": collective_bytes(text),
-                "gathered": [shape for shape in gathered if not is_weight(shape, weights)],
-                "weights_gathered": sum(is_weight(shape, weights) for shape in gathered),
-                "in_loops": sorted({kind for name, kind in named_collectives(text) if name in loops}),
-            }
-        )
+        found.append(described(program, state))
     return found
 
 
@@ -251,9 +242,23 @@ def restored_elsewhere(family, folder, fields):
     return [{n: [row[n], unbroken[2 * k + 1][n]] for n in row} for k, row in enumerate(found)]
 
 
+def described(program, state):
+    """FLOPs per device of a compiled update, and what it moves between devices."""
+    text, weights = program.as_text(), {x.shape for x in jax.tree.leaves(state.params)}
+    gathered = [shape for _, shape in collectives(text).get("all-gather", [])]
+    loops = set(re.findall(r"body=%?([\w.\-]+)", text))
+    return {
+        "flops": program.cost_analysis()["flops"],
+        "bytes": collective_bytes(text),
+        "gathered": [shape for shape in gathered if not is_weight(shape, weights)],
+        "weights_gathered": sum(is_weight(shape, weights) for shape in gathered),
+        "in_loops": sorted({kind for name, kind in named_collectives(text) if name in loops}),
+    }
+
+
 def is_weight(shape, weights):
-    """Whether an array of this shape is one of the weights, possibly transposed."""
-    return any(sorted(shape) == sorted(weight) for weight in weights)
+    """Whether an array of this shape is one of the matrices that may be divided, possibly transposed."""
+    return len(shape) > 1 and any(sorted(shape) == sorted(weight) for weight in weights)
 
 
 def named_collectives(text):

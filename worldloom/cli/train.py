@@ -445,6 +445,7 @@ def _as_flag(name: str, value: Any, reason: str) -> str:
     """A line such as ``--batch-size 64        recipe``."""
     flag = "steps" if name == "env_steps" else name.replace("_", "-")
     value = " ".join(map(str, value)) if name in ("action_bounds", "drop_keys") else value
+    value = ",".join(f"{axis}={size}" for axis, size in value.items()) if name == "mesh" and value else value
     text = f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
     return f"{text:28} {reason}"
 

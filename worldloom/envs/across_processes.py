@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from worldloom.envs.backends.base import Backend, BatchedStepResult
 from worldloom.envs.time_step import WorkerRestart
 from worldloom.envs.vector import VectorEnv
 from worldloom.errors import EnvError
+
+_joined: weakref.WeakKeyDictionary[VectorEnv, VectorEnv] = weakref.WeakKeyDictionary()
+"""What :func:`across_processes` made of the environments of this process."""
 
 
 class ProcessesBackend:
@@ -78,19 +82,22 @@ class ProcessesBackend:
 def across_processes(env: VectorEnv) -> VectorEnv:
     """``env`` and those of all other processes as one; ``env`` itself without other processes.
 
-    Every process calls this, with as many environments of the same kind and the same seed. ``env`` is used up by it.
+    Every process calls this, with as many environments of the same kind and the same seed. ``env`` is used up by it;
+    given again, it returns the same as before.
     """
     if jax.process_count() == 1 or isinstance(env._backend, ProcessesBackend):
         return env
-    backend = ProcessesBackend(env._backend)
-    return VectorEnv(
-        backend,
-        seed=env.seed,
-        action_repeat=env.action_repeat,
-        restart_bad=env._restart_bad,
-        remake=env._remake,
-        settings={**env.settings, "num_envs": backend.num_envs},
-    )
+    if env not in _joined:
+        backend = ProcessesBackend(env._backend)
+        _joined[env] = VectorEnv(
+            backend,
+            seed=env.seed,
+            action_repeat=env.action_repeat,
+            restart_bad=env._restart_bad,
+            remake=env._remake,
+            settings={**env.settings, "num_envs": backend.num_envs},
+        )
+    return _joined[env]
 
 
 def _rows(batch: Any, own: slice) -> Any:

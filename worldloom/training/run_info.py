@@ -29,11 +29,23 @@ def root_key(seed: int) -> jax.Array:
     return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
 
 
-def on_host(state: TrainState, placement: Placement) -> TrainState:
-    """A copy of ``state`` with NumPy arrays, independent of later updates. The key stays a JAX key."""
-    fetched = placement.to_host((state.step, state.params, state.opt_state))
-    step, params, opt_state = jax.tree.map(np.array, fetched)
-    return state.replace(step=step, params=params, opt_state=opt_state, key=copy(placement.to_device(state.key)))
+def on_host(state: TrainState, placement: Placement | None = None) -> TrainState:
+    """A copy of ``state`` with NumPy arrays, independent of later updates. The key stays a JAX key.
+
+    ``placement`` says where the state is; None is on one device.
+    """
+    arrays, key = (state.step, state.params, state.opt_state), state.key
+    if placement is not None:
+        arrays, key = placement.to_host(arrays), placement.to_device(key)
+    step, params, opt_state = jax.tree.map(np.array, jax.device_get(arrays))
+    return state.replace(step=step, params=params, opt_state=opt_state, key=copy(key))
+
+
+def facts(run: Any) -> dict[str, Any]:
+    """What the processes that train a ``Run`` together must agree on before it goes on, as JSON values by name."""
+    identity = run.identity()
+    settings = {**identity.pop("config"), **identity.pop("training"), **identity}
+    return settings | {"updates done": run.step, "rows in replay": len(run.sampler.buffer)}
 
 
 def versions() -> dict[str, str]:

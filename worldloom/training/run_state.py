@@ -19,7 +19,7 @@ from worldloom.envs import EnvSpaces, VectorEnv
 from worldloom.errors import ConfigError, NonFiniteError
 from worldloom.families import class_name
 from worldloom.replay import ReplayBuffer
-from worldloom.sharding import Placement
+from worldloom.sharding import ActingState, Placement
 from worldloom.training.batches import BatchSource, UpdateChunk
 from worldloom.training.callbacks.base import StepInfo
 from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot, flatten_state
@@ -30,9 +30,16 @@ from worldloom.training.mixed_replay import check_same_data, data_changes, data_
 from worldloom.training.run_info import check_is_model, on_host, root_key, versions, with_params
 from worldloom.training.sampler import SequenceSampler
 from worldloom.training.train_ratio import TrainRatio
-from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard, UpdateOutput, compiled_update, copy
+from worldloom.training.update_loop import (
+    CompiledUpdate,
+    Learner,
+    NonFiniteGuard,
+    UpdateOutput,
+    call_capacity,
+    compiled_update,
+    copy,
+)
 from worldloom.training.writeback import LatentWriteback, copy_latents, strip_prefix
-from worldloom.xla_workarounds import needs_unrolled_updates
 
 _log = logging.getLogger("worldloom")
 
@@ -74,16 +81,7 @@ class Run:
         self.placement = Placement.of(config.mesh, self.device)
         self.placement.check_batch(config.batch_size, config.microbatches)
         model.check_trainable(self.device)
-        # On a CPU, the overhead of a call is small compared with an update, and short calls react to Ctrl-C sooner.
-        self.capacity = config.updates_per_call or (1 if self.device.platform == "cpu" else 8)
-        self.unrolled = needs_unrolled_updates(model, self.device)
-        if self.unrolled and self.capacity > 1:
-            _log.warning(
-                "updates_per_call=%d is reduced to 1: on a CPU, XLA computes gradients of convolutions a hundred times "
-                "slower inside the loop over several updates.",
-                self.capacity,
-            )
-            self.capacity = 1
+        self.capacity, self.unrolled = call_capacity(model, config, self.device)
         self.run_id = uuid.uuid4().hex
         self.step = self.total_steps = self._skipped = 0
         self.learner: Learner | None = None
@@ -212,6 +210,7 @@ class Run:
         if self.placement.mesh is None:
             growing = self.collector is not None
             self.sampler.choose_storage(self.config.replay_storage, self.device, growing=growing)
+        acting = ActingState(self.placement)
         source = BatchSource(
             self.sampler,
             self.writeback,
@@ -221,7 +220,7 @@ class Run:
             capacity=self.capacity,
             collector=self.collector,
             ratio=self.ratio if self.collector else None,
-            read_state=lambda: self.placement.acting_state(self.state),
+            read_state=lambda: acting(self.state),
         )
         with source:
             yield source.chunks(self.step, total_steps, next_callback_step, stop_requested)

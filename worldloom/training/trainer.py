@@ -11,7 +11,7 @@ import jax
 
 from worldloom.algorithm import TrainState
 from worldloom.config import as_integer
-from worldloom.distributed import Exchange, check_same, has_left, leave
+from worldloom.distributed import check_processes, has_left, leaving_on_error
 from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.envs.across_processes import across_processes
 from worldloom.errors import NonFiniteError
@@ -27,6 +27,7 @@ from worldloom.training.fit import fit
 from worldloom.training.interrupts import Interrupts
 from worldloom.training.on_device import fit_on_device, runs_on_device
 from worldloom.training.resume import resume_run
+from worldloom.training.run_info import facts
 from worldloom.training.run_state import Run
 
 _log = logging.getLogger("worldloom")
@@ -131,7 +132,7 @@ class Trainer:
         if resume:
             resume_run(run, self._callbacks, resume)
         total = self._total(total_steps)
-        self._check_processes(total)
+        check_processes(facts(run) | {"total_steps": total, "callbacks": self._callbacks.names})
         if run.step >= total:
             _log.warning("Nothing to train: step %d of total_steps=%d is done.", run.step, total)
             # A run that was killed at its end may lack the files that callbacks write there.
@@ -140,12 +141,10 @@ class Trainer:
         self._callbacks.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())  # K in effect
         with jax.default_device(run.device), Interrupts() as interrupts:  # precision="auto" reads the default device
             try:
-                (fit_on_device if runs_on_device(run) else fit)(run, total, self._callbacks, interrupts)
+                with leaving_on_error():
+                    (fit_on_device if runs_on_device(run) else fit)(run, total, self._callbacks, interrupts)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error} {recovery_hint(self._callbacks.callbacks)}") from None
-            except BaseException:
-                leave()  # Only a non-finite update happens to all processes of a run.
-                raise
             finally:
                 self._callbacks.close()
                 if not has_left():
@@ -164,9 +163,10 @@ class Trainer:
 
     def _env(self, source: Any) -> VectorEnv:
         """``source``, or environments made from it, which are kept for the next call; with those of other processes."""
+        if isinstance(source, VectorEnv):
+            return across_processes(source)
         if self._made_env is None or self._made_env[0] != source or self._made_env[1].closed:
-            env = source if isinstance(source, VectorEnv) else make_env(source, seed=self.config.seed)
-            self._made_env = source, across_processes(env)
+            self._made_env = source, across_processes(make_env(source, seed=self.config.seed))
         return self._made_env[1]
 
     def _use_env(self, env: VectorEnv, replay: Any) -> None:
@@ -176,15 +176,6 @@ class Trainer:
             given += default_evaluation(env, self.config.eval_episodes) if self._add_evaluation else []
             self._add_evaluation = False
             self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
-
-    def _check_processes(self, total: int) -> None:
-        """Raise ``ConfigError`` unless all processes of a distributed run train the same."""
-        run = self.run
-        assert run.sampler is not None
-        identity = run.identity()
-        facts = {**identity.pop("config"), **identity.pop("training"), **identity, "callbacks": self._callbacks.names}
-        facts |= {"total_steps": total, "updates done": run.step, "rows in replay": len(run.sampler.buffer)}
-        check_same(Exchange(), facts)
 
     def _total(self, total_steps: int | None) -> int:
         """Total number of updates, by the argument or by the config's ``env_steps`` or ``total_steps``."""

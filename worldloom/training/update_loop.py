@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from worldloom.algorithm import LATENTS, Batch, MakeUpdate, TrainState, Update
 from worldloom.config import check
 from worldloom.replay.device import Ring, gather_rows
 from worldloom.sharding import Placement
-from worldloom.xla_workarounds import pad_single_update
+from worldloom.xla_workarounds import needs_unrolled_updates, pad_single_update
+
+_log = logging.getLogger("worldloom")
 
 SKIPPED = "skipped"
 """Metric added with ``skip_nonfinite``: number of updates skipped so far."""
@@ -215,6 +218,21 @@ class CompiledUpdate:
         else:
             state, guard, output = jax.lax.fori_loop(0, count, one_update, (state, guard, empty))
         return Learner(state, guard), output
+
+
+def call_capacity(model: Any, config: Any, device: jax.Device) -> tuple[int, bool]:
+    """K, the maximum number of updates per call, and whether there is no loop over them (then K is 1)."""
+    # On a CPU, the overhead of a call is small compared with an update, and short calls react to Ctrl-C sooner.
+    capacity = config.updates_per_call or (1 if device.platform == "cpu" else 8)
+    if not needs_unrolled_updates(model, device):
+        return capacity, False
+    if capacity > 1:
+        _log.warning(
+            "updates_per_call=%d is reduced to 1: on a CPU, XLA computes gradients of convolutions a hundred times "
+            "slower inside the loop over several updates.",
+            capacity,
+        )
+    return 1, True
 
 
 @functools.lru_cache(maxsize=16)
