@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from worldloom.training.collecting import collect
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
+    from worldloom.training.many import train_many
     from worldloom.training.protocols import protocol
     from worldloom.training.recipes import recipe
     from worldloom.training.run_folder import RunFolder
@@ -28,6 +29,7 @@ _LAZY = {
     "protocol": "worldloom.training.protocols",
     "recipe": "worldloom.training.recipes",
     "train": "worldloom.training.trainer",
+    "train_many": "worldloom.training.many",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "protocol",
     "recipe",
     "train",
+    "train_many",
 ]
 
 
