@@ -5,15 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from jax_worlds import CONFIG, DRIFT, content, trainer_in, variant
+from jax_worlds import CONFIG, DRIFT, trainer_in, variant
 
-from worldloom import create_world_model
 from worldloom.envs import make_env
 from worldloom.errors import ConfigError
-from worldloom.families import register_family
-from worldloom.training import RunFolder, Trainer, train_many
+from worldloom.training import Trainer, train_many
 from worldloom.training.callbacks import CheckpointCallback
-from toy_family import ToyConfig
 
 LATENTS = {"latents": True}
 
