@@ -14,7 +14,7 @@ from worldloom import families
 from worldloom.cli import main
 
 EXAMPLES = Path(worldloom.__file__).parents[1] / "examples"
-NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+NOTEBOOK, MANY_SEEDS = EXAMPLES / "quickstart.ipynb", EXAMPLES / "many_seeds.ipynb"
 
 
 @pytest.fixture
@@ -116,8 +116,27 @@ def test_the_notebook_runs(small, monkeypatch, capsys):
     assert "the reloaded model plans the same: True" in out
 
 
-def test_the_notebook_is_stripped():
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+def test_the_notebook_of_many_seeds_runs(small, monkeypatch, capsys):
+    shown = []
+    display = types.ModuleType("IPython.display")
+    display.Image, display.display = (lambda filename: Path(filename)), shown.append
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(small))
+    namespace: dict = {}
+    for number, cell in enumerate(json.loads(MANY_SEEDS.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), namespace)
+    assert [path.name for path in shown] == ["summary.png"]
+    out = capsys.readouterr().out
+    assert "learning_rate 0.001: " in out
+    assert "over seeds [0, 1]" in out
+    assert "over 4 episodes" in out
+
+
+@pytest.mark.parametrize("notebook", [NOTEBOOK, MANY_SEEDS], ids=lambda path: path.name)
+def test_the_notebooks_are_stripped(notebook):
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
 

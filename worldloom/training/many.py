@@ -68,7 +68,8 @@ def train_many(
     config: TrainingConfig | None = None,
     *,
     folder: str | Path | None = None,
-    num_envs: int | None = None,
+    num_envs: int = 1,
+    env_options: Mapping[str, Any] | None = None,
     resume: bool = False,
     callbacks: Callable[[int], Sequence[Any]] | None = None,
     model: Mapping[str, Any] | None = None,
@@ -90,7 +91,8 @@ def train_many(
       vary: values to try of ``learning_rate``, ``weight_decay``, ``grad_clip`` and ``train_ratio``; every combination.
       config: None means the recipe of the preset in this environment.
       folder: None means ``runs/<env>-<preset>-many``.
-      num_envs: environments of each member; None is 1.
+      num_envs: environments of each member.
+      env_options: further arguments of ``make_env``.
       resume: continue the members from their newest checkpoints, where there are any; all must be at the same update.
       callbacks: member's index → its callbacks, in place of those of a run folder (which then is not written).
       model: fields of the model's config.
@@ -118,7 +120,7 @@ def train_many(
     plans = [
         (dict(zip(vary, chosen, strict=True)), seed) for chosen in itertools.product(*vary.values()) for seed in seeds
     ]
-    worlds = [make_env(env, num_envs or 1, seed=seed) for _, seed in plans]
+    worlds = [make_env(env, num_envs, seed=seed, **(env_options or {})) for _, seed in plans]
     runs, folders, runners = [], [], []
     for index, ((chosen, seed), world) in enumerate(zip(plans, worlds, strict=True)):
         fixed = {**overrides, **chosen, "seed": seed}
