@@ -1,8 +1,8 @@
 """The whole loop on the device against ``Trainer`` on the host path, in the same environments; prints JSON.
 
 ``python benchmarks/device_loop.py`` compares, in turns so that other load meets both alike: updates per second of
-``tdmpc2:tiny`` at one update per step, random collecting in many environments, acting with DreamerV3's policy, evaluating
-1,000 episodes, and the time of an update per seed with 8 seeds in one program. Compilation is left out everywhere.
+``tdmpc2:tiny`` at one update per step, random collecting in many environments, acting with DreamerV3's policy,
+evaluating 1,000 episodes, and the time of an update per seed with 8 seeds in one program. Compilation is left out.
 
 Figures are ratios of CPU time of the process where the device is a CPU (``--wall`` for wall-clock time instead).
 """
@@ -26,6 +26,8 @@ from worldloom.training.run_state import Run
 
 
 class Clock:
+    """CPU time of this process, or wall-clock time."""
+
     def __init__(self, wall):
         self.now = time.perf_counter if wall else time.process_time
 
@@ -41,13 +43,12 @@ def model_in(name, env, seed=0, **changes):
     return create_world_model(name, **model, seed=seed, device="auto"), config
 
 
-def paired(clock, rounds, ours, theirs):
-    """Median of their time over ours, and both medians, after a warm-up of each."""
-    ours(), theirs()
-    times = [(clock.of(ours), clock.of(theirs)) for _ in range(rounds)]
-    return statistics.median(b / a for a, b in times), *(
-        statistics.median(column) for column in zip(*times, strict=True)
-    )
+def paired(clock, rounds, one, other):
+    """Median of the other's time over the one's, and both medians, after a warm-up of each."""
+    one(), other()
+    times = [(clock.of(one), clock.of(other)) for _ in range(rounds)]
+    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    return statistics.median(b / a for a, b in times), ours, theirs
 
 
 def training(clock, options):
@@ -63,11 +64,8 @@ def training(clock, options):
         trainer.train(env, total_steps=trainer.step + options.updates)
 
     ratio, ours, theirs = paired(clock, options.rounds, lambda: go_on("device"), lambda: go_on("host"))
-    return {
-        "ratio": ratio,
-        "device_ms_per_update": 1e3 * ours / options.updates,
-        "host": 1e3 * theirs / options.updates,
-    }
+    ours, theirs = (1e3 * each / options.updates for each in (ours, theirs))
+    return {"ratio": ratio, "device_ms_per_update": ours, "host_ms_per_update": theirs}
 
 
 def collecting(clock, options, name, num_envs, steps):
@@ -131,11 +129,8 @@ def seeds(clock, options):
         return go_on
 
     ratio, one, many = paired(clock, options.rounds, fit(1), fit(8))
-    return {
-        "update_per_seed": ratio / 8,
-        "one_ms": 1e3 * one / options.updates,
-        "eight_ms": 1e3 * many / options.updates,
-    }
+    one, many = (1e3 * each / options.updates for each in (one, many))
+    return {"update_per_seed": ratio / 8, "one_ms": one, "eight_ms": many}
 
 
 def main():

@@ -1,5 +1,6 @@
 """Examples are programs that people copy: they run, alone and as they stand, small."""
 
+import importlib
 import json
 import re
 import runpy
@@ -117,6 +118,7 @@ def test_the_notebook_runs(small, monkeypatch, capsys):
 
 
 def test_the_notebook_of_many_seeds_runs(small, monkeypatch, capsys):
+    importlib.import_module("flax.nnx")  # looks for IPython itself
     shown = []
     display = types.ModuleType("IPython.display")
     display.Image, display.display = (lambda filename: Path(filename)), shown.append
