@@ -24,7 +24,8 @@ from worldloom.training.callbacks import (
 from worldloom.training.checkpoint_files import flatten_state
 
 RUNS = ("tdmpc2-offline", "tdmpc2-online", "dreamerv3-offline", "dreamerv3-online")
-"""In addition there is ``toy-online``: a toy family of the tests that compiles in a second."""
+"""In addition there is ``toy-online``, a toy family of the tests that compiles in a second, and ``toy-jax``, the same
+in an environment in JAX, whose whole loop runs on the device."""
 
 _MODELS = {
     "tdmpc2": {"latent_dim": 16, "hidden_dim": 16, "encoder_dim": 16, "num_q": 2, "num_bins": 21, "iterations": 1,
@@ -39,7 +40,7 @@ def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=()):
     """A trainer and what it trains from; ``name`` is one of ``RUNS``."""
     table.BLOCK_BYTES = 1 << 10
     family, _, kind = name.partition("-")
-    env = make_env(_ENVS[family], num_envs=2, seed=5, time_limit=30)
+    env = make_env(f"jax:{_ENVS[family]}" if kind == "jax" else _ENVS[family], num_envs=2, seed=5, time_limit=30)
     shapes = {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
     model = toy_model(shapes) if family == "toy" else real_model(family, shapes)
     config = TrainingConfig(
@@ -47,7 +48,7 @@ def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=()):
         log_interval=max(7, steps // 500), replay_capacity=200, updates_per_call=3, device="cpu", seed=11,
     )  # fmt: skip
     latents = model.algorithm.replay_spec(model.config, config).latents
-    if kind == "online":
+    if kind in ("online", "jax"):
         source, held_out = env, env.another(2, seed=99)
     else:
         source, held_out = recorded(env, 8, latents), recorded(env, 2, {})

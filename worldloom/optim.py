@@ -102,7 +102,9 @@ def clip_by_norm(maximum: float) -> optax.GradientTransformation:
         scale = jnp.minimum(1.0, maximum / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * scale, updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update) if maximum else optax.identity()
+    return (
+        optax.GradientTransformation(lambda params: optax.EmptyState(), update) if _is_on(maximum) else optax.identity()
+    )
 
 
 def decay_kernels(weight_decay: float) -> optax.GradientTransformation:
@@ -111,7 +113,12 @@ def decay_kernels(weight_decay: float) -> optax.GradientTransformation:
     def kernels(params: optax.Params) -> optax.Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) == "kernel", params)
 
-    return optax.add_decayed_weights(weight_decay, mask=kernels) if weight_decay else optax.identity()
+    return optax.add_decayed_weights(weight_decay, mask=kernels) if _is_on(weight_decay) else optax.identity()
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a setting is not 0. One that is varied between the members of a program is an array, and never is."""
+    return isinstance(value, jax.core.Tracer) or bool(value)
 
 
 def _norm(x: jax.Array) -> jax.Array:

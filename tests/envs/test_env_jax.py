@@ -1,6 +1,8 @@
 """Environments in JAX: our own against Gymnasium's, on the host path, and what is refused."""
 
+import re
 import types
+from pathlib import Path
 
 import gymnasium as gym
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import worldloom
 from worldloom.envs import make_env
 from worldloom.envs.jax import Acrobot, CartPole, Catch, MountainCarContinuous, Pendulum, check_jax_env, make_jax_env
 from worldloom.envs.jax.classic import PendulumState
@@ -190,6 +193,18 @@ def test_any_object_with_the_methods_is_an_environment():
     assert env.episode_length == 7  # the shorter of both
     check_jax_env(make_jax_env("jax:Acrobot-v1"))
     assert make_jax_env("jax:Catch-v0", size=32) is make_jax_env("jax:Catch-v0", size=32)
+
+
+def test_the_environment_of_the_page_works():
+    page = (Path(worldloom.__file__).parent / "docs" / "jax_environments.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Walk" in block)
+    namespace = {"make_env": make_env}
+    exec(compile(example, "jax_environments.md", "exec"), namespace)
+    env = namespace["env"]
+    env.reset()
+    ends = [end for _ in range(25) for end in env.step(np.ones((16, 1))).events]
+    assert all(end.info == {"success": 1.0} and end.length <= 4 for end in ends)
+    assert len(ends) > 60
 
 
 def test_nan_is_refused_or_ends_the_episode():

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,11 +26,21 @@ def run(script, *options):
 
 def test_five_kills_leave_no_trace(tmp_path):
     """``kill -9`` at random moments; weights, optimizer, key, replay and log equal those of an undisturbed run."""
-    figures = run("kill_resume.py", "--kills", 5, "--runs", "toy-online", "--steps", 100, "--folder", tmp_path)
+    check_kills("toy-online", 5, tmp_path)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_loop_on_the_device_leave_no_trace(tmp_path):
+    """The same where environments, replay and updates are on the device."""
+    check_kills("toy-jax", 20, tmp_path)
+
+
+def check_kills(name, kills, folder):
+    figures = run("kill_resume.py", "--kills", kills, "--runs", name, "--steps", 100, "--folder", folder)
     assert figures["equal"]
-    assert figures["toy-online"]["kills"] == 5
+    assert figures[name]["kills"] == kills
     # Runs went on from where they were, not from the beginning.
-    assert max(figures["toy-online"]["first_steps_seen"]) > 10
+    assert max(figures[name]["first_steps_seen"]) > 10
 
 
 def test_damaged_checkpoints_never_pass_for_good_ones():

@@ -140,6 +140,14 @@ def test_the_offline_notebook_runs(kernel, capsys):
     assert "the reloaded model is the same: True" in out
 
 
+def test_the_notebook_of_many_seeds_runs(kernel, capsys):
+    assert kernel("many_seeds.ipynb", {}) == ["summary.png"]
+    out = capsys.readouterr().out
+    assert "learning_rate 0.001: " in out
+    assert "over seeds [0, 1]" in out
+    assert "over 4 episodes" in out
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_are_stripped_and_open_in_colab(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]

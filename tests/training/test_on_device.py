@@ -23,7 +23,7 @@ from jax_worlds import (
 from worldloom.envs import make_env
 from worldloom.errors import ConfigError, DataError
 from worldloom.replay import ReplayBuffer
-from worldloom.training import Trainer, TrainingConfig
+from worldloom.training import Trainer, TrainingConfig, evaluation
 from worldloom.training.callbacks import Callback, CheckpointCallback, StopTraining
 from worldloom.training.on_device import fit as loop_module
 
@@ -182,3 +182,20 @@ def test_a_stop_request_ends_the_run_where_the_callback_asked_for_it():
     trainer = trained(LikeTDMPC2, "device", callbacks=[Stop()])
     assert trainer.step == 13
     assert trainer.stop_reason == "Stop: enough"
+
+
+def test_an_evaluation_on_the_device_plays_the_episodes_of_the_host(monkeypatch):
+    env = make_env(CHOICES, 3, seed=1)
+    model = trainer_in(env, LikeTDMPC2, CONFIG).model
+    for options in ({"episodes": 8}, {"episodes": 3, "explore": True}):
+        monkeypatch.setattr(evaluation, "is_on_device", lambda env: False)
+        on_host = evaluation.play(model, env, seed=7, **options)
+        monkeypatch.setattr(evaluation, "is_on_device", lambda env: True)
+        assert evaluation.play(model, env, seed=7, **options) == on_host
+        assert len({end.length for end in on_host}) > 1
+
+
+def test_nan_in_an_evaluation_is_refused():
+    env = make_env(Drift(bad_after=3), 3, seed=1)
+    with pytest.raises(DataError, match="came back NaN or infinite"):
+        evaluation.play(trainer_in(env, Plain, CONFIG).model, env, episodes=6)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from worldloom.training.collecting import collect
     from worldloom.training.config import TrainingConfig
     from worldloom.training.evaluation import evaluate, play
+    from worldloom.training.many import train_many
     from worldloom.training.offline_online import offline_then_online
     from worldloom.training.protocols import protocol
     from worldloom.training.recipes import recipe
@@ -53,6 +54,7 @@ _LAZY = {
     "protocol": "worldloom.training.protocols",
     "recipe": "worldloom.training.recipes",
     "train": "worldloom.training.trainer",
+    "train_many": "worldloom.training.many",
 }
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "protocol",
     "recipe",
     "train",
+    "train_many",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)

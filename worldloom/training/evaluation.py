@@ -16,6 +16,7 @@ from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
 from worldloom.training.collector import check_env_fits, compiled_policy
 from worldloom.training.config import TrainingConfig
 from worldloom.training.interrupts import Interrupted, interrupted
+from worldloom.training.on_device.play import is_on_device, steps_on_device
 from worldloom.training.run_info import root_key
 from worldloom.training.sampler import SequenceSampler
 
@@ -69,7 +70,8 @@ def play(
 
     Every environment plays the same number of episodes (the first ones one more if ``episodes`` is not a multiple):
     counting the episodes that finish first would be biased towards short ones. The same arguments give the same
-    episodes. What takes longer than ten seconds logs how far it is.
+    episodes. Environments in JAX with a time limit are played in one compiled program, without images: take as many
+    environments as episodes. What takes longer than ten seconds logs how far it is.
 
     Args:
       model: a world model with the environment's shapes.
@@ -99,6 +101,13 @@ def play(
     carry = algorithm.initial_carry(model.config, env.num_envs)
     tally = _Tally(env, episodes, max_steps or env.episode_length or TrainingConfig.max_episode_steps)
     time_step, number, recording = env.reset(seed=seed), 0, frames is not None
+    if not recording and tally.never_cuts and is_on_device(env):
+        for each in steps_on_device(act, params, key, carry, env, time_step):
+            tally.add(each)
+            if interrupted():
+                raise Interrupted
+            if not tally.remaining.any():
+                return tally.ends
     while tally.remaining.any():
         if recording and frames is not None:
             frames.append(env.render())
@@ -136,8 +145,13 @@ class _Tally:
         self.remaining = np.full(env.num_envs, episodes // env.num_envs)
         self.remaining[: episodes % env.num_envs] += 1
         self._episodes, self._limit, self._cuts, self._steps = episodes, limit, 0, 0
-        self._said = time.monotonic()
+        self._said, self._own_limit = time.monotonic(), env.episode_length
         self.clear()
+
+    @property
+    def never_cuts(self) -> bool:
+        """Whether the environments end all episodes themselves within the limit."""
+        return self._own_limit is not None and self._own_limit <= self._limit
 
     def clear(self) -> None:
         """All environments are reset: all of them begin new episodes."""

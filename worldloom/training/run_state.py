@@ -225,10 +225,6 @@ class Run:
         with source:
             yield source.chunks(self.step, total_steps, next_callback_step, stop_requested)
         self.sampler.write_back()
-        self.count_skipped()
-
-    def count_skipped(self) -> None:
-        """Note how many updates were skipped; waits for those in flight."""
         self._skipped = int(self._guard.skipped)
 
     def update(self, chunk: UpdateChunk) -> UpdateOutput:
@@ -264,7 +260,7 @@ class Run:
     def read_state(self) -> TrainState:
         """A copy of the state on the host, after all updates in flight."""
         self.sync()
-        self.count_skipped()
+        self._skipped = int(self._guard.skipped)
         collected = self._collected
         return collected if collected and int(collected.step) == self.step else on_host(self.state, self.placement)
 

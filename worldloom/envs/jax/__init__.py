@@ -3,6 +3,7 @@
 ``make_env("jax:Pendulum-v1")`` makes them like any other environment; ``Trainer.train`` runs whole on the device there.
 """
 
+from worldloom.envs.jax.adapters import adapt
 from worldloom.envs.jax.catch import Catch
 from worldloom.envs.jax.classic import Acrobot, CartPole, MountainCarContinuous, Pendulum
 from worldloom.envs.jax.make import make_jax_env
@@ -15,6 +16,7 @@ __all__ = [
     "JaxEnv",
     "MountainCarContinuous",
     "Pendulum",
+    "adapt",
     "check_jax_env",
     "make_jax_env",
 ]

@@ -31,7 +31,7 @@ class Catch:
     Raises ``ConfigError`` for other numbers.
     """
 
-    action_dim, action_type, time_limit = 3, "discrete", None
+    action_dim, action_type = 3, "discrete"
     _BALL: ClassVar = (255, 255, 255)
     _PADDLE: ClassVar = (60, 200, 60)
 
@@ -39,6 +39,7 @@ class Catch:
         self.size, self.cells = as_integer("size", size), as_integer("cells", cells)
         check(self.cells >= 3, f"cells must be at least 3, not {cells}.")
         check(self.size % self.cells == 0, f"size={size} must be a multiple of cells={cells}.")
+        self.time_limit = self.cells - 1  # where the ball arrives
         self.obs_shape = (self.size, self.size, 3)
 
     def reset(self, key: jax.Array) -> tuple[CatchState, jax.Array]:

@@ -214,7 +214,7 @@ class Device:
         for transfer, run in zip(self._transfers, self.runs, strict=True):
             transfer.write_back()
             transfer.write_back_from(None)
-            run.count_skipped()
+            run.read_state()  # notes how many updates were skipped
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

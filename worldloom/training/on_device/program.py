@@ -175,14 +175,8 @@ class Loop:
         params, carry, obs, is_first = inputs
         carry, actions, latents = self._act(params, state.key, carry, obs, is_first, actor.calls)
         carry, actions, latents = jax.lax.optimization_barrier((carry, actions, latents))
-        over = actor.now.is_last
-        if self.env.action_type == "discrete":
-            classes = jnp.argmax(actions, -1) if actions.ndim == 2 else actions  # one-hots [N, n], or classes [N]
-            executed = jnp.where(over, 0, classes.astype(jnp.int32))
-        else:
-            executed = jnp.clip(jnp.where(over[:, None], 0.0, actions.astype(jnp.float32)), -1.0, 1.0)
-        good = _finite(actions) | (actor.trouble > FINE)
-        trouble = jnp.where(good, actor.trouble, BAD_ACTION)
+        executed, good = executed_actions(self.env, actions, actor.now.is_last)
+        trouble = jnp.where(good | (actor.trouble > FINE), actor.trouble, BAD_ACTION)
         return actor._replace(carry=carry, actions=executed, latents=latents, trouble=trouble)
 
     def _step(self, learner: Learner, actor: Actor, ring: Ring, due: jax.Array) -> tuple[Actor, Ring]:
@@ -308,6 +302,15 @@ class Loop:
         if self._group == 1:
             return write(0, ring)
         return jax.lax.fori_loop(0, jnp.where(number % self._group == 0, self._group, 0), write, ring)
+
+
+def executed_actions(env: Any, actions: jax.Array, over: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What ``VectorEnv.executed`` makes of ``actions``, 0 where ``over`` [N]; and whether they are finite, bool []."""
+    if env.action_type == "discrete":
+        classes = jnp.argmax(actions, -1) if actions.ndim == 2 else actions  # one-hots [N, n], or classes [N]
+        return jnp.where(over, 0, classes.astype(jnp.int32)), jnp.asarray(True)
+    chosen = jnp.where(over[:, None], 0.0, actions.astype(jnp.float32))
+    return jnp.clip(chosen, -1.0, 1.0), _finite(chosen)
 
 
 def _waiting(actor: Actor, due: jax.Array) -> jax.Array:

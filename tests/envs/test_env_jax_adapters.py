@@ -1,0 +1,252 @@
+"""Adapters of other packages' environments, with stand-ins that have those packages' methods."""
+
+import dataclasses
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from worldloom.envs import make_env
+from worldloom.envs.jax import adapt
+from worldloom.errors import ConfigError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """A frozen record with ``replace``, like those of flax."""
+
+    position: jax.Array
+    time: jax.Array
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    max_steps_in_episode: int = 6
+    goal: float = 3.0
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+def walk(state, move):
+    return state.replace(position=state.position + move, time=state.time + 1)
+
+
+class OldGymnax:
+    """gymnax 0.0.x and craftax: five values, ``done`` includes the time limit."""
+
+    default_params = Params()
+
+    def action_space(self, params):
+        return types.SimpleNamespace(n=3)
+
+    def reset_env(self, key, params):
+        state = Fields(jnp.zeros(()), jnp.zeros((), jnp.int32))
+        return state.position[None], state
+
+    def is_terminal(self, state, params):
+        return (state.position >= params.goal) | (state.time >= params.max_steps_in_episode)
+
+    def step_env(self, key, state, action, params):
+        state = walk(state, action.astype(jnp.float32) - 1)
+        return state.position[None], state, state.position, self.is_terminal(state, params), {"discount": jnp.ones(())}
+
+    def step(self, *_):
+        raise AssertionError("this one resets by itself")
+
+
+class NewGymnax(OldGymnax):
+    """gymnax 1.x: ``step_env`` tells of terminations alone; continuous actions with bounds."""
+
+    def action_space(self, params):
+        return types.SimpleNamespace(shape=(1,), low=-3.0, high=1.0)
+
+    def is_terminal(self, state, params):
+        return state.position >= params.goal
+
+    def is_truncated(self, state, params):
+        return state.time >= params.max_steps_in_episode
+
+    def step_env(self, key, state, action, params):
+        state = walk(state, action[0])
+        return state.position[None], state, state.position, self.is_terminal(state, params), {}
+
+
+class BraxState(NamedTuple):
+    obs: jax.Array
+    reward: jax.Array
+    done: jax.Array
+    metrics: dict
+    info: dict
+
+
+class Brax:
+    """brax and MuJoCo Playground: one state, ``done`` is a float, no time limit."""
+
+    action_size = 2
+
+    def reset(self, key):
+        zero = jnp.zeros(())
+        return BraxState(jnp.zeros(4), zero, zero, {"forward": zero}, {"key": key})
+
+    def step(self, state, action):
+        obs = state.obs + jnp.concatenate([action, action])
+        done = (obs[0] > 2.5).astype(jnp.float32)
+        return state._replace(obs=obs, reward=action.sum(), done=done, metrics={"forward": obs[0]})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NavixStep:
+    state: Fields
+    observation: jax.Array
+    reward: jax.Array
+    step_type: jax.Array
+    t: jax.Array
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NavixState:
+    key: jax.Array
+    position: jax.Array
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+class Navix:
+    """navix: a time step is the state; grids of small integers as observations."""
+
+    max_steps, action_set = 6, (0, 1, 2)
+    termination_fn = transitions_fn = None
+
+    def replace(self, max_steps):
+        env = Navix()
+        env.max_steps = max_steps
+        return env
+
+    def reset(self, key):
+        zero = jnp.zeros((), jnp.int32)
+        state = NavixState(key, jnp.zeros(()))
+        return NavixStep(state, jnp.zeros((5, 5, 3), jnp.uint8), jnp.zeros(()), zero, zero)
+
+    def _step(self, step, action):
+        position, t = step.state.position + action - 1, step.t + 1
+        kind = jnp.where(position >= 3, 2, jnp.where(t >= self.max_steps, 1, 0))
+        grid = jnp.full((5, 5, 3), jnp.abs(position).astype(jnp.uint8))
+        return NavixStep(step.state.replace(position=position), grid, position, kind, t)
+
+    def step(self, *_):
+        raise AssertionError("this one resets by itself")
+
+
+class View(NamedTuple):
+    grid: jax.Array
+    step_count: jax.Array
+
+
+class JumanjiStep(NamedTuple):
+    step_type: jax.Array
+    reward: jax.Array
+    discount: jax.Array
+    observation: View
+    extras: dict
+
+
+class Jumanji:
+    """jumanji: several discrete actions, a named tuple as observation, ``discount`` tells a time limit apart."""
+
+    time_limit = 6
+    observation_spec = None
+    action_spec = types.SimpleNamespace(num_values=np.array([2, 3]))
+
+    def _view(self, position, time):
+        return View(jnp.full((2, 2), position), time)
+
+    def reset(self, key):
+        position, time = jnp.zeros(()), jnp.zeros((), jnp.int32)
+        first = JumanjiStep(jnp.asarray(0), jnp.zeros(()), jnp.ones(()), self._view(position, time), {})
+        return (position, time), first
+
+    def step(self, state, action):
+        position, time = state[0] + action[0] * (action[1] - 1), state[1] + 1
+        reached, late = position >= 3, time >= 6
+        kind = jnp.where(reached | late, 2, 1)
+        discount = jnp.where(reached, 0.0, 1.0)
+        return (position, time), JumanjiStep(kind, position, discount, self._view(position, time), {})
+
+
+def rows(env, action, count=8):
+    """The rows of ``count`` equal actions in one environment."""
+    world = make_env(env, 1)
+    found = [world.reset()]
+    for _ in range(count):
+        found.append(world.step(np.array([action])))
+    return world, found
+
+
+@pytest.mark.parametrize(
+    ("native", "forward", "backward"),
+    [(OldGymnax(), 2, 0), (NewGymnax(), [1.0], [-1.0]), (Navix(), 2, 0), (Jumanji(), 5, 3)],
+    ids=["gymnax 0", "gymnax 1", "navix", "jumanji"],
+)
+def test_a_goal_terminates_and_a_time_limit_truncates(native, forward, backward):
+    env, found = rows(adapt(native), forward)
+    assert env.episode_length == 6
+    assert [bool(row.is_last[0]) for row in found[:5]] == [False, False, False, True, False]
+    assert found[3].is_terminal[0]
+    assert found[3].reward[0] == 3
+    assert found[4].is_first[0]
+    _, found = rows(adapt(native), backward)
+    assert [bool(row.is_last[0]) for row in found[:8]] == [False] * 6 + [True, False]
+    assert not found[6].is_terminal[0]
+    # The last observation is the one arrived at, not the first of the next episode.
+    last = found[6].obs["grid"] if isinstance(found[6].obs, dict) else found[6].obs
+    assert last.any()
+
+
+def test_brax_has_the_time_limit_that_is_given_and_keeps_its_metrics():
+    env, found = rows(adapt(Brax(), time_limit=4), [0.5, 0.25])
+    assert (env.obs_shape, env.action_dim, env.action_type, env.episode_length) == ((4,), 2, "continuous", 4)
+    assert [bool(row.is_last[0]) for row in found[:6]] == [False, False, False, False, True, False]
+    assert not found[4].is_terminal[0]
+    assert found[4].events[0].info == {"forward": 2.0}
+    _, found = rows(adapt(Brax(), time_limit=4), [1.0, 0.0])
+    assert found[3].is_terminal[0]
+
+
+def test_actions_are_scaled_to_their_bounds_and_several_choices_become_one():
+    _, found = rows(adapt(NewGymnax()), [0.0], 2)
+    assert found[1].obs[0, 0] == -1.0  # the middle of [−3, 1]
+    env, _ = rows(adapt(Jumanji()), 5, 1)
+    assert (env.action_type, env.action_dim) == ("discrete", 6)
+    assert env.obs_shape == {"grid": (4,), "step_count": (1,)}
+    env, _ = rows(adapt(Navix()), 1, 1)
+    assert (env.obs_shape, env.obs_dtype) == ((75,), np.float32)
+
+
+def test_a_time_limit_of_ones_own_replaces_that_of_the_environment():
+    for native in (OldGymnax(), Navix()):
+        _, found = rows(adapt(native, time_limit=2), 0, 4)
+        assert [bool(row.is_last[0]) for row in found[:4]] == [False, False, True, False]
+        assert not found[2].is_terminal[0]
+
+
+def test_unbounded_actions_and_other_objects_are_refused():
+    unbounded = NewGymnax()
+    unbounded.action_space = lambda params: types.SimpleNamespace(shape=(1,), low=-np.inf, high=np.inf)
+    with pytest.raises(ConfigError, match="cannot be scaled"):
+        adapt(unbounded)
+    with pytest.raises(ConfigError, match="A list is no environment of gymnax, craftax, brax"):
+        adapt([])

@@ -1,0 +1,97 @@
+"""Many members in one program are the runs that each of them would be alone."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax_worlds import CONFIG, DRIFT, trainer_in, variant
+
+from worldloom.envs import make_env
+from worldloom.errors import ConfigError
+from worldloom.training import Trainer, train_many
+from worldloom.training.callbacks import CheckpointCallback
+
+LATENTS = {"latents": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def family():
+    """The toy family with windows across episodes, fresh rows first and stored latents, under its own name."""
+    from worldloom.families import _registered
+
+    before = _registered["toy"]
+    kind = variant("LikeDreamer", cross_episodes=True, fresh_first=True)
+    _registered["toy"] = before._replace(model_class=kind, algorithm=kind.algorithm)
+    yield kind
+    _registered["toy"] = before
+
+
+def alone(kind, seed, **changes):
+    """The same run by itself."""
+    env = make_env(DRIFT, 2, seed=seed)
+    trainer = trainer_in(env, kind, CONFIG.replace(seed=seed, **changes), latents=True)
+    trainer.run.model.load_params(kind(trainer.model.config, seed=seed).params)
+    trainer.train(env)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    vary = {"learning_rate": [1e-2, 3e-3]}
+    options = {"num_envs": 2, "model": LATENTS, "config": CONFIG, "save_interval": 20, "eval_interval": 0}
+    return train_many("toy", DRIFT, [5, 6], vary, folder=folder, eval_at_end=False, **options)
+
+
+def test_members_equal_single_runs(family, members):
+    assert [(m.seed, m.settings["learning_rate"]) for m in members] == [(5, 1e-2), (6, 1e-2), (5, 3e-3), (6, 3e-3)]
+    for member in members[1:3]:
+        single = alone(family, member.seed, learning_rate=member.settings["learning_rate"])
+        for one, other in zip(*map(jax.tree.leaves, (member.model.params, single.model.params)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_each_member_has_the_folder_of_a_run_and_is_resumed_alone(family, members):
+    run = members[1].run
+    assert run.path.name == "learning_rate=0.01-seed6"
+    assert run.settings()["training"]["seed"] == 6
+    assert len((run.path / "episodes.jsonl").read_text().splitlines()) > 5
+    loaded = family.from_pretrained(run.path / "model")
+    np.testing.assert_array_equal(loaded.params["reward"]["kernel"], members[1].model.params["reward"]["kernel"])
+    env = make_env(DRIFT, 2, seed=6)
+    config = run.training_config(total_steps=45)
+    trainer = Trainer(loaded, config, callbacks=[CheckpointCallback(str(run.checkpoints))])
+    trainer.train(env, resume=True)
+    assert trainer.step == 45
+    whole = alone(family, 6, total_steps=45)
+    np.testing.assert_allclose(
+        trainer.replay.take(np.arange(99))["obs"], whole.replay.take(np.arange(99))["obs"], atol=1e-5
+    )
+
+
+def test_a_summary_says_what_the_settings_reached(members):
+    folder = members[0].run.path.parent
+    groups = json.loads((folder / "summary.json").read_text())["groups"]
+    assert [group["settings"] for group in groups] == [{"learning_rate": 1e-2}, {"learning_rate": 3e-3}]
+    for group in groups:
+        assert group["seeds"] == [5, 6]
+        low, high = group["interval_95"]
+        assert low <= group["iqm"] <= high
+    assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"vary": {"batch_size": [2, 4]}}, "'batch_size' cannot be varied in one program"),
+        ({"vary": {"weight_decay": [0.0, 0.1]}}, "must hold different values other than 0"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"seeds": []}, "at least one"),
+        ({"env": "CartPole-v1"}, "impossible: the environments are not in JAX"),
+    ],
+)
+def test_what_one_program_cannot_do_is_refused(options, text):
+    arguments = {"env": DRIFT, "seeds": [0], "config": CONFIG} | options
+    with pytest.raises(ConfigError, match=text):
+        train_many("toy", **arguments)

@@ -1,0 +1,266 @@
+"""Many seeds and settings of one run in one compiled program."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from worldloom.config import check, nearest
+from worldloom.envs import VectorEnv, is_env, make_env
+from worldloom.errors import NonFiniteError
+from worldloom.families import get_family
+from worldloom.files import absolute_path, write_atomically
+from worldloom.report.curves import points, read_records
+from worldloom.report.many import seeds_curve
+from worldloom.report.score import bootstrap_interval, interquartile_mean
+from worldloom.training.callbacks import EpisodesCallback
+from worldloom.training.callbacks.base import as_callback
+from worldloom.training.callbacks.runner import CallbackRunner
+from worldloom.training.config import TrainingConfig
+from worldloom.training.interrupts import Interrupts
+from worldloom.training.on_device.fit import fit_members
+from worldloom.training.on_device.transfer import why_on_host
+from worldloom.training.recipes import recipe
+from worldloom.training.resume import resume_run
+from worldloom.training.run_folder import RunFolder
+from worldloom.training.run_state import Run
+from worldloom.training.update_loop import CompiledUpdate
+
+_log = logging.getLogger("worldloom")
+
+VARIABLE = ("learning_rate", "weight_decay", "grad_clip", "train_ratio")
+"""Fields of ``TrainingConfig`` that members may differ in; all but ``train_ratio`` become arrays in the program."""
+SUMMARY, PICTURE = "summary.json", "summary.png"
+
+
+class Member(NamedTuple):
+    """One run among many.
+
+    Attributes:
+      run: its folder, which is that of any other run.
+      seed: its seed.
+      settings: the fields in which it differs from the others, by name.
+      model: the trained model.
+      returns: of its newest evaluation, or mean over its last training episodes; NaN if there are none.
+    """
+
+    run: RunFolder
+    seed: int
+    settings: dict[str, float]
+    model: Any
+    returns: float
+
+
+def train_many(
+    name: str,
+    env: Any,
+    seeds: Sequence[int] = range(8),
+    vary: Mapping[str, Sequence[float]] | None = None,
+    config: TrainingConfig | None = None,
+    *,
+    folder: str | Path | None = None,
+    num_envs: int = 1,
+    env_options: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    callbacks: Callable[[int], Sequence[Any]] | None = None,
+    model: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> list[Member]:
+    """Train one member for every seed and every combination of settings, all of them in one program.
+
+        members = train_many("tdmpc2:tiny", "jax:Pendulum-v1", seeds=range(8), vary={"learning_rate": [1e-3, 3e-4]})
+
+    A member is the run of that seed and those settings alone, up to rounding: the compiler computes products of many
+    members in another order. Each has the folder of an ordinary run, ``<folder>/<settings>seed<n>``, which can be
+    resumed, evaluated and loaded alone. ``<folder>/summary.json`` and ``summary.png`` hold the interquartile mean over
+    seeds with its 95 % bootstrap interval, for every setting.
+
+    Args:
+      name: preset, such as ``"tdmpc2:tiny"``.
+      env: a spec of environments in JAX, or such an object.
+      seeds: a seed for each member: of its weights, environments and draws.
+      vary: values to try of ``learning_rate``, ``weight_decay``, ``grad_clip`` and ``train_ratio``; every combination.
+      config: None means the recipe of the preset in this environment.
+      folder: None means ``runs/<env>-<preset>-many``.
+      num_envs: environments of each member.
+      env_options: further arguments of ``make_env``.
+      resume: continue the members from their newest checkpoints, where there are any; all must be at the same update.
+      callbacks: member's index → its callbacks, in place of those of a run folder (which then is not written).
+      model: fields of the model's config.
+      **overrides: fields of ``config``.
+
+    Raises:
+      ConfigError: the environment is not in JAX; a setting cannot be varied; members are at different updates.
+      NonFiniteError, KeyboardInterrupt, SystemExit: see ``Trainer.train``; all members end together.
+    """
+    seeds, vary = [int(seed) for seed in seeds], {key: list(values) for key, values in (vary or {}).items()}
+    check(
+        bool(seeds) and len(seeds) == len(set(seeds)), f"seeds must be different integers, at least one, not {seeds}."
+    )
+    for key, values in vary.items():
+        check(
+            key in VARIABLE,
+            f"'{key}' cannot be varied in one program; {', '.join(VARIABLE)} can.{nearest(key, VARIABLE)}",
+        )
+        check(
+            bool(values) and len(values) == len(set(values)) and (all(values) or key == "train_ratio"),
+            f"vary[{key!r}]={values} must hold different values other than 0, which is another program.",
+        )
+    check(is_env(env) and not isinstance(env, VectorEnv), "train_many makes its environments itself: give it a spec.")
+    path = absolute_path(folder or f"runs/{_slug(env)}-{name.replace(':', '-')}-many")
+    plans = [
+        (dict(zip(vary, chosen, strict=True)), seed) for chosen in itertools.product(*vary.values()) for seed in seeds
+    ]
+    worlds = [make_env(env, num_envs, seed=seed, **(env_options or {})) for _, seed in plans]
+    runs, folders, runners = [], [], []
+    for index, ((chosen, seed), world) in enumerate(zip(plans, worlds, strict=True)):
+        fixed = {**overrides, **chosen, "seed": seed}
+        recommended = recipe(name, world, {**(model or {}), **(config.to_dict() if config else {}), **fixed})
+        training = config or TrainingConfig(**recommended.training)
+        training = training.replace(**fixed)
+        run = Run(_new_model(name, {**recommended.model, **(model or {})}, seed, training.device), training)
+        run.use_env(world)
+        reason = why_on_host(run)
+        check(reason is None, f"train_many trains on the device, which is impossible: {reason}.")
+        own = RunFolder(path / _member_name(chosen, seed))
+        given: Sequence[Any] = callbacks(index) if callbacks else own.callbacks(world, progress=index == 0)
+        runner = CallbackRunner([EpisodesCallback(run.collector), *(as_callback(each) for each in given)])
+        if resume:
+            resume_run(run, runner, "auto")
+        runs.append(run)
+        folders.append(own)
+        runners.append(runner)
+    _check_together(runs)
+    _fit(runs, runners, vary, plans)
+    members = [
+        Member(own, seed, chosen, run.model, _returns(own, run))
+        for own, run, (chosen, seed) in zip(folders, runs, plans, strict=True)
+    ]
+    for world in worlds:
+        world.close()
+    if callbacks is None:
+        _summarize(path, members, vary)
+    return members
+
+
+def _fit(
+    runs: list[Run],
+    runners: list[CallbackRunner],
+    vary: Mapping[str, Sequence[float]],
+    plans: Sequence[tuple[dict[str, float], int]],
+) -> None:
+    first = runs[0]
+    total = first.config.total_steps
+    if first.config.env_steps:
+        total = max(run.updates_for(run.config.env_steps) for run in runs)
+    names = [name for name in vary if name != "train_ratio"]
+    settings = {name: jnp.asarray([chosen[name] for chosen, _ in plans], jnp.float32) for name in names}
+    for run, runner in zip(runs, runners, strict=True):
+        runner.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())
+    with jax.default_device(first.device), Interrupts() as interrupts:
+        try:
+            if first.step < total:
+                make_update = functools.partial(_update_of, first, total) if names else None
+                fit_members(runs, total, runners, interrupts, make_update=make_update, settings=settings or None)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} All members were stopped.") from None
+        finally:
+            for run, runner in zip(runs, runners, strict=True):
+                runner.close()
+                run.sync_model()
+    interrupts.raise_received()
+
+
+class _Varied:
+    """A training config in which some numbers are arrays, for an update that computes with them."""
+
+    def __init__(self, config: TrainingConfig, values: Mapping[str, Any]):
+        self._config, self._values = config, values
+
+    def __getattr__(self, name: str) -> Any:
+        return self._values[name] if name in self._values else getattr(self._config, name)
+
+
+def _update_of(run: Run, total_steps: int, settings: Mapping[str, Any]) -> CompiledUpdate:
+    """The update of a member with ``settings``, in traced code."""
+    assert run.sampler is not None
+    training: Any = _Varied(run.config.of_update(total_steps), settings)
+    update = run.model.algorithm.make_update(run.model.config, training, model_class=type(run.model))
+    skip, keeps = run.config.skip_nonfinite, run.sampler.uses_latents
+    return CompiledUpdate(update, run.loss_terms, skip, keeps, run.unrolled)
+
+
+def _new_model(name: str, fields: Mapping[str, Any], seed: int, device: str) -> Any:
+    """A model of the preset ``name``, as ``create_world_model`` makes it."""
+    kind, _, size = name.partition(":")
+    family = get_family(kind)
+    config = family.config_class.from_size(size, **fields) if size else family.config_class(**fields)
+    return family.model_class(config, seed=seed, device=device)
+
+
+def _check_together(runs: Sequence[Run]) -> None:
+    steps = {run.step for run in runs}
+    check(
+        len(steps) == 1,
+        f"The members are at the updates {sorted(steps)}: resume those that are behind alone, by worldloom train --run "
+        "FOLDER --resume, then all of them.",
+    )
+
+
+def _returns(own: RunFolder, run: Run) -> float:
+    log = own.path / "metrics.jsonl"
+    if log.is_file():
+        for name in ("eval/return", "collect/return"):
+            _, found = points(read_records(log), name)
+            if len(found):
+                return float(found[-1])
+    ends = [record.end.episode_return for record in run.collector.ends] if run.collector else []
+    return float(np.mean(ends)) if ends else float("nan")
+
+
+def _summarize(path: Path, members: Sequence[Member], vary: Mapping[str, Sequence[float]]) -> None:
+    """Write ``summary.json`` and, where Matplotlib is installed, ``summary.png``."""
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(_text_of(member.settings), []).append(member)
+    table = []
+    for text, group in groups.items():
+        scores = [member.returns for member in group if np.isfinite(member.returns)]
+        entry: dict[str, Any] = {"settings": group[0].settings, "seeds": [member.seed for member in group]}
+        entry["returns"] = [None if np.isnan(member.returns) else member.returns for member in group]
+        if scores:
+            low, high = bootstrap_interval([scores])
+            entry |= {"iqm": interquartile_mean(scores), "interval_95": [low, high]}
+        table.append(entry | {"runs": [member.run.path.name for member in group], "name": text or "all"})
+    write_atomically(path / SUMMARY, json.dumps({"format": 1, "groups": table}, indent=2) + "\n")
+    try:
+        seeds_curve(
+            {
+                text or "all": [read_records(m.run.path / "metrics.jsonl") for m in group]
+                for text, group in groups.items()
+            },
+            path / PICTURE,
+        )
+    except Exception as error:  # A picture must not fail a run that is complete.
+        _log.warning("%s was not drawn: %s", PICTURE, error)
+
+
+def _member_name(settings: Mapping[str, float], seed: int) -> str:
+    return "-".join([*(f"{name}={value:g}" for name, value in settings.items()), f"seed{seed}"])
+
+
+def _text_of(settings: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+
+
+def _slug(env: Any) -> str:
+    return (env if isinstance(env, str) else type(env).__name__).replace(":", "-")

@@ -1,0 +1,88 @@
+"""Episodes of an evaluation in environments in JAX: the policy and the environments in one compiled program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
+from worldloom.envs.jax.backend import JaxBackend, as_backend
+from worldloom.envs.jax.batch import advance
+from worldloom.errors import DataError
+from worldloom.ops.seed_sequence import entropy_words, spawned_state
+from worldloom.training.on_device.program import executed_actions
+
+_MOST = 256
+"""Steps in one call at most."""
+
+
+def is_on_device(env: Any) -> bool:
+    """Whether ``env`` is a ``VectorEnv`` of environments in JAX that stop at a bad step."""
+    in_jax = isinstance(env, VectorEnv) and isinstance(getattr(env, "_backend", None), JaxBackend)
+    return in_jax and env.settings.get("on_bad_step") != "restart"
+
+
+def steps_on_device(
+    act: Callable[..., Any], params: Any, key: jax.Array, carry: Any, env: VectorEnv, first: TimeStep
+) -> Iterator[TimeStep]:
+    """The time steps that ``play`` sees after ``first``, the reset of ``env``; their observations are left out.
+
+    ``env`` itself stays at its reset. Raises ``DataError`` for NaN from an environment or from the policy.
+    """
+    backend = as_backend(env)
+    assert backend.batch is not None
+    program = _program(backend.env, backend.limit, act, min(_MOST, (backend.limit or _MOST) + 1))
+    count = env.num_envs
+    none = np.zeros(count, bool)
+    state = (carry, jax.tree.map(jnp.copy, backend.batch), first.obs, none, first.is_first, np.zeros(count, np.int32))
+    returns, lengths, number = np.zeros(count), np.zeros(count, int), 0
+    while True:
+        state, arrivals = program(params, key, entropy_words(env.seed), state, np.int32(number))
+        reward, is_first, is_last, is_terminal, info, good = jax.device_get(arrivals)
+        for step in range(len(reward)):
+            if not good[step]:
+                env.close()
+                raise DataError("An observation, a reward or an action came back NaN or infinite; check the simulator.")
+            returns = np.where(is_first[step], 0, returns) + reward[step]
+            lengths = np.where(is_first[step], 0, lengths + 1)
+            ends = [
+                EpisodeEnd(
+                    env=int(i),
+                    episode_return=float(returns[i]),
+                    length=int(lengths[i]),
+                    terminated=bool(is_terminal[step, i]),
+                    crashed=False,
+                    info={name: float(v[step, i]) for name, v in info.items() if np.isfinite(v[step, i])},
+                )
+                for i in np.flatnonzero(is_last[step])
+            ]
+            yield TimeStep({}, reward[step], is_first[step], is_last[step], is_terminal[step], tuple(ends))
+        number += len(reward)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(env: Any, limit: int | None, act: Any, steps: int) -> Callable[..., Any]:
+    """``steps`` steps of all environments: (params, key, entropy, state, number) → (state, arrivals [steps, N])."""
+
+    def run(params: Any, key: jax.Array, entropy: jax.Array, state: Any, number: jax.Array) -> Any:
+        def step(state: Any, number: jax.Array) -> Any:
+            carry, envs, obs, over, is_first, episodes = state
+            inputs = jax.lax.optimization_barrier((params, carry, obs, is_first))
+            carry, actions, _ = jax.lax.optimization_barrier(act(inputs[0], key, *inputs[1:], number))
+            episodes = episodes + over
+            seeds = spawned_state(entropy, jnp.arange(len(over)), episodes) >> 1
+            executed, good = executed_actions(env, actions, over)
+            envs, arrival = advance(env, limit, envs, executed, over, seeds)
+            floats = [x for x in jax.tree.leaves((arrival.obs, arrival.reward)) if x.dtype == jnp.float32]
+            good = good & jnp.all(jnp.stack([jnp.isfinite(x).all() for x in floats]))
+            row = (arrival.reward, over, arrival.is_last, arrival.is_terminal, arrival.info, good)
+            return (carry, envs, arrival.obs, arrival.is_last, over, episodes), row
+
+        return jax.lax.scan(step, state, number + jnp.arange(steps))
+
+    return jax.jit(run)
