@@ -22,7 +22,8 @@ from worldloom.devices import compute_dtype, resolve_device
 from worldloom.envs.backends.base import index_nested
 from worldloom.envs.native import EnvSpaces
 from worldloom.errors import DataError, WeightsError
-from worldloom.models.base import WorldModel, abstract_params, graphdef
+from worldloom.models.base import WorldModel, abstract_params
+from worldloom.models.compilation import graphdef
 from worldloom.models.live_weights import live_weights
 from worldloom.spaces.actions import ActionSpec
 from worldloom.spaces.observations import ObservationSpec

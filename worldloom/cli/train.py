@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import logging
-import re
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from worldloom import distributed
 from worldloom.cli.flags import FALSE, FAMILY_FLAG, TRUE, Flag, FlagParser, config_flags, peek_option
+from worldloom.cli.plan import (
+    Plan,
+    as_flag,
+    budget,
+    env_values,
+    headline,
+    new_folder,
+    protocol_lines,
+    shown_path,
+    slug,
+)
 from worldloom.cli.train_data import DATA_FLAGS, INIT_FLAGS, DataSource, check_data_flags, init_options
 from worldloom.config import check
 from worldloom.devices import keep_freed_memory
@@ -30,12 +39,11 @@ from worldloom.report.summary import SUMMARY_FILE
 from worldloom.training.config import TrainingConfig
 from worldloom.training.run_folder import RunFolder
 from worldloom.training.run_lock import RunLock
-from worldloom.training.train_ratio import TrainRatio
 
 RUN_FLAGS = [
     Flag("model", str, "Preset, as worldloom list shows them."),
     Flag("protocol", str, "Published experiment with all its settings, as worldloom list protocols shows them."),
-    Flag("env", str, "Gymnasium id, or dmc:, dmc_vision:, atari:, atari100k: or crafter: and a task."),
+    Flag("env", str, "Gymnasium id, or dmc:, dmc_vision:, atari:, atari100k:, crafter: or jax: and a task."),
     Flag("env_option", list, "Option of the suite or of gymnasium.make, such as noops=30; may be repeated."),
     Flag("run", str, "Folder of the run.", "runs/<env>-<model>-<time>"),
     Flag(
@@ -76,28 +84,6 @@ SHAPES = ("obs_shape", "action_dim", "action_type", "model_type")
 """Fields of the model's config that the environment or the preset determines; they are no flags."""
 
 
-class Plan(NamedTuple):
-    """A training run that is ready to start.
-
-    Attributes:
-      model: the world model.
-      config: the training config.
-      env: the environments; None for a run from recorded data alone.
-      run: the run's folder.
-      settings: lines that list the settings other than the defaults, with reasons.
-      experiment: the published experiment that the run follows, or None.
-      source: its recorded data, or None.
-    """
-
-    model: Any
-    config: TrainingConfig
-    env: Any
-    run: RunFolder
-    settings: list[str]
-    experiment: Any = None
-    source: DataSource | None = None
-
-
 def train(words: Sequence[str]) -> int:
     """Train an agent in an environment, or resume a run."""
     from worldloom.training.offline_online import offline_then_online
@@ -118,7 +104,7 @@ def train(words: Sequence[str]) -> int:
         RunLock(RunFolder(folder).path).check()
     import_from_current_folder()
     plan = _resumed_run(existing, given) if existing and not name else _new_run(given, name)
-    shown, made = _shown(plan.run.path), not plan.run.path.exists()
+    shown, made = shown_path(plan.run.path), not plan.run.path.exists()
     with plan.env or contextlib.nullcontext():
         source = plan.source
         # The number of episodes is given here, so that no more environments are made than there are episodes.
@@ -131,7 +117,7 @@ def train(words: Sequence[str]) -> int:
         trainer = Trainer(plan.model, plan.config, callbacks)
         if plan.env:
             trainer.check_length(plan.env)
-        lines = [_headline(plan), *(f"  {line}" for line in plan.settings), _budget(plan), f"run folder {shown}"]
+        lines = [headline(plan), *(f"  {line}" for line in plan.settings), budget(plan), f"run folder {shown}"]
         if is_primary():
             print(*lines, sep="\n", flush=True)
         flags = "".join(f" --family-module {shlex.quote(name)}" for name in imported_modules)
@@ -253,11 +239,11 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
     seed = training_given.get("seed", TrainingConfig.seed)
     of = spec or str(given["data"])
     if given.get("resume") and "run" not in given:
-        newest = max(Path("runs").glob(f"{_slug(of, name)}-*"), default=Path("runs/FOLDER"))
+        newest = max(Path("runs").glob(f"{slug(of, name)}-*"), default=Path("runs/FOLDER"))
         raise ConfigError(f"--resume needs the folder of the run, for example --run {newest}.")
     source = DataSource(given, evaluate=spec is None) if "data" in given else None
     if source and spec is None:
-        return _run_of_data(source, name, model_given, training_given, run or RunFolder(_new_folder(of, name)), given)
+        return _run_of_data(source, name, model_given, training_given, run or RunFolder(new_folder(of, name)), given)
     # Environment, recipe, model.
     env_fixed = dict(experiment.protocol.env_options) if experiment else {}
     env, env_chosen = _make_env(spec, split_name(name)[0], {**env_fixed, **env_given}, seed)
@@ -274,13 +260,13 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
     reasons = {**dict.fromkeys([*recommended.model, *recommended.training], "recipe"), **recommended.reasons}
     reasons |= {**dict.fromkeys(env_fixed, "protocol"), **env_chosen}
     reasons |= dict.fromkeys({**model_given, **training_given, **env_given}, "given")
-    values = {**_env_values(env), **recommended.model, **model_given, **recommended.training, **training_given}
+    values = {**env_values(env), **recommended.model, **model_given, **recommended.training, **training_given}
     lines = [
-        _as_flag(field, value, reasons.get(field, "usual")) for field, value in values.items() if field not in SHAPES
+        as_flag(field, value, reasons.get(field, "usual")) for field, value in values.items() if field not in SHAPES
     ]
     if experiment:
-        lines = [*_protocol_lines(experiment, model, config, env), *lines]
-    return Plan(model, config, env, run or RunFolder(_new_folder(of, name)), lines, experiment, source)
+        lines = [*protocol_lines(experiment, model, config, env), *lines]
+    return Plan(model, config, env, run or RunFolder(new_folder(of, name)), lines, experiment, source)
 
 
 def _run_of_data(
@@ -296,7 +282,7 @@ def _run_of_data(
     config = TrainingConfig(**training)
     model = create_world_model(name, **values, seed=config.seed, device=config.device, **init_options(given))
     lines = [
-        _as_flag(name, value, reasons[name]) for name, value in {**values, **training}.items() if name not in SHAPES
+        as_flag(name, value, reasons[name]) for name, value in {**values, **training}.items() if name not in SHAPES
     ]
     return Plan(model, config, None, run, lines, None, source)
 
@@ -328,32 +314,6 @@ def _option_flags(options: Mapping[str, Any]) -> str:
     own = {flag.name for flag in ENV_FLAGS}
     flags = [f"--env-option {name}={value}" for name, value in options.items() if name not in own]
     return " ".join(flags) or "these options"
-
-
-def _env_values(env: Any) -> dict[str, Any]:
-    """Number of environments, action repeat, and the options of the environments in effect."""
-    from worldloom.envs.make import effective_defaults
-
-    hidden = ("spec", "seed", "time_limit", "worker_timeout", "parallel")
-    defaults = {name: value for name, value in effective_defaults(env).items() if name not in hidden}
-    given = {n: v for n, v in env.settings.items() if v is not None and n not in ("spec", "seed", "worker_timeout")}
-    if given.get("parallel") == "sync":
-        given.pop("parallel")
-    return {"num_envs": env.num_envs, "action_repeat": env.action_repeat, **given, **defaults}
-
-
-def _protocol_lines(experiment: Any, model: Any, config: TrainingConfig, env: Any) -> list[str]:
-    """The protocol, and what of it was changed."""
-    changes = experiment.changes(model.config, config, env)
-    lines = [f"protocol {experiment.name}; score: {experiment.protocol.score.text}"]
-    if changes:
-        told = ", ".join(f"{name} {_short(new)} (published {_short(old)})" for name, (old, new) in changes.items())
-        lines.append(f"CHANGED, not the published experiment: {told}")
-    return lines
-
-
-def _short(value: Any) -> str:
-    return "default" if value is None else str(value)
 
 
 def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
@@ -389,9 +349,9 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
             env.close()
         raise
     changed = {**model_given, **training_given, **env_given}
-    lines = [_as_flag(name, value, "given") for name, value in changed.items()]
+    lines = [as_flag(name, value, "given") for name, value in changed.items()]
     if experiment:
-        lines = [*_protocol_lines(experiment, model, config, env), *lines]
+        lines = [*protocol_lines(experiment, model, config, env), *lines]
     return Plan(model, config, env, run, lines, experiment, source)
 
 
@@ -412,56 +372,6 @@ def _split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return {name: value for name, value in given.items() if name not in other_names}, training, env
 
 
-def _headline(plan: Plan) -> str:
-    """Parameters of the model, and shapes of the environment."""
-    env, config = plan.env, plan.model.config
-    if env is None:
-        assert plan.source is not None
-        return f"{plan.model.num_parameters():,} parameters of {config.model_type} on {plan.source.headline()}"
-    episodes = f", episodes of at most {env.episode_length:,} decision steps" if env.episode_length else ""
-    return (
-        f"{plan.model.num_parameters():,} parameters of {config.model_type} on "
-        f"{env.settings['spec']}: observations {env.obs_shape}, {env.action_dim} {env.action_type} actions{episodes}"
-    )
-
-
-def _budget(plan: Plan) -> str:
-    """At how many environment steps and updates the run ends."""
-    algorithm, config = plan.model.algorithm, plan.config
-    if plan.env is None:
-        return f"ends after {config.total_steps:,} updates (--total-steps sets another end)"
-    spec = algorithm.replay_spec(plan.model.config, config)
-    ratio = TrainRatio.of(config, spec.rows - bool(spec.latents))
-    repeat = plan.env.action_repeat
-    if config.env_steps:
-        updates = ratio.updates(config.env_steps // repeat)
-        first = f"{config.offline_updates:,} updates on {plan.source.headline()}, then " if plan.source else ""
-        return f"{first}ends after {config.env_steps:,} environment steps, {updates:,} updates"
-    steps = ratio.decisions(config.total_steps) * repeat
-    return f"ends after {config.total_steps:,} updates, {steps:,} environment steps (--steps sets another end)"
-
-
-def _as_flag(name: str, value: Any, reason: str) -> str:
-    """A line such as ``--batch-size 64        recipe``."""
-    flag = "steps" if name == "env_steps" else name.replace("_", "-")
-    value = " ".join(map(str, value)) if name in ("action_bounds", "drop_keys") else value
-    value = ",".join(f"{axis}={size}" for axis, size in value.items()) if name == "mesh" and value else value
-    text = f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
-    return f"{text:28} {reason}"
-
-
-def _new_folder(env: str, model: str) -> Path:
-    """A folder that does not exist yet; the lock keeps two runs that begin in the same second apart."""
-    path = Path("runs") / f"{_slug(env, model)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (path.name if number == 1 else f"{path.name}.{number}" for number in itertools.count(1))
-    return next(each for each in map(path.with_name, names) if not each.exists())
-
-
-def _shown(path: Path) -> str:
-    """A path in messages: relative to the current folder if it is below it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def _resume_mode(text: str | None) -> bool | str:
     """What the value of ``--resume`` means to ``Trainer.train``."""
     if text == "continue":
@@ -471,11 +381,6 @@ def _resume_mode(text: str | None) -> bool | str:
     if text.lower() in FALSE:
         return False
     raise ConfigError(f"--resume stands alone or takes 'continue', not '{text}'.")
-
-
-def _slug(env: str, model: str) -> str:
-    """Environment and model as a part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", f"{env}-{model}").strip("-").lower()
 
 
 def _preset_of(name: str | None) -> str | None:

@@ -26,7 +26,7 @@ from worldloom.devices import compute_dtype
 from worldloom.envs.native import EnvSpaces
 from worldloom.errors import ConfigError
 from worldloom.files import atomic_file
-from worldloom.models.base import graphdef
+from worldloom.models.compilation import graphdef
 from worldloom.models.live_weights import live_weights
 from worldloom.spaces import ACTION, OBS, named, unnamed
 from worldloom.spaces.actions import ActionSpec

@@ -12,8 +12,13 @@ from flax import nnx
 
 from worldloom._version import __version__
 from worldloom.algorithm import TrainState
+from worldloom.errors import ConfigError
 from worldloom.sharding import Placement
+from worldloom.training.config import TrainingConfig
 from worldloom.training.update_loop import copy
+
+_FIXED = ("seed", "device", "mesh", "updates_per_call", "replay_capacity")
+"""Fields of ``TrainingConfig`` that cannot change once a run has begun, because its state depends on them."""
 
 
 def check_is_model(model: Any) -> None:
@@ -21,6 +26,33 @@ def check_is_model(model: Any) -> None:
     if isinstance(model, type) or not hasattr(model, "check_trainable"):
         what = f"the class {model.__name__}; build one from its config" if isinstance(model, type) else repr(model)
         raise TypeError(f"A Trainer trains a world model, such as create_world_model returns, not {what:.200}.")
+
+
+def check_fixed(before: TrainingConfig, after: TrainingConfig, *, begun: bool, online: bool) -> None:
+    """Raise ``ConfigError`` for a change of a field that the state of a run depends on.
+
+    Args:
+      before: config of the run.
+      after: the new one.
+      begun: whether the run has a state already.
+      online: whether it has a replay buffer of its own.
+    """
+    for name in _FIXED:
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new and (online if name == "replay_capacity" else begun):
+            raise ConfigError(
+                f"{name}={old!r} cannot change to {new!r} within a run; begin a new Trainer with this model."
+            )
+
+
+def check_optimizer(model: Any, config: TrainingConfig, state: TrainState) -> None:
+    """Raise ``ConfigError`` if ``state`` has not the optimizer's state that ``config`` needs."""
+    expected = jax.eval_shape(lambda key: model.algorithm.init_state(model, config.of_update(), key), state.key)
+    if str(jax.tree.structure(expected.opt_state)) != str(jax.tree.structure(state.opt_state)):
+        raise ConfigError(
+            "The state of the optimizer does not fit the new config, which switches one of its parts (such as "
+            "weight_decay) on or off; begin a new Trainer with this model."
+        )
 
 
 def root_key(seed: int) -> jax.Array:

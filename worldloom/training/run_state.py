@@ -20,6 +20,7 @@ from worldloom.errors import ConfigError, NonFiniteError
 from worldloom.families import class_name
 from worldloom.replay import ReplayBuffer
 from worldloom.sharding import ActingState, Placement
+from worldloom.training import run_info, update_loop
 from worldloom.training.batches import BatchSource, UpdateChunk
 from worldloom.training.callbacks.base import StepInfo
 from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot, flatten_state
@@ -27,24 +28,13 @@ from worldloom.training.collector import Collector, check_env_fits, check_same_e
 from worldloom.training.config import TrainingConfig
 from worldloom.training.metrics import MetricsStream
 from worldloom.training.mixed_replay import check_same_data, data_changes, data_identity, mix_data
-from worldloom.training.run_info import check_is_model, on_host, root_key, versions, with_params
 from worldloom.training.sampler import SequenceSampler
 from worldloom.training.train_ratio import TrainRatio
-from worldloom.training.update_loop import (
-    CompiledUpdate,
-    Learner,
-    NonFiniteGuard,
-    UpdateOutput,
-    call_capacity,
-    compiled_update,
-    copy,
-)
+from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard, UpdateOutput
 from worldloom.training.writeback import LatentWriteback, copy_latents, strip_prefix
 
 _log = logging.getLogger("worldloom")
 
-_FIXED = ("seed", "device", "mesh", "updates_per_call", "replay_capacity")
-"""Fields of ``TrainingConfig`` that cannot change once a run has begun, because its state depends on them."""
 _OF_RATIO = ("prefill", "prefill_updates", "train_ratio", "batch_size", "sequence_length")
 """Those that say when updates are due."""
 
@@ -75,13 +65,13 @@ class Run:
     """
 
     def __init__(self, model: Any, config: TrainingConfig):
-        check_is_model(model)
+        run_info.check_is_model(model)
         self.model, self.config = model, config
         self.device = resolve_device(config.device)
         self.placement = Placement.of(config.mesh, self.device)
         self.placement.check_batch(config.batch_size, config.microbatches)
         model.check_trainable(self.device)
-        self.capacity, self.unrolled = call_capacity(model, config, self.device)
+        self.capacity, self.unrolled = update_loop.call_capacity(model, config, self.device)
         self.run_id = uuid.uuid4().hex
         self.step = self.total_steps = self._skipped = 0
         self.learner: Learner | None = None
@@ -104,7 +94,7 @@ class Run:
         if self.learner is None:
             with jax.default_device(self.device):
                 training = self.config.of_update()
-                state = self.model.algorithm.init_state(self.model, training, root_key(self.config.seed))
+                state = self.model.algorithm.init_state(self.model, training, run_info.root_key(self.config.seed))
             self._set_state(state)
         assert self.learner is not None
         return self.learner.state
@@ -182,8 +172,8 @@ class Run:
         assert self.sampler is not None
         self.total_steps = total_steps
         # Updates donate the state, so copy the arrays that the model and callers still hold.
-        self._set_state(copy(self.state))
-        self._update = compiled_update(
+        self._set_state(update_loop.copy(self.state))
+        self._update = update_loop.compiled_update(
             self.model.algorithm.make_update,
             self.model.config,
             self.config.of_update(total_steps),
@@ -262,12 +252,16 @@ class Run:
         self.sync()
         self._skipped = int(self._guard.skipped)
         collected = self._collected
-        return collected if collected and int(collected.step) == self.step else on_host(self.state, self.placement)
+        return (
+            collected
+            if collected and int(collected.step) == self.step
+            else run_info.on_host(self.state, self.placement)
+        )
 
     def collect_state(self) -> None:
         """Before callbacks: collect weights that are divided over processes, which all processes must do at once."""
         if self.placement.spans_processes and self.config.divides_weights:
-            self._collected = on_host(self.state, self.placement)
+            self._collected = run_info.on_host(self.state, self.placement)
 
     def identity(self) -> dict[str, Any]:
         """Both configs and the model's class, which a checkpoint must match to be resumed."""
@@ -305,7 +299,7 @@ class Run:
             replay_size=len(self.sampler.buffer),
             run_id=self.run_id,
             read_state=read_state,
-            model=lambda: with_params(self.model, read_state().params),
+            model=lambda: run_info.with_params(self.model, read_state().params),
             snapshot=lambda: self.snapshot(read_state(), callback_state()),
             episodes=lambda: list(self.collector.ends) if self.collector else [],
             episodes_ended=self.collector.episodes if self.collector else 0,
@@ -336,7 +330,7 @@ class Run:
             "processes": jax.process_count(),
             **self.identity(),
             "callbacks": dict(callbacks),
-            "versions": versions(),
+            "versions": run_info.versions(),
         }
         arrays = {f"fresh/{name}": value for name, value in self.writeback.state_arrays().items()}
         if self.collector is not None:
@@ -421,12 +415,7 @@ class Run:
         """
         check(isinstance(config, TrainingConfig), f"config must be a TrainingConfig, not a {type(config).__name__}.")
         begun = self.learner is not None or self.step > 0
-        for name in _FIXED:
-            old, new = getattr(self.config, name), getattr(config, name)
-            if old != new and (self.collector is not None if name == "replay_capacity" else begun):
-                raise ConfigError(
-                    f"{name}={old!r} cannot change to {new!r} within a run; begin a new Trainer with this model."
-                )
+        run_info.check_fixed(self.config, config, begun=begun, online=self.collector is not None)
         if not begun:
             # Nothing depends on the old config yet: take what the constructor derives from the new one.
             new_run = Run(self.model, config)
@@ -434,13 +423,7 @@ class Run:
             self.placement = new_run.placement
             self.writeback = new_run.writeback
         elif self.learner is not None:
-            init_state = lambda key: self.model.algorithm.init_state(self.model, config.of_update(), key)  # noqa: E731
-            expected = jax.eval_shape(init_state, self.state.key).opt_state
-            if str(jax.tree.structure(expected)) != str(jax.tree.structure(self.state.opt_state)):
-                raise ConfigError(
-                    "The state of the optimizer does not fit the new config, which switches one of its parts (such as "
-                    "weight_decay) on or off; begin a new Trainer with this model."
-                )
+            run_info.check_optimizer(self.model, config, self.state)
         self.placement.check_batch(config.batch_size, config.microbatches)
         ratio = self.ratio if self.collector is not None else None
         self.config = config
