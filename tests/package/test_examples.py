@@ -124,7 +124,7 @@ def test_the_notebook_of_many_seeds_runs(small, monkeypatch, capsys):
     display.Image, display.display = (lambda filename: Path(filename)), shown.append
     monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(small))
+    monkeypatch.setattr("tempfile.tempdir", str(small))
     namespace: dict = {}
     for number, cell in enumerate(json.loads(MANY_SEEDS.read_text(encoding="utf-8"))["cells"]):
         if cell["cell_type"] == "code":
