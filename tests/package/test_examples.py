@@ -140,7 +140,8 @@ def test_the_offline_notebook_runs(kernel, capsys):
     assert "the reloaded model is the same: True" in out
 
 
-def test_the_notebook_of_many_seeds_runs(kernel, capsys):
+def test_the_notebook_of_many_seeds_runs(kernel, small, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(small))
     assert kernel("many_seeds.ipynb", {}) == ["summary.png"]
     out = capsys.readouterr().out
     assert "learning_rate 0.001: " in out

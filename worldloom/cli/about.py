@@ -66,7 +66,7 @@ _SHAPE_OPTIONS = ("image_size", "frame_stack")
 
 def names(words: Sequence[str]) -> int:
     """Print the names of models and kinds of environments."""
-    from worldloom.envs import SUITES
+    from worldloom.envs.make import JAX_SUITES, SUITES
 
     if words[:1] == ["protocols"]:
         return _list_protocols(words[1:])
@@ -77,6 +77,8 @@ def names(words: Sequence[str]) -> int:
         print(f"  {name:20} {found['parameters']:>11,}")
     print("environments: any Gymnasium id (Pendulum-v1, module:Id), or a suite and a task:")
     print(*(f"  {prefix}:…" for prefix in SUITES), sep="\n")
+    print("environments in JAX, on the device as a whole: jax:Pendulum-v1, or those of a package:")
+    print(*(f"  {prefix}:…" for prefix in JAX_SUITES), sep="\n")
     print("published experiments: worldloom list protocols")
     return 0
 

@@ -25,7 +25,7 @@ from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate
 from worldloom.training.fit import fit
 from worldloom.training.interrupts import Interrupts
-from worldloom.training.on_device import fit_on_device, runs_on_device
+from worldloom.training.on_device.fit import fit_on_device, runs_on_device
 from worldloom.training.resume import resume_run
 from worldloom.training.run_info import facts
 from worldloom.training.run_state import Run

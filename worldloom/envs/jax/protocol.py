@@ -126,8 +126,10 @@ def _is_number(value: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(value), jnp.number) or jnp.result_type(value) == jnp.bool_
 
 
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)
+def _shapes(tree: Any) -> list[str]:
+    """Path, dtype and shape of each leaf. A list: classes of states need not accept texts in place of arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
 
 
 def _kind(value: Any) -> str:
