@@ -227,7 +227,8 @@ def restored_elsewhere(family, folder, fields):
             buffer = toy_family.fill(ReplayBuffer(1_000, latents={"memory": (1,)}))
             model = toy_family.ToyWorldModel(toy_family.ToyConfig(latents=True))
         else:
-            model = create_world_model(family, obs_shape=(2,), action_dim=1, device="cpu", precision="float32")
+            kind = {"episodic": True} if family.startswith("tdmpc2") else {}  # The toy episodes end.
+            model = create_world_model(family, obs_shape=(2,), action_dim=1, device="cpu", precision="float32", **kind)
             buffer = toy_family.fill(ReplayBuffer(1_000))
         config = TrainingConfig(device="cpu", batch_size=16, mesh=mesh, learning_rate=1e-3, **json.loads(fields))
         Trainer(model, config, [(1, note), *callbacks]).train(buffer, total_steps=steps, resume=resume)

@@ -4,7 +4,7 @@ import pytest
 
 ONE, EIGHT, BOTH_AXES = {}, {"data": 8}, {"data": 2, "fsdp": 4}
 TDMPC2 = {"batch_size": 64, "sequence_length": 4}
-DREAMER = {"batch_size": 8, "sequence_length": 4}
+DREAMER = {"batch_size": 16, "sequence_length": 16}
 
 
 def check_tdmpc2(results):
