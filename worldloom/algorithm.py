@@ -136,6 +136,7 @@ class ExperimentProtocol:
       training: fields of ``TrainingConfig``; ``env_steps`` is the budget.
       curve: name of the published curves, see :attr:`Algorithm.published_curve`; empty for none.
       data: for an experiment with recorded episodes, what they are; empty for one in environments.
+      data_fields: fields of the model's config that follow from these episodes.
     """
 
     size: str
@@ -146,6 +147,7 @@ class ExperimentProtocol:
     training: FrozenMapping = _NOTHING
     curve: str = ""
     data: str = ""
+    data_fields: FrozenMapping = _NOTHING
 
 
 class TaskSpec(NamedTuple):

@@ -108,6 +108,7 @@ def test_latents_are_written_to_what_was_collected_alone(data):
         assert (value[2:] == 0).all()
 
 
+@pytest.mark.slow
 def test_dreamer_trains_on_mixed_batches_with_fresh_rows_first(data, tmp_path):
     env = make_env(Glide, 1, seed=3)
     config = CONFIG.replace(offline_updates=1, prefill=8, train_ratio=12.0, mix_end=None)

@@ -71,7 +71,7 @@ class DataSource:
             found = find_protocol(protocol)
             if not found.data:
                 raise ConfigError(f"The protocol '{protocol}' is run in an environment, not on recorded data.")
-            fixed = {**found.model_fields, **found.training}
+            fixed = {**found.model_fields, **found.data_fields, **found.training}
         known = self._fields(fields, {**fixed, **model_given})
         recommended = recipe(name, _Shapes(self.training), {**fixed, **known, **model_given, **training_given})
         model = {**recommended.model, **{n: v for n, v in {**fixed, **known}.items() if n in fields}, **model_given}

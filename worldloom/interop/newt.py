@@ -80,10 +80,7 @@ def _rescale_embeddings(arrays: dict[str, Any], table: np.ndarray, obs_dim: int)
     width = table.shape[1]
     # Every network reads [latent or observation | task | …].
     latent = np.shape(arrays["_pi.0.weight"])[-1] - width if "_pi.0.weight" in arrays else 0
-    for name in [f"{network}.0.weight" for network in _NETWORKS] + [
-        "_Qs.params.0.weight",
-        "_target_Qs_params.0.weight",
-    ]:
+    for name in (f"{network}.0.weight" for network in _NETWORKS):
         if name in arrays:
             start = obs_dim if name.startswith("_encoder") else latent
             weight = np.array(arrays[name], np.float32)

@@ -40,10 +40,8 @@ def _multitask(name: str, task_dim: int, data: str) -> ExperimentProtocol:
         size="5m",
         envs=(),
         score=ScoreRule("evaluation", None, "mean over tasks and 10 episodes each of return / 10 or successes in %"),
-        model_fields=FrozenMapping(
-            # Data and weights are of the widest observations and actions of all tasks, filled up with zeros.
-            {"num_tasks": len(tasks["action_dims"]), "task_dim": task_dim, "episodic": False, **tasks}
-        ),
+        model_fields=FrozenMapping({"num_tasks": len(tasks["action_dims"]), "task_dim": task_dim}),
+        data_fields=FrozenMapping({"episodic": False, **tasks}),
         training=FrozenMapping({**REFERENCE_TRAINING, "batch_size": 1_024}),
         data=data,
     )
