@@ -23,7 +23,7 @@ from jax_worlds import (
 from worldloom.envs import make_env
 from worldloom.errors import ConfigError, DataError
 from worldloom.replay import ReplayBuffer
-from worldloom.training import Trainer, TrainingConfig, evaluation
+from worldloom.training import Trainer, TrainingConfig, evaluation, offline_then_online
 from worldloom.training.callbacks import Callback, CheckpointCallback, StopTraining
 from worldloom.training.on_device import fit as loop_module
 
@@ -149,13 +149,14 @@ def test_terminal_states_are_refused_by_a_family_that_does_not_know_them():
 def test_where_the_device_is_impossible_the_host_trains_and_says_why(caplog):
     recorded = ReplayBuffer(1000)
     recorded.add_episode(np.zeros((5, 2), np.float32), np.zeros((4, 1), np.float32), np.zeros(4))
-    for replay, options, why in (
-        (recorded, {}, "replay holds rows that these environments have not collected"),
-        (None, {"on_bad_step": "restart"}, "on_bad_step='restart' needs the host"),
+    for replay, options, changes, why in (
+        (recorded, {}, {}, "replay holds rows that these environments have not collected"),
+        (None, {"on_bad_step": "restart"}, {}, "on_bad_step='restart' needs the host"),
+        (None, {}, {"mesh": {"data": 1}}, "it runs on one device, and a mesh divides updates over several"),
     ):
         for loop in ("auto", "device"):
             env = make_env(DRIFT, 2, seed=3, **options)
-            trainer = trainer_in(env, Plain, CONFIG.replace(loop=loop, total_steps=2))
+            trainer = trainer_in(env, Plain, CONFIG.replace(loop=loop, total_steps=2, **changes))
             if loop == "device":
                 with pytest.raises(ConfigError, match=f"loop='device' is impossible: {why}"):
                     trainer.train(env, replay=replay)
@@ -164,6 +165,18 @@ def test_where_the_device_is_impossible_the_host_trains_and_says_why(caplog):
                 trainer.train(env, replay=replay)
             assert f"The loop runs on the host: {why}" in caplog.text
             assert trainer.step == 2
+
+
+def test_a_share_of_recorded_data_needs_the_host(caplog):
+    recorded = ReplayBuffer(1000)
+    for _ in range(4):
+        recorded.add_episode(np.zeros((9, 2), np.float32), np.zeros((8, 1), np.float32), np.zeros(8), truncated=True)
+    env = make_env(DRIFT, 2, seed=3)
+    trainer = trainer_in(env, Plain, CONFIG.replace(total_steps=4, offline_updates=2, mix=0.5))
+    with caplog.at_level(logging.WARNING, "worldloom"):
+        offline_then_online(trainer, recorded, env)
+    assert "The loop runs on the host: batches have a share of recorded data" in caplog.text
+    assert trainer.step == 4
 
 
 def test_the_device_is_refused_where_nothing_is_in_jax(buffer, model):

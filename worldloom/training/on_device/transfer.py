@@ -44,6 +44,10 @@ def why_on_host(run: Run) -> str | None:
     env = collector.env
     if not isinstance(getattr(env, "_backend", None), JaxBackend):
         return "the environments are not in JAX"
+    if run.placement.mesh is not None:
+        return "it runs on one device, and a mesh divides updates over several"
+    if run.data is not None:
+        return "batches have a share of recorded data"
     if env.settings.get("on_bad_step") == "restart":
         return "on_bad_step='restart' needs the host at every step"
     if not supports_device_storage(collector.replay):
