@@ -123,5 +123,6 @@ def waiting(writeback):
 def assert_same(one, other):
     """Raise ``AssertionError`` naming what differs."""
     assert one.keys() == other.keys()
-    different = [name for name in one if not np.array_equal(one[name], other[name])]
+    same = lambda a, b: a == b if isinstance(a, list | dict) else np.array_equal(a, b)  # noqa: E731
+    different = [name for name in one if not same(one[name], other[name])]
     assert not different, {name: (one[name], other[name]) for name in different[:3]}

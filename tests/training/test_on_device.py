@@ -105,7 +105,7 @@ def test_an_action_repeat_and_a_time_limit_are_those_of_make_env():
     for loop in ("host", "device"):
         env = make_env(DRIFT, 2, seed=3, action_repeat=2, time_limit=5)
         assert (env.action_repeat, env.time_limit, env.episode_length) == (2, 5, 3)
-        runs.append(trainer_in(env, Plain, CONFIG.replace(loop=loop)))
+        runs.append(trainer_in(env, Plain, CONFIG.replace(loop=loop, log_interval=1_000)))
         runs[-1].train(env)
     assert_same(content(runs[0]), content(runs[1]))
     assert runs[1].run.env_steps == 2 * runs[1].run.collector.decisions

@@ -294,12 +294,14 @@ def _make_env(spec: str, family: Family, options: dict[str, Any], seed: int) -> 
     """
     from worldloom.envs import make_env
     from worldloom.envs.across_processes import across_processes
+    from worldloom.envs.make import JAX_SUITES
 
     if jax.process_count() > 1:
         options = {**options, "num_envs": _own_share(options.get("num_envs", 1))}
     try:
         env = make_env(spec, seed=seed, **options)
-        frames = family.algorithm.frame_stack
+        # Environments in JAX are not stacked by make_env.
+        frames = None if spec.partition(":")[0] in JAX_SUITES else family.algorithm.frame_stack
         if frames and "frame_stack" not in options and isinstance(env.obs_shape, tuple) and len(env.obs_shape) == 3:
             env.close()
             env = make_env(spec, seed=seed, frame_stack=frames, **options)
