@@ -1,12 +1,14 @@
 """Fresh rows are handed out once and in order; windows of finished episodes leave out those in progress."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldloom.errors import DataError
-from worldloom.replay import ReplayBuffer
+from worldloom.replay import ReplayBuffer, ReplayStore
 from worldloom.replay.online import OnlineQueue
 
 
@@ -55,6 +57,22 @@ def test_every_window_is_handed_out_once_as_soon_as_it_is_complete(streams, rows
     if capacity == 10_000:
         complete = (every * ((steps - 1) // every) + 1) // rows
         assert seen == [(rows * (k + 1), s) for k in range(complete) for s in range(streams)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(streams=st.integers(1, 3), rows=st.integers(2, 7), steps=st.integers(20, 60), cut=st.integers(1, 59))
+def test_windows_are_cut_at_the_same_rows_after_loading(tmp_path_factory, streams, rows, steps, cut):
+    """Also where rows were dropped: windows count from a stream's first row, whether it is held or not."""
+    cut, store = min(cut, steps - 1), ReplayStore(tmp_path_factory.mktemp("store"))
+    whole, queue = ReplayBuffer(30), OnlineQueue()
+    for number in range(cut):
+        step(whole, number, np.zeros(streams, bool), np.full(streams, number == 0))
+    queue.pop(whole, 100, rows)
+    loaded, resumed = store.load(json.loads(json.dumps(store.write(whole)))), OnlineQueue(queue.drawn)
+    for number in range(cut, steps):
+        for buffer in (whole, loaded):
+            step(buffer, number, np.zeros(streams, bool), np.zeros(streams, bool))
+        np.testing.assert_array_equal(resumed.pop(loaded, 100, rows), queue.pop(whole, 100, rows))
 
 
 def test_a_queue_that_is_longer_than_a_batch_goes_on_in_the_next_one():

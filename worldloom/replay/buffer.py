@@ -411,10 +411,9 @@ class ReplayBuffer(EpisodeSources):
     def content(self) -> BufferContent:
         """Everything the buffer holds. The tables are its own, not copies: do not change them."""
         storage = self._storage
-        description = BufferDescription(
-            self.capacity, storage.rows.first, storage.rows.end, self._declared, storage.schema, self.latents
-        )
-        return BufferContent(description, storage.rows, storage.latents)
+        rows, dropped = storage.rows, storage.index.dropped
+        about = self.capacity, rows.first, rows.end, self._declared, storage.schema, self.latents, dropped
+        return BufferContent(BufferDescription(*about), rows, storage.latents)
 
     @classmethod
     def from_content(cls, content: BufferContent) -> Self:
@@ -427,7 +426,7 @@ class ReplayBuffer(EpisodeSources):
         buffer = cls(description.capacity, latents=description.latents, **description.declared.to_json())
         buffer._storage = RowStorage(buffer.latents, first=description.first_row)
         if description.schema is not None:
-            buffer._storage.load(description.schema, content.rows, content.latents)
+            buffer._storage.load(description.schema, content.rows, content.latents, description.dropped)
         return buffer
 
     def save(self, path: str | Path) -> Path:

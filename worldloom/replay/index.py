@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -110,6 +111,16 @@ class EpisodeIndex:
             mine = streams == number
             interrupted.append(self._streams.setdefault(number, Stream()).extend(ids[mine], flags[mine]))
         return np.concatenate(interrupted)
+
+    @property
+    def dropped(self) -> dict[int, int]:
+        """How many rows of each stream have been dropped, of those that have lost any."""
+        return {number: stream.dropped for number, stream in sorted(self._streams.items()) if stream.dropped}
+
+    @dropped.setter
+    def dropped(self, counts: Mapping[int, int]) -> None:
+        for number, count in counts.items():
+            self._streams.setdefault(number, Stream()).dropped = count
 
     def drop_before(self, first: int) -> None:
         """Drop the rows numbered below ``first``."""

@@ -37,6 +37,7 @@ class BufferDescription:
       declared: what the user declared about the data.
       schema: what a row consists of; None without rows.
       latents: shapes per row of the latents stored beside the rows.
+      dropped: rows that were dropped, by stream: windows of fresh rows are cut from a stream's first row on.
     """
 
     capacity: int
@@ -45,6 +46,7 @@ class BufferDescription:
     declared: Declared
     schema: Schema | None
     latents: dict[str, tuple[int, ...]]
+    dropped: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -63,6 +65,7 @@ class BufferDescription:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
+        dropped = {str(stream): count for stream, count in self.dropped.items()}
         return {
             "capacity": self.capacity,
             "first_row": self.first_row,
@@ -70,6 +73,7 @@ class BufferDescription:
             "declared": self.declared.to_json(),
             "schema": self.schema and self.schema.to_json(),
             "latents": dict(self.latents),
+            **({"dropped": dropped} if dropped else {}),
         }
 
     @classmethod
@@ -86,7 +90,11 @@ class BufferDescription:
         if end - first > capacity:
             raise DataError(f"{end - first} rows are more than the capacity of {capacity}.")
         schema = Schema.from_json(values["schema"]) if end > first else None
-        return cls(capacity, first, end, declared, schema, latents)
+        # Files of earlier versions do not say.
+        dropped = {int(k): integer(n, "dropped", 0) for k, n in values.get("dropped", {}).items()}
+        if sum(dropped.values()) > first:
+            raise DataError(f"{sum(dropped.values())} dropped rows are more than the {first} before the oldest.")
+        return cls(capacity, first, end, declared, schema, latents, dropped)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,8 +38,8 @@ class RowStorage:
         self.rows, self.latents = RowTable({}, first=first), RowTable({}, first=first)
         self.index = EpisodeIndex()
 
-    def load(self, schema: Schema, rows: RowTable, latents: RowTable) -> None:
-        """Take over tables read from a file, and index their rows.
+    def load(self, schema: Schema, rows: RowTable, latents: RowTable, dropped: Mapping[int, int]) -> None:
+        """Take over tables read from a file, and index their rows; ``dropped`` counts the rows before, by stream.
 
         Raises:
           DataError: an episode goes on after its last row.
@@ -50,6 +50,7 @@ class RowStorage:
         check_episode_order(streams, flags)
         rows.put("flags", ids, flags)
         self.schema, self.rows, self.latents = schema, rows, latents
+        self.index.dropped = dropped
         self._add_to_index(ids, streams, flags)
 
     # ---- adding and dropping rows ---------------------------------------------------------------------------------
