@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
     from worldloom.replay import ReplayBuffer
     from worldloom.training.config import TrainingConfig
+    from worldloom.training.one_call import train
     from worldloom.training.recipes import recipe
-    from worldloom.training.trainer import Trainer, train
+    from worldloom.training.trainer import Trainer
 
 _LAZY = {
     "Algorithm": "worldloom.algorithm",
@@ -59,7 +60,7 @@ _LAZY = {
     "make_env": "worldloom.envs",
     "recipe": "worldloom.training.recipes",
     "register_family": "worldloom.families",
-    "train": "worldloom.training.trainer",
+    "train": "worldloom.training.one_call",
 }
 
 __all__ = [

@@ -128,8 +128,9 @@ def scan_rows(step: Callable[..., tuple[C, Any]], weights: Any, carry: C, rows: 
     Returns:
       The last carry, and the outputs [T, B, ...].
     """
-    shards, windows = row_shards(), len(jax.tree.leaves(carry)[0])
-    if shards == 1 or windows % shards:
+    # On one device the number of windows may be unknown: policies are exported for any number of environments.
+    shards = row_shards()
+    if shards == 1 or (windows := len(jax.tree.leaves(carry)[0])) % shards:
         return jax.lax.scan(lambda carry, rows: step(weights, carry, rows), carry, rows)
 
     def divided(axis: int, tree: Any) -> Any:

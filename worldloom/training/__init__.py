@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from worldloom.training.evaluation import evaluate, play
     from worldloom.training.many import train_many
     from worldloom.training.offline_online import offline_then_online
+    from worldloom.training.one_call import train
     from worldloom.training.protocols import protocol
     from worldloom.training.recipes import recipe
     from worldloom.training.run_folder import RunFolder
     from worldloom.training.task_evaluation import evaluate_tasks
-    from worldloom.training.trainer import Trainer, train
+    from worldloom.training.trainer import Trainer
 
 _LAZY = {
     "Callback": "worldloom.training.callbacks",
@@ -53,7 +54,7 @@ _LAZY = {
     "play": "worldloom.training.evaluation",
     "protocol": "worldloom.training.protocols",
     "recipe": "worldloom.training.recipes",
-    "train": "worldloom.training.trainer",
+    "train": "worldloom.training.one_call",
     "train_many": "worldloom.training.many",
 }
 

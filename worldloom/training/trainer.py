@@ -183,20 +183,3 @@ class Trainer:
             return self.run.updates_for(self.config.env_steps)
         total = self.config.total_steps if total_steps is None else total_steps
         return as_integer("total_steps", total)
-
-
-def train(
-    model: Any,
-    buffer: Any,
-    config: TrainingConfig | None = None,
-    *,
-    callbacks: Sequence[Any] | None = None,
-    resume: bool | str | Path = False,
-    **overrides: Any,
-) -> TrainState:
-    """Train ``model`` on ``buffer``: ``train(model, buffer, total_steps=1000, batch_size=8)``.
-
-    See :class:`Trainer` and :meth:`Trainer.train`; ``overrides`` are fields of ``config`` to change.
-    """
-    trainer = Trainer(model, (config or TrainingConfig()).replace(**overrides), callbacks)
-    return trainer.train(buffer, resume=resume)
