@@ -294,7 +294,8 @@ def test_public_names():
     assert sorted(worldloom.training.__all__) == sorted(
         [
             *("ReplayBuffer", "RunFolder", "TrainState", "Trainer", "TrainingConfig"),
-            *("collect", "evaluate", "play", "protocol", "recipe", "train"),
+            *("collect", "evaluate", "evaluate_tasks", "offline_then_online", "play", "protocol", "recipe"),
+            *("train", "train_many"),
             *("StepInfo", "StopTraining", *(name for name in callbacks.__all__ if name.endswith("Callback"))),
         ]
     )

@@ -177,7 +177,8 @@ class Dataset:
     ) -> Batch:
         """A batch of windows [B, T, ...]; see ``ReplayBuffer.sample``. ``latents`` must be False."""
         ids = self.draw(batch_size, sequence_length, seed=seed, update=update, cross_episodes=cross_episodes)
-        return self.take(ids, latents=latents)
+        batch = self.take(ids, latents=latents)
+        return batch | {"continues": np.float32(1) - batch["is_terminal"]}
 
     def draw(
         self,
