@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import worldloom
-from worldloom.cli import COMMANDS, export, runs
+from worldloom.cli import COMMANDS, export, hub, runs
 from worldloom.cli.train import _flags
 from worldloom.families import get_family
 
@@ -28,7 +28,7 @@ def test_every_command_is_shown():
 def test_every_flag_in_the_text_exists():
     families = [get_family(name) for name in ("tdmpc2", "dreamerv3")]
     known = {option for family in families for option in _flags(family)._parser._option_string_actions}
-    known |= {option for flag in [*runs._FLAGS, *export._FLAGS] for option in flag.options}
+    known |= {option for flag in [*runs._FLAGS, *export._FLAGS, *hub._PUSH, *hub._PULL] for option in flag.options}
     known |= {"--video", "--exact", "--batchsiz", "--obs-shape", "--action-dim", "--logdir"}
     assert set(re.findall(r"--[a-z][a-z-]+", TEXT)) <= known
 
