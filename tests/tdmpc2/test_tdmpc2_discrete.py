@@ -37,7 +37,7 @@ def test_an_agent_learns_to_stay_alive_from_terminations_alone():
     model, spec, buffer = TDMPC2WorldModel(config, seed=0), replay_spec(config, training), random_walks(60)
     state = init_state(model, training, jax.random.key(0))
     step = jax.jit(make_update(config, training), donate_argnums=0)
-    for number in range(600):
+    for number in range(1200):
         batch = buffer.sample(training.batch_size, spec.rows, update=number, cross_episodes=spec.cross_episodes)
         batch.pop("row_ids")
         state, _ = step(state, batch, jax.random.fold_in(state.key, number))

@@ -301,7 +301,8 @@ def _make_env(spec: str, family: Family, options: dict[str, Any], seed: int) -> 
     try:
         env = make_env(spec, seed=seed, **options)
         # Environments in JAX are not stacked by make_env.
-        frames = None if spec.partition(":")[0] in JAX_SUITES else family.algorithm.frame_stack
+        in_jax = isinstance(spec, str) and spec.partition(":")[0] in JAX_SUITES
+        frames = None if in_jax else family.algorithm.frame_stack
         if frames and "frame_stack" not in options and isinstance(env.obs_shape, tuple) and len(env.obs_shape) == 3:
             env.close()
             env = make_env(spec, seed=seed, frame_stack=frames, **options)
