@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from worldloom.lazy import lazy_names
 
 _LAZY = {
     "load_official_dreamerv3": "worldloom.interop.dreamerv3",
@@ -14,8 +13,4 @@ _LAZY = {
 }
 __all__ = sorted(_LAZY)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'worldloom.interop' has no attribute '{name}'")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)
