@@ -1,5 +1,6 @@
 """Damaged, hostile and unfit files are refused with a sentence, before much is read."""
 
+import contextlib
 import io
 import json
 import os
@@ -90,13 +91,10 @@ def test_flipped_bytes_never_raise_anything_but_our_errors(tmp_path):
             for position in rng.integers(0, len(whole), 3):
                 damaged[position] = rng.integers(0, 256)
             file.write_bytes(damaged)
-            try:
+            with contextlib.suppress(WorldloomError):
                 read_everything(place)
-            except WorldloomError:
-                pass
-            except AssertionError:
-                raise
         file.write_bytes(whole)
+        read_everything(place)  # The file itself is still read.
 
 
 def unfit():
