@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from worldloom.envs.make import SUITES, is_env, make_env
 from worldloom.envs.native import EnvSpaces
 from worldloom.envs.time_step import BadStep, EpisodeEnd, Event, TimeStep, WorkerRestart, episode_seed
 from worldloom.envs.vector import VectorEnv
+from worldloom.lazy import lazy_names
 
 if TYPE_CHECKING:
     from worldloom.envs.imagined import ImaginedEnv, ImaginedVectorEnv
@@ -38,8 +38,4 @@ __all__ = [
     "make_env",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'worldloom.envs' has no attribute '{name}'")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)
