@@ -50,6 +50,8 @@ class Curve(Callback):
             "std": round(measurements["eval/return_std"], 2),
             "seconds": round(time.perf_counter() - self.start, 1),
         }
+        if "eval/greedy_return" in measurements:
+            point["greedy"] = round(measurements["eval/greedy_return"], 2)
         self.points.append(point)
         if point["return"] > self.best:
             self.best, self.model = point["return"], info.model()
