@@ -1,6 +1,7 @@
 """Every page: its programs run as printed, on a smaller scale, and its links lead somewhere."""
 
 import re
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -22,6 +23,11 @@ SMALLER = {
     'trust.rows["kl"] ': 'trust.rows["q_disagreement"] ',
     '"tdmpc2:5m"': '"tdmpc2:tiny"',
     '"minari:pointmaze/umaze-v2"': '"episodes.npz"',
+    '{"num_samples": 128, "iterations": 2}': '{"num_samples": 8}',
+    "seeds=range(8)": "seeds=range(2)",
+    '"tdmpc2:tiny", **model)': '"tdmpc2:tiny", **model, **PLANNER)',
+    "TrainingConfig(**training, **SMALL)": "TrainingConfig(**training | SMALL)",
+    "[1e-3, 3e-4]})": "[1e-3, 3e-4]}, model=PLANNER, **SMALL)",
 }
 """Replacements in programs that would train for minutes."""
 SMALL = {
@@ -34,6 +40,8 @@ SMALL = {
     "eval_at_end": False,
     "device": "cpu",
 }
+PLANNER = {"horizon": 1, "iterations": 1, "num_q": 2, "num_samples": 16, "num_elites": 4, "num_pi_trajs": 4}
+"""Fields of a model that plans little."""
 EXECUTED = (
     "quickstart",
     "concepts",
@@ -45,9 +53,26 @@ EXECUTED = (
     "imagined",
     "scaling",
     "weights",
+    "acting",
+    "jax_environments",
 )
 """Pages whose programs run here, one after another in one namespace. Other pages have tests of their own."""
 BEFORE = {
+    "acting": """
+import sys, jax, numpy as np
+from worldloom import Trainer, TrainingConfig, create_world_model
+from worldloom.envs import make_env
+from worldloom.training import RunFolder, recipe
+with make_env("Pendulum-v1") as training_env:
+    fields, training, _ = recipe("tdmpc2:tiny", training_env)
+    model = create_world_model("tdmpc2:tiny", **fields | PLANNER)
+    config = TrainingConfig(**training | SMALL)
+    Trainer(model, config, RunFolder("runs/pendulum").callbacks(progress=False)).train(training_env)
+from worldloom.cli import main
+assert main(["export", "runs/pendulum", "--to", "policy.worldloom", "--with-reader", "--platforms=cpu"]) == 0
+sys.path.insert(0, ".")
+actions = np.zeros((5, 1, 1), np.float32)
+""",
     "data": """
 import numpy as np
 from worldloom.replay import ReplayBuffer, ReplayStore
@@ -76,8 +101,6 @@ key, actions = jax.random.key(0), np.zeros((64, 1), np.float32)
 }
 """What the text of a page takes as given."""
 OWN_TESTS = {
-    "jax_environments": "tests/envs/test_env_jax.py",
-    "acting": "tests/policy/test_load_policy.py",
     "configuration": "tests/package/test_configs.py",
     "contributing": "tests/package/test_contributing.py",
     "online": "tests/cli/test_online_page.py",
@@ -98,9 +121,10 @@ def programs(page):
 @pytest.mark.parametrize("page", EXECUTED)
 def test_programs_run_one_after_another(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setenv("WORLDLOOM_CACHE_DIR", str(tmp_path / "cache"))
-    namespace: dict = {"SMALL": SMALL}
+    namespace: dict = {"SMALL": SMALL, "PLANNER": PLANNER}
     exec(BEFORE.get(page, ""), namespace)
     assert programs(page)
     for number, text in enumerate(programs(page)):
