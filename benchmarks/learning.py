@@ -92,10 +92,11 @@ def run(args, seed, changes):
 
 
 def summary(runs, target):
-    """Per seed: best and last return, and when the target was reached."""
+    """Per seed: best and last return, when the target was reached, and whether that was kept."""
     rows = []
     for one in runs:
         reached = next((point for point in one["curve"] if point["return"] >= target), None)
+        since = [point["return"] for point in one["curve"] if reached and point["env_steps"] >= reached["env_steps"]]
         rows.append(
             {
                 "seed": one["seed"],
@@ -103,6 +104,8 @@ def summary(runs, target):
                 "last": one["curve"][-1]["return"],
                 "reached at env_steps": reached and reached["env_steps"],
                 "after seconds": reached and reached["seconds"],
+                "mean from there on": round(statistics.mean(since), 1) if since else None,
+                "least from there on": min(since, default=None),
                 "test": one.get("test"),
             }
         )
