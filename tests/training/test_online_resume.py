@@ -64,12 +64,14 @@ class StopAt(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def make_run(folder, config, family, *, num_envs=2, save_every=7, latents=False, kind=Walk, extra=()):
+def make_run(
+    folder, config, family, *, num_envs=2, save_every=7, latents=False, kind=Walk, evaluated=None, extra=()
+):
     """A trainer of the run in ``folder``, and its environment."""
     env = make_env(kind, num_envs, seed=3)
     callbacks = [
         CheckpointCallback(str(folder / "checkpoints"), save_every=save_every, keep_last=99, save_best=False),
-        EvalCallback(make_env(kind, 2, seed=9), every=6, episodes=3, seed=9),
+        EvalCallback(make_env(evaluated or kind, 2, seed=9), every=6, episodes=3, seed=9),
         LoggingCallback(str(folder), log_to_console=False),
         *extra,
     ]
@@ -205,6 +207,39 @@ def test_a_run_stopped_by_sigterm_before_the_first_update_resumes(config, tmp_pa
     trainer.train(env, total_steps=TOTAL, resume=True)
     assert len(trainer.replay) == len(whole.replay)
     assert_equal(run_result(whole, folder), run_result(trainer, tmp_path))
+
+
+@pytest.mark.parametrize("step", [1, 20, 40])
+def test_an_evaluation_that_a_signal_cuts_off_is_made_up_for(config, tmp_path, uninterrupted, step):
+    """No record is missing, and what follows evaluations (the best weights, say) is told of it."""
+
+    class Killing(Walk):
+        calls = 0
+
+        def step(self, action):
+            type(self).calls += 1
+            if type(self).calls == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(action)
+
+    config = settings(config, 3)
+    whole, folder = uninterrupted("random prefill", config)
+    trainer, env = make_run(tmp_path, config, PrefillingToy, evaluated=Killing)
+    with pytest.raises(SystemExit):
+        trainer.train(env, total_steps=TOTAL)
+    stopped = trainer.step
+    assert stopped % 6 == 0
+    assert stopped < TOTAL
+    evaluated = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "eval/return" in line]
+    assert len(evaluated) == stopped // 6 - 1
+    trainer, env = make_run(tmp_path, config, PrefillingToy)
+    trainer.train(env, total_steps=TOTAL, resume=True)
+    results = [run_result(*run) for run in ((whole, folder), (trainer, tmp_path))]
+    # The stop has records of the means until then, which come before the evaluation.
+    logs = [[json.dumps(record) for record in each.pop("log").values()] for each in results]
+    assert {*logs[0]} <= {*logs[1]}
+    assert {json.loads(record)["step"] for record in {*logs[1]} - {*logs[0]}} <= {stopped}
+    assert_equal(*results)
 
 
 @pytest.mark.parametrize("capacity", [1, 3])

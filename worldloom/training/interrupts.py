@@ -17,7 +17,10 @@ _active: list[Interrupts] = []
 
 
 class Interrupted(Exception):
-    """Something long within a callback was given up, because a signal asked the training around it to stop."""
+    """Something long within a callback was given up, because a signal asked the training around it to stop.
+
+    A callback lets it pass: the ``on_step`` that it cut off is called again when the run goes on.
+    """
 
 
 def interrupted() -> bool:

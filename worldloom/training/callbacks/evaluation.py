@@ -12,7 +12,6 @@ from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.collector import check_env_fits
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import evaluate, measure_returns
-from worldloom.training.interrupts import Interrupted
 from worldloom.training.sampler import SequenceSampler
 
 _log = logging.getLogger("worldloom")
@@ -68,10 +67,7 @@ class EvalCallback(Callback):
         model = info.model()
         if isinstance(self.source, VectorEnv):
             seed = self.seed + info.step
-            try:
-                return measure_returns(model, self.source, info.config, episodes=self.episodes, seed=seed)
-            except Interrupted:
-                return None
+            return measure_returns(model, self.source, info.config, episodes=self.episodes, seed=seed)
         terms = evaluate(model, self.source, info.config, batches=self.batches, seed=self.seed)
         return {f"eval/loss/{name}" if name != "loss" else "eval/loss": value for name, value in terms.items()}
 

@@ -25,7 +25,6 @@ from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
 from worldloom.training.callbacks.logs import FILE_NAME, print_line
 from worldloom.training.config import TrainingConfig
 from worldloom.training.evaluation import measure_returns
-from worldloom.training.interrupts import Interrupted
 
 _log = logging.getLogger("worldloom")
 _MAX_ROWS = 20_000
@@ -92,18 +91,15 @@ class EvalReportCallback(Callback):
         model, replay, frames = info.model(), ReplayBuffer(_MAX_ROWS), FrameRecorder()
         self._records_video = self._records_video and can_render(self.env, self.seed)
         recorded = frames if self._records_video else None
-        try:
-            measured = measure_returns(
-                model,
-                self.env,
-                info.config,
-                episodes=self.episodes,
-                seed=self.seed + info.step,
-                frames=recorded,
-                recorder=lambda env: Recording(env, replay),
-            )
-        except Interrupted:
-            return None
+        measured = measure_returns(
+            model,
+            self.env,
+            info.config,
+            episodes=self.episodes,
+            seed=self.seed + info.step,
+            frames=recorded,
+            recorder=lambda env: Recording(env, replay),
+        )
         self.step = info.step
         # Video, plots, measurements.
         if frames:

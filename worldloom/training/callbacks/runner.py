@@ -10,6 +10,7 @@ from worldloom.distributed import is_primary
 from worldloom.errors import FileFormatError, NonFiniteError
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo, StopTraining, name_of
 from worldloom.training.config import TrainingConfig
+from worldloom.training.interrupts import Interrupted
 from worldloom.training.metrics import LazyMetrics, MetricsAccumulator, MetricsStream
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class CallbackRunner:
         self._every = [0] * len(self.callbacks)
         self._accumulators = [MetricsAccumulator(0) for _ in self.callbacks]
         self._stream = MetricsStream()
+        self._cut_off: set[str] = set()  # whose ``on_step`` a signal has cut off
 
     @property
     def any_measures(self) -> bool:
@@ -57,10 +59,14 @@ class CallbackRunner:
         return min(((step // every + 1) * every for every in self._every if every), default=None)
 
     def on_train_begin(self, run: Run) -> None:
-        """Call ``on_train_begin`` of all callbacks."""
+        """Call ``on_train_begin`` of all callbacks, then ``on_step`` again of those that a signal cut off in it."""
         run.collect_state()
         for index, callback in enumerate(self.callbacks):
             self._call(index, run, callback.on_train_begin, self._partial(index, run.step))
+        cut_off, self._cut_off = self._cut_off, set()
+        for index, callback in enumerate(self.callbacks):
+            if self.names[index] in cut_off:
+                self._call(index, run, callback.on_step, self._partial(index, run.step))
 
     def on_step(self, run: Run) -> None:
         """Call ``on_step`` of the callbacks that are due."""
@@ -94,6 +100,7 @@ class CallbackRunner:
             "states": {n: callback.state_dict() for n, callback in zip(self.names, self.callbacks, strict=True)},
             "intervals": {n: each.state_dict() for n, each in zip(self.names, self._accumulators, strict=True)},
             "measurements": dict(self.measurements),
+            "cut_off": sorted(self._cut_off),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
@@ -104,6 +111,7 @@ class CallbackRunner:
         name = ""
         try:
             self.measurements = {str(key): float(value) for key, value in state["measurements"].items()}
+            self._cut_off = {str(name) for name in state.get("cut_off", ())}
             for index, (name, callback) in enumerate(zip(self.names, self.callbacks, strict=True)):
                 saved = state["intervals"].get(name)
                 accumulator = MetricsAccumulator.from_state_dict(saved) if saved else MetricsAccumulator(step)
@@ -119,7 +127,12 @@ class CallbackRunner:
         """Call a method of callback ``index``, and ``on_eval`` of all callbacks with the measurements it returns."""
         if not _is_called(self.callbacks[index]):
             return
-        result = self._checked_call(index, run.step, method, self._info(run, accumulator))
+        try:
+            result = self._checked_call(index, run.step, method, self._info(run, accumulator))
+        except Interrupted:
+            if method.__name__ == "on_step":
+                self._cut_off.add(self.names[index])
+            return
         if isinstance(result, Mapping):
             self.measurements.update(result)
             for other, callback in enumerate(self.callbacks):
@@ -140,8 +153,8 @@ class CallbackRunner:
             result = method(*args)
         except StopTraining as request:
             result = request
-        except NonFiniteError:
-            raise  # Raised when the callback read metrics; the callback did not cause it.
+        except (NonFiniteError, Interrupted):
+            raise  # The first is raised when the callback read metrics: the callback did not cause it.
         except Exception as error:
             error.add_note(f"Raised by the callback {name} at step {step}.")
             raise
