@@ -145,7 +145,7 @@ def differences(folder, whole, stopped_at):
     different = [name for name, value in expected.items() if found[name] != value]
     own = [record for record in records if record not in expected_records and record["step"] not in stopped_at]
     missing = [record for record in expected_records if record not in records]
-    return different + (["log"] if own or missing else [])
+    return different + ([f"log (not expected: {own[:2]}; missing: {missing[:2]})"] if own or missing else [])
 
 
 def survive(family, folder, kills, options, rng):
