@@ -226,6 +226,24 @@ def test_an_evaluation_on_the_device_plays_the_episodes_of_the_host(monkeypatch)
         assert len({end.length for end in on_host}) > 1
 
 
+def test_an_evaluation_on_the_device_stops_where_the_last_episode_ends(monkeypatch):
+    env = make_env(DRIFT, 3, seed=1)
+    model = trainer_in(env, Plain, CONFIG).model
+    seen, steps_on_device = [], evaluation.steps_on_device
+
+    def noted(*arguments):
+        for step in steps_on_device(*arguments):
+            seen.append(step)
+            yield step
+
+    monkeypatch.setattr(evaluation, "steps_on_device", noted)
+    ends = evaluation.play(model, env, episodes=7)
+    # Resets between an environment's episodes are steps, too.
+    steps = [sum(end.length + 1 for end in ends if end.env == i) - 1 for i in range(3)]
+    assert len(seen) == max(steps)
+    assert sum(len(step.events) for step in seen) >= 7
+
+
 def test_nan_in_an_evaluation_is_refused():
     env = make_env(Drift(bad_after=3), 3, seed=1)
     with pytest.raises(DataError, match="came back NaN or infinite"):
