@@ -4,10 +4,16 @@
 ``tdmpc2:tiny`` at one update per step, random collecting in many environments, acting with DreamerV3's policy,
 evaluating 1,000 episodes, and the time of an update per seed with 8 seeds in one program. Compilation is left out.
 
+``ratio`` is against the host loop in the same JAX environments, ``gymnasium_ratio`` against the host loop in the
+environments of that name in Gymnasium: as many in one process for collecting, and the usual 10 for an evaluation. An
+evaluation on the device has an environment for every episode, all of which are stepped until the longest episode is
+over; ``tenth_ratio`` is that with a tenth as many environments, which play ten episodes each.
+
 Figures are ratios of CPU time of the process where the device is a CPU (``--wall`` for wall-clock time instead).
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -81,33 +87,45 @@ def collecting(clock, options, name, num_envs, steps):
     def on_device():
         device.collect_until_due(due=[run.collector.decisions + num_envs * steps])
 
-    other = make_env(env.settings["spec"], num_envs, seed=0)
     host_steps = max(4, steps // options.shorter)
 
-    def on_host():
-        collect(model, other, num_envs * host_steps, config=config)
+    def on_host(other):
+        return lambda: collect(model, other, num_envs * host_steps, config=config)
 
-    ratio, ours, theirs = paired(clock, options.rounds, on_device, on_host)
-    rate, host = num_envs * steps / ours, num_envs * host_steps / theirs
-    return {"ratio": ratio * steps / host_steps, "device_steps_per_s": rate, "host_steps_per_s": host}
+    found = {}
+    for prefix, spec in (("", env.settings["spec"]), ("gymnasium_", env.settings["spec"].removeprefix("jax:"))):
+        other = make_env(spec, num_envs, seed=0)
+        ratio, ours, theirs = paired(clock, options.rounds, on_device, on_host(other))
+        found |= {f"{prefix}ratio": ratio * steps / host_steps, "device_steps_per_s": num_envs * steps / ours}
+        found[f"{prefix or 'host_'}steps_per_s"] = num_envs * host_steps / theirs
+    return found
 
 
 def evaluating(clock, options):
-    """1,000 episodes: all at once on the device, in 10 environments on the host."""
-    env = make_env("jax:CartPole-v1", options.episodes, seed=0)
-    few = make_env("jax:CartPole-v1", 10, seed=0)
-    model, _ = model_in("dreamerv3:tiny", env)
+    """1,000 episodes: in as many environments on the device or a tenth of it, in 10 environments on the host."""
+    envs = [make_env("jax:CartPole-v1", max(1, options.episodes // each), seed=0) for each in (1, 10)]
+    model, _ = model_in("dreamerv3:tiny", envs[0])
     on_device = evaluation_module.is_on_device
 
-    def on_host():
+    def on_host(env):
         evaluation_module.is_on_device = lambda env: False
         try:
-            play(model, few, episodes=options.episodes // options.shorter)
+            play(model, env, episodes=options.episodes // options.shorter)
         finally:
             evaluation_module.is_on_device = on_device
 
-    ratio, ours, theirs = paired(clock, options.rounds, lambda: play(model, env, episodes=options.episodes), on_host)
-    return {"ratio": ratio * options.shorter, "device_s": ours, "host_s": theirs * options.shorter}
+    found = {}
+    for prefix, env, spec in (
+        ("", envs[0], "jax:CartPole-v1"),
+        ("tenth_", envs[1], "jax:CartPole-v1"),
+        ("gymnasium_", envs[0], "CartPole-v1"),
+    ):
+        ours = functools.partial(play, model, env, episodes=options.episodes)
+        theirs = functools.partial(on_host, make_env(spec, 10, seed=0))
+        ratio, device, host = paired(clock, options.rounds, ours, theirs)
+        found[f"{prefix}ratio"] = ratio * options.shorter
+        found |= {f"{prefix}device_s": device, f"{prefix}host_s": host * options.shorter}
+    return found
 
 
 def seeds(clock, options):

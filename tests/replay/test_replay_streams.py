@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from worldloom.errors import DataError
 from worldloom.replay import ReplayBuffer
+from worldloom.replay.index import FIRST, LAST, TERMINAL, EpisodeIndex
+from worldloom.replay.online import add_steps
 
 
 def row(value, first=False, last=False, terminal=False, stream=0):
@@ -94,6 +96,56 @@ def test_any_history_leaves_the_same_rows_as_the_list_model(history, capacity, r
         if allowed:
             drawn = buffer.draw(64, rows, cross_episodes=crossing)
             assert {tuple(ids) for ids in drawn.tolist()} <= allowed
+
+
+def index_state(index):
+    """Everything that an index holds, stream by stream."""
+    return {
+        number: (stream.rows.values.tolist(), stream.starts.values.tolist(), stream.dropped, stream.in_progress)
+        for number, stream in index._streams.items()
+    }
+
+
+@given(history=histories(), capacity=st.integers(1, 40), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_an_index_does_not_depend_on_how_rows_are_divided_into_calls(history, capacity, data):
+    rows = [r for call in history for r in call]
+    streams = np.array([r["stream"] for r in rows])
+    flags = np.array([FIRST * r["first"] | LAST * r["last"] | TERMINAL * r["terminal"] for r in rows], np.uint8)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(rows) - 1))) if len(rows) > 1 else [])
+    found = []
+    for stops in ([*cuts, len(rows)], range(1, len(rows) + 1)):
+        index, interrupted, begin = EpisodeIndex(), set(), 0
+        for stop in stops:
+            ids = np.arange(begin, stop)
+            interrupted |= set(index.add(ids, streams[ids], flags[ids]).tolist())
+            index.drop_before(stop - capacity)
+            begin = stop
+        found.append((index_state(index), {row for row in interrupted if row >= len(rows) - capacity}))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("capacity", [7, 30, 1000])
+def test_steps_added_at_once_leave_what_steps_added_one_by_one_leave(capacity):
+    rng, steps, envs = np.random.default_rng(0), 40, 3
+    ages, columns = np.zeros(envs, int), []
+    for _ in range(steps):
+        first, last = ages == 0, (ages > 0) & (rng.random(envs) < 0.3)
+        actions = np.where(last[:, None], 0, rng.uniform(-1, 1, (envs, 2)))
+        obs, rewards = rng.normal(size=(envs, 2)), np.where(first, 0, rng.normal(size=envs))
+        columns.append((obs, actions, rewards, first, last, last & (rng.random(envs) < 0.5)))
+        ages = np.where(last, 0, ages + 1)
+    one_by_one, at_once = ReplayBuffer(capacity), ReplayBuffer(capacity)
+    for step in columns:
+        one_by_one.add_rows(*step)
+    for part in (columns[:1], columns[1:12], columns[12:]):
+        whole = [
+            np.concatenate(column).astype(np.float32 if i < 3 else bool)
+            for i, column in enumerate(zip(*part, strict=True))
+        ]
+        add_steps(at_once, *whole, envs, latents={})
+    assert_same(one_by_one, at_once)
+    assert index_state(one_by_one._storage.index) == index_state(at_once._storage.index)
 
 
 @given(history=histories(), back=st.integers(0, 30))

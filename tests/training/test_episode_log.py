@@ -153,6 +153,24 @@ def test_a_reward_that_was_never_met_is_said(found, said):
     assert RewardsSeen(**json.loads(json.dumps(found.to_dict()))) == found
 
 
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50), st.sets(st.integers(1, 49)))
+def test_the_statistics_do_not_depend_on_how_rewards_are_divided_into_calls(rewards, cuts):
+    found = RewardsSeen()
+    for part in np.split(np.array(rewards, np.float32), sorted(cuts)):
+        found.add_rewards(part, prefill=True)
+    assert found == seen(rewards)
+
+
+def test_statistics_saved_by_an_earlier_version_are_continued():
+    rewards = [3.0, -1.0, 4.0, 1.5, -9.0, 2.0]
+    saved = {"steps": 4, "mean": np.mean(rewards[:4]), "spread": 4 * np.var(rewards[:4]), "low": -1.0, "high": 4.0}
+    found = RewardsSeen(**saved, since=None, worst=None, best=None)
+    found.add_rewards(np.array(rewards[4:]), prefill=True)
+    assert (found.steps, found.low, found.high) == (6, -9.0, 4.0)
+    assert found.mean == pytest.approx(np.mean(rewards))
+    assert found.spread == pytest.approx(6 * np.var(rewards))
+
+
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50))
 def test_the_statistics_of_the_prefill_are_those_of_its_rewards(rewards):
     found = seen(rewards)

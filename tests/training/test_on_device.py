@@ -5,6 +5,8 @@ import logging
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax_worlds import (
     CHOICES,
     CONFIG,
@@ -26,6 +28,7 @@ from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, TrainingConfig, evaluation, offline_then_online
 from worldloom.training.callbacks import Callback, CheckpointCallback, StopTraining
 from worldloom.training.on_device import fit as loop_module
+from worldloom.training.on_device.transfer import _of_episodes
 
 SLOW = pytest.mark.slow
 CASES = [
@@ -97,6 +100,21 @@ def test_neither_further_calls_nor_their_length_change_a_run(monkeypatch):
     for total in (1, 17, 40):
         parts.train(env, total_steps=total)
     assert_same(content(whole), content(parts))
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_returns_of_many_steps_are_those_of_one_step_after_the_other(steps, envs, seed):
+    rng = np.random.default_rng(seed)
+    is_first = rng.random((steps, envs)) < 0.2
+    rewards = np.where(is_first, 0, rng.normal(size=(steps, envs))).astype(np.float32)
+    returns, lengths = rng.normal(size=envs), rng.integers(0, 9, envs)
+    totals, ages = _of_episodes(is_first, rewards, returns, lengths)
+    for step in range(steps):
+        for env in range(envs):
+            returns[env] = (0.0 if is_first[step, env] else returns[env]) + rewards[step, env]
+            lengths[env] = 0 if is_first[step, env] else lengths[env] + 1
+        np.testing.assert_array_equal(totals[step], returns)
+        np.testing.assert_array_equal(ages[step], lengths)
 
 
 @SLOW
@@ -206,6 +224,24 @@ def test_an_evaluation_on_the_device_plays_the_episodes_of_the_host(monkeypatch)
         monkeypatch.setattr(evaluation, "is_on_device", lambda env: True)
         assert evaluation.play(model, env, seed=7, **options) == on_host
         assert len({end.length for end in on_host}) > 1
+
+
+def test_an_evaluation_on_the_device_stops_where_the_last_episode_ends(monkeypatch):
+    env = make_env(DRIFT, 3, seed=1)
+    model = trainer_in(env, Plain, CONFIG).model
+    seen, steps_on_device = [], evaluation.steps_on_device
+
+    def noted(*arguments):
+        for step in steps_on_device(*arguments):
+            seen.append(step)
+            yield step
+
+    monkeypatch.setattr(evaluation, "steps_on_device", noted)
+    ends = evaluation.play(model, env, episodes=7)
+    # Resets between an environment's episodes are steps, too.
+    steps = [sum(end.length + 1 for end in ends if end.env == i) - 1 for i in range(3)]
+    assert len(seen) == max(steps)
+    assert sum(len(step.events) for step in seen) >= 7
 
 
 def test_nan_in_an_evaluation_is_refused():

@@ -32,43 +32,36 @@ class Stream:
         self.dropped = 0
         self.in_progress = False
 
-    def extend(self, ids: np.ndarray, flags: np.ndarray) -> np.ndarray:
-        """Append the rows ``ids`` [N] with ``flags`` [N].
+    @property
+    def newest(self) -> int:
+        """Number of the newest row held; −1 for none."""
+        return int(self.rows.values[-1]) if len(self.rows) else -1
 
-        Returns:
-          Numbers of the rows [K] whose episode is interrupted: not marked last, and followed by another episode's first
-          row.
-        """
-        first = (flags & FIRST) != 0
-        # A stream of which all rows were dropped may go on in the middle of an episode; its rest counts as an episode.
-        starts = first.copy()
-        starts[0] |= len(self.rows) == 0
-        # The row before each new one; the first of a stream has none.
-        before = np.concatenate([self.rows.values[-1:], ids[:-1]]) if len(self.rows) else ids[:-1]
-        interrupts = np.concatenate([[self.in_progress], (flags[:-1] & LAST) == 0]) & first
-        interrupted = before[interrupts[len(ids) - len(before) :]]
-        self.starts.extend(np.flatnonzero(starts) + self.dropped + len(self.rows))
-        self.rows.extend(ids)
-        self.in_progress = not flags[-1] & LAST
-        return interrupted
+    @property
+    def length(self) -> int:
+        """Rows from the beginning of the stream on, dropped ones included: the position of the next row."""
+        return self.dropped + len(self.rows)
 
     def drop_before(self, first: int) -> None:
         """Drop the rows numbered below ``first``; of an episode cut in the middle, the rest stays."""
-        count = int(np.searchsorted(self.rows.values, first))
+        count = int(self.rows.values.searchsorted(first))
+        if count == 0:
+            return
         self.rows.drop_left(count)
         self.dropped += count
         if len(self.rows) == 0:
             self.starts.drop_left(len(self.starts))
         else:
             # The last start at or before the oldest row belongs to the episode that the cut leaves in part.
-            self.starts.drop_left(int(np.searchsorted(self.starts.values, self.dropped, side="right")) - 1)
-            self.starts.values[0] = max(self.starts.values[0], self.dropped)
+            starts = self.starts.values
+            last = int(starts.searchsorted(self.dropped, side="right")) - 1
+            starts[last] = max(starts[last], self.dropped)
+            self.starts.drop_left(last)
 
     def truncate(self, end: int) -> None:
         """Drop the rows numbered ``end`` and above. The caller, who has the flags, sets ``in_progress``."""
         self.rows.drop_right(len(self.rows) - int(np.searchsorted(self.rows.values, end)))
-        stop = self.dropped + len(self.rows)
-        self.starts.drop_right(len(self.starts) - int(np.searchsorted(self.starts.values, stop)))
+        self.starts.drop_right(len(self.starts) - int(np.searchsorted(self.starts.values, self.length)))
 
     def episodes(self) -> tuple[np.ndarray, np.ndarray]:
         """Index into ``rows`` at which each episode begins, and its number of rows: two int64 [E]."""
@@ -85,7 +78,7 @@ class Stream:
 
         Row numbers, int64 [W, length]; windows that are incomplete or no longer held are left out.
         """
-        end = self.dropped + len(self.rows)
+        end = self.length
         first = self.dropped + int(np.searchsorted(self.rows.values, row, side="right"))  # position of a window's end
         windows = np.arange(max(first // length, -(-self.dropped // length)), end // length)
         return self.rows.values[windows[:, None] * length + np.arange(length) - self.dropped]
@@ -106,11 +99,28 @@ class EpisodeIndex:
     def add(self, ids: np.ndarray, streams: np.ndarray, flags: np.ndarray) -> np.ndarray:
         """Add the rows ``ids`` [N] of ``streams`` [N]; returns the rows [K] whose episode they interrupt."""
         self._episodes = self._finished = None
-        interrupted = []
-        for number in np.unique(streams).tolist():
-            mine = streams == number
-            interrupted.append(self._streams.setdefault(number, Stream()).extend(ids[mine], flags[mine]))
-        return np.concatenate(interrupted)
+        # Stream by stream: those of the k-th are at begin[k] … end[k] - 1.
+        order = np.argsort(streams, kind="stable")
+        ids, streams, flags = ids[order], streams[order], flags[order]
+        begin = np.concatenate([[0], np.flatnonzero(np.diff(streams)) + 1])
+        end = np.append(begin[1:], len(ids))
+        mine = [self._streams.setdefault(number, Stream()) for number in streams[begin].tolist()]
+        is_first, is_open = flags & FIRST != 0, flags & LAST == 0
+        # The row before each one in its stream (-1 for none), and whether its episode was in progress there.
+        before, was_open = np.empty_like(ids), np.empty_like(is_open)
+        before[1:], was_open[1:] = ids[:-1], is_open[:-1]
+        before[begin] = [stream.newest for stream in mine]
+        was_open[begin] = [stream.in_progress for stream in mine]
+        # A stream of which all rows were dropped may go on in the middle of an episode; its rest counts as an episode.
+        starts = np.flatnonzero(is_first | (before < 0))
+        cuts = starts.searchsorted(np.append(begin, len(ids))).tolist()
+        opened = is_open[end - 1].tolist()
+        for k, (stream, a, b) in enumerate(zip(mine, begin.tolist(), end.tolist(), strict=True)):
+            if cuts[k] < cuts[k + 1]:
+                stream.starts.extend(starts[cuts[k] : cuts[k + 1]] + (stream.length - a))
+            stream.rows.extend(ids[a:b])
+            stream.in_progress = opened[k]
+        return before[is_first & was_open & (before >= 0)]
 
     @property
     def dropped(self) -> dict[int, int]:

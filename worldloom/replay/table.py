@@ -115,8 +115,13 @@ class RowTable:
     def append(self, values: Mapping[str, np.ndarray], count: int) -> np.ndarray:
         """Add ``count`` rows, ``{column: [count, ...]}``; returns their numbers, int64 [count]."""
         ids = self.extend(count)
-        for name in self.columns:
-            self.put(name, ids, values[name])
+        done, size = 0, self.block_rows
+        while done < count:
+            index, offset = divmod(self.end - count + done, size)
+            here = min(count - done, size - offset)
+            for name, column in self._writable(index).items():
+                column[offset : offset + here] = values[name][done : done + here]
+            done += here
         return ids
 
     def append_block(self, block: Block) -> None:

@@ -203,8 +203,11 @@ class Collector:
             self.queue = OnlineQueue(int(counts.get("drawn", _newest_row(self.replay))))
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise FileFormatError(f"The saved counts of the environments make no sense: {error!r}.") from error
-        if not arrays:
-            return
+        if arrays:
+            self.load_arrays(arrays)
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """The part of :meth:`load_state_dict` that returns to the environments, and to what was chosen for them."""
         saved = strip_prefix(arrays, "env/")
         limit, longest = self.env.episode_length or self._max_episode_steps, int(saved["lengths"].max())
         if strip_prefix(saved, "actions/") and _REPLAY_SAID < longest <= limit:

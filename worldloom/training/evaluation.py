@@ -71,7 +71,8 @@ def play(
     Every environment plays the same number of episodes (the first ones one more if ``episodes`` is not a multiple):
     counting the episodes that finish first would be biased towards short ones. The same arguments give the same
     episodes. Environments in JAX with a time limit are played in one compiled program, without images: take as many
-    environments as episodes. What takes longer than ten seconds logs how far it is.
+    environments as episodes on a GPU, and a tenth as many on a CPU, where an environment that waits for the longest
+    episode costs as much as one that plays. What takes longer than ten seconds logs how far it is.
 
     Args:
       model: a world model with the environment's shapes.
@@ -102,12 +103,11 @@ def play(
     tally = _Tally(env, episodes, max_steps or env.episode_length or TrainingConfig.max_episode_steps)
     time_step, number, recording = env.reset(seed=seed), 0, frames is not None
     if not recording and tally.never_cuts and is_on_device(env):
-        for each in steps_on_device(act, params, key, carry, env, time_step):
+        for each in steps_on_device(act, params, key, carry, env, time_step, tally.remaining):
             tally.add(each)
             if interrupted():
                 raise Interrupted
-            if not tally.remaining.any():
-                return tally.ends
+        return tally.ends
     while tally.remaining.any():
         if recording and frames is not None:
             frames.append(env.render())

@@ -26,6 +26,9 @@ class RewardsSeen:
       since: largest reward after the prefill; None until then.
       worst: smallest return of an episode; None before the first end.
       best: largest return of an episode; None before the first end.
+      origin: number near the rewards of the prefill, from which deviations are summed: the first of them; None before.
+      total: sum of their deviations from it, ``mean = origin + total / steps``.
+      squares: sum of the squares of these deviations, ``spread = squares − total² / steps``.
     """
 
     steps: int = 0
@@ -36,20 +39,35 @@ class RewardsSeen:
     since: float | None = None
     worst: float | None = None
     best: float | None = None
+    origin: float | None = None
+    total: float = 0.0
+    squares: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps and self.origin is None:
+            # Checkpoints of earlier versions hold no sums: deviations from the mean sum to 0.
+            self.origin, self.total, self.squares = self.mean, 0.0, self.spread
 
     def add_rewards(self, rewards: np.ndarray, *, prefill: bool) -> None:
-        """Add the rewards [N] of one or several steps of the environments."""
-        if not prefill and len(rewards):
-            highest = float(rewards.max())
+        """Add the rewards [N] of one or several steps of the environments.
+
+        The numbers do not depend on how rewards are divided into calls.
+        """
+        if len(rewards) == 0:
+            return
+        lowest, highest = float(rewards.min()), float(rewards.max())
+        if not prefill:
             self.since = highest if self.since is None else max(self.since, highest)
             return
-        for reward in map(float, rewards):
-            self.low = reward if self.low is None else min(self.low, reward)
-            self.high = reward if self.high is None else max(self.high, reward)
-            self.steps += 1  # Welford's update of mean and spread
-            deviation = reward - self.mean
-            self.mean += deviation / self.steps
-            self.spread += deviation * (reward - self.mean)
+        if self.low is None or self.high is None or self.origin is None:
+            self.low, self.high, self.origin = lowest, highest, float(rewards[0])
+        self.low, self.high = min(self.low, lowest), max(self.high, highest)
+        deviations = rewards.astype(np.float64) - self.origin
+        self.steps += len(rewards)
+        self.total = _add_in_order(self.total, deviations)
+        self.squares = _add_in_order(self.squares, deviations * deviations)
+        self.mean = self.origin + self.total / self.steps
+        self.spread = max(0.0, self.squares - self.total**2 / self.steps)
 
     def add_return(self, value: float) -> None:
         """Add the return of a whole episode."""
@@ -85,3 +103,8 @@ class RewardsSeen:
 
 
 _ADVICE = "Try prefill_policy='correlated', a longer prefill or more environments."
+
+
+def _add_in_order(start: float, values: np.ndarray) -> float:
+    """``start`` plus ``values`` [N], added one after the other; ``np.sum`` would add in pairs."""
+    return float(np.add.accumulate(np.concatenate([[start], values]))[-1])

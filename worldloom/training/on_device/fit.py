@@ -79,15 +79,19 @@ def fit_members(
     stopped = lambda: bool(interrupts.received or any(each.stop_reason for each in callbacks))  # noqa: E731
     for run, each in zip(runs, callbacks, strict=True):
         each.on_train_begin(run)
-    if not stopped():
-        device.collect_until_due(stopped)
-    while runs[0].step < total_steps and not stopped():
-        end = min(callbacks[0].next_step(runs[0].step) or total_steps, total_steps)
-        device.train(end)
-        if runs[0].step == end:
-            device.download()
-            for run, each in zip(runs, callbacks, strict=True):
-                each.on_step(run)
+    try:
+        if not stopped():
+            device.collect_until_due(stopped)
+        while runs[0].step < total_steps and not stopped():
+            end = min(callbacks[0].next_step(runs[0].step) or total_steps, total_steps)
+            device.train(end)
+            if runs[0].step == end:
+                device.download()
+                device.give_learners()
+                for run, each in zip(runs, callbacks, strict=True):
+                    each.on_step(run)
+    finally:
+        device.give_learners()
     device.finish()
     for run, each in zip(runs, callbacks, strict=True):
         run.sync()
@@ -139,7 +143,7 @@ class Device:
         )
         self.state: LoopState = self._stack([each.upload() for each in self._transfers])
         self.learner: Learner = self._stack([run.learner for run in self.runs])
-        self._give_learners()
+        self.give_learners()
         self._updated: list[Any] = []
         self._most = 1 if first.unrolled else min(8, _MOST_UPDATES)
         self._speed = 0.0
@@ -190,7 +194,8 @@ class Device:
         trouble = np.atleast_1d(np.asarray(self.state.actor.trouble))
         self._time(count, time.perf_counter() - started)
         self._updated.append((output.ids, count))
-        self._give_learners()
+        if (trouble != FINE).any():
+            self.give_learners()
         for index, run in enumerate(self.runs):
             mine: ChunkOutput = self._of(output, index)
             done = count if trouble[index] == FINE else int(run.state.step) - step
@@ -215,6 +220,13 @@ class Device:
             transfer.write_back()
             transfer.write_back_from(None)
             run.read_state()  # notes how many updates were skipped
+
+    def give_learners(self) -> None:
+        """Let each run hold its own state: before anybody reads it, as cutting it out costs time at every call."""
+        if self.learner.state.step.is_deleted():
+            return  # A call failed, and what was donated to it is gone.
+        for index, run in enumerate(self.runs):
+            run.learner = self._of(self.learner, index)
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
@@ -282,11 +294,6 @@ class Device:
             self._most = int(np.clip(_SECONDS * count / seconds, 1, _MOST_UPDATES))
         self._speed = count / seconds
 
-    def _give_learners(self) -> None:
-        """Let each run hold its own state; those of several are only cut out when somebody reads them."""
-        for index, run in enumerate(self.runs):
-            run.learner = self._of(self.learner, index)
-
     def _ring(self, transfer: Transfer) -> Any:
         return self._of(self.state.ring, self._transfers.index(transfer))
 
@@ -297,7 +304,13 @@ class Device:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if self._members else trees[0]
 
     def _of(self, tree: Any, index: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[index], tree) if self._members else tree
+        return _cut(tree, index) if self._members else tree
+
+
+@jax.jit
+def _cut(tree: Any, index: Any) -> Any:
+    """Entry ``index`` of all arrays, in one call."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def _before(run: Run) -> int:

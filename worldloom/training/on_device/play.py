@@ -28,11 +28,18 @@ def is_on_device(env: Any) -> bool:
 
 
 def steps_on_device(
-    act: Callable[..., Any], params: Any, key: jax.Array, carry: Any, env: VectorEnv, first: TimeStep
+    act: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    carry: Any,
+    env: VectorEnv,
+    first: TimeStep,
+    episodes: np.ndarray,
 ) -> Iterator[TimeStep]:
     """The time steps that ``play`` sees after ``first``, the reset of ``env``; their observations are left out.
 
-    ``env`` itself stays at its reset. Raises ``DataError`` for NaN from an environment or from the policy.
+    The last one is that at which every environment has ended its ``episodes`` [N]. ``env`` itself stays at its reset.
+    Raises ``DataError`` for NaN from an environment or from the policy.
     """
     backend = as_backend(env)
     assert backend.batch is not None
@@ -40,11 +47,15 @@ def steps_on_device(
     count = env.num_envs
     none = np.zeros(count, bool)
     state = (carry, jax.tree.map(jnp.copy, backend.batch), first.obs, none, first.is_first, np.zeros(count, np.int32))
-    returns, lengths, number = np.zeros(count), np.zeros(count, int), 0
-    while True:
-        state, arrivals = program(params, key, entropy_words(env.seed), state, np.int32(number))
-        reward, is_first, is_last, is_terminal, info, good = jax.device_get(arrivals)
-        for step in range(len(reward)):
+    returns, lengths, number, remaining = np.zeros(count), np.zeros(count, int), 0, episodes.astype(np.int32)
+    while remaining.any():
+        state, remaining, done, arrivals = program(
+            params, key, entropy_words(env.seed), state, remaining, np.int32(number)
+        )
+        remaining, done, (reward, is_first, is_last, is_terminal, info, good) = jax.device_get(
+            (remaining, done, arrivals)
+        )
+        for step in range(done):
             if not good[step]:
                 env.close()
                 raise DataError("An observation, a reward or an action came back NaN or infinite; check the simulator.")
@@ -62,14 +73,19 @@ def steps_on_device(
                 for i in np.flatnonzero(is_last[step])
             ]
             yield TimeStep({}, reward[step], is_first[step], is_last[step], is_terminal[step], tuple(ends))
-        number += len(reward)
+        number += int(done)
 
 
 @functools.lru_cache(maxsize=16)
 def _program(env: Any, limit: int | None, act: Any, steps: int) -> Callable[..., Any]:
-    """``steps`` steps of all environments: (params, key, entropy, state, number) → (state, arrivals [steps, N])."""
+    """Up to ``steps`` steps of all environments, until none has episodes remaining.
 
-    def run(params: Any, key: jax.Array, entropy: jax.Array, state: Any, number: jax.Array) -> Any:
+    (params, key, entropy, state, remaining int32 [N], number) → (state, remaining, steps done, arrivals [steps, N]).
+    """
+
+    def run(
+        params: Any, key: jax.Array, entropy: jax.Array, state: Any, remaining: jax.Array, number: jax.Array
+    ) -> Any:
         def step(state: Any, number: jax.Array) -> Any:
             carry, envs, obs, over, is_first, episodes = state
             inputs = jax.lax.optimization_barrier((params, carry, obs, is_first))
@@ -83,6 +99,19 @@ def _program(env: Any, limit: int | None, act: Any, steps: int) -> Callable[...,
             row = (arrival.reward, over, arrival.is_last, arrival.is_terminal, arrival.info, good)
             return (carry, envs, arrival.obs, arrival.is_last, over, episodes), row
 
-        return jax.lax.scan(step, state, number + jnp.arange(steps))
+        def go_on(loop: Any) -> jax.Array:
+            _, remaining, done, _ = loop
+            return (done < steps) & jnp.any(remaining > 0)
+
+        def body(loop: Any) -> Any:
+            state, remaining, done, rows = loop
+            state, row = step(state, number + done)
+            _, _, is_last, *_ = row
+            rows = jax.tree.map(lambda whole, part: whole.at[done].set(part), rows, row)
+            return state, jnp.maximum(remaining - is_last, 0), done + 1, rows
+
+        _, shapes = jax.eval_shape(step, state, number)
+        rows = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), shapes)
+        return jax.lax.while_loop(go_on, body, (state, remaining, jnp.zeros((), jnp.int32), rows))
 
     return jax.jit(run)

@@ -7,6 +7,7 @@ later call of ``train`` on the host know nothing of the loop on the device.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,8 +32,8 @@ from worldloom.training.run_state import Run
 from worldloom.training.update_loop import CompiledUpdate
 from worldloom.training.writeback import strip_prefix
 
-_PIECE = 1 << 14
-"""Rows that are copied at a time."""
+_PIECE_BYTES = 1 << 25
+"""About how many bytes of rows are copied at a time."""
 _MOST_ROWS = 2**31 - 2**24
 """Numbers of rows are int32 on the device."""
 
@@ -120,6 +121,8 @@ class Transfer:
         self.guarded = update.guarded(self.names)
         output = update.abstract_metrics(run.learner.state, batches)
         self._fresh = output.get(LATENTS, {}) if self.keeps_latents else {}
+        row_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._row))
+        self._piece = max(1, _PIECE_BYTES // row_bytes)
         self._synced = end
         self._returns: np.ndarray | None = None
         self._dirty: list[np.ndarray] = []
@@ -170,8 +173,8 @@ class Transfer:
         replay, spec = self.collector.replay, self.spec
         first, end = replay.state_dict().values()
         columns = jax.tree.map(lambda leaf: np.zeros((spec.slots, *leaf.shape), leaf.dtype), self._row)
-        for begin in range(first, end, _PIECE):
-            ids = np.arange(begin, min(begin + _PIECE, end))
+        for begin in range(first, end, self._piece):
+            ids = np.arange(begin, min(begin + self._piece, end))
             found = replay.take(ids[:, None], latents=self.keeps_latents)
             found = {name: jax.tree.map(lambda x: x[:, 0], found[name]) for name in found if name != "context"} | {
                 "latents": found.get("context", {})
@@ -230,7 +233,8 @@ class Transfer:
         self.collector.queue.drawn = int(jax.device_get(ring.drawn))
         if int(actor.trouble) != FINE:
             self._raise_trouble(int(actor.trouble), actor)
-        self.collector.load_state_dict(*self._collector_state(state, actor))
+        self.collector.calls = int(actor.calls)
+        self.collector.load_arrays(self._collector_arrays(state, actor))
         self.run.writeback.load_state_arrays(self._waiting_latents(state.unwritten))
 
     def write_back_from(self, ring: Callable[[], Ring] | None) -> None:
@@ -246,8 +250,8 @@ class Transfer:
         replay, ring = self.collector.replay, self._ring_now()
         ids = np.unique(np.concatenate([each.ravel() for each in self._dirty]))
         ids = ids[ids >= replay.state_dict()["first_row"]]
-        for begin in range(0, len(ids), _PIECE):
-            part = ids[begin : begin + _PIECE]
+        for begin in range(0, len(ids), self._piece):
+            part = ids[begin : begin + self._piece]
             replay.write_latents(part, _fetch(ring._asdict(), ("latents",), part % self.spec.slots)["latents"])
         # Latents that wait for their turn will be written on the device later.
         self._dirty = [ids for pending in self.run.writeback.waiting for ids in pending.row_ids]
@@ -262,8 +266,8 @@ class Transfer:
         replay, slots = self.collector.replay, self.spec.slots
         assert end - self._synced <= slots
         pieces = []
-        for begin in range(self._synced, end, _PIECE):
-            ids = np.arange(begin, min(begin + _PIECE, end))
+        for begin in range(self._synced, end, self._piece):
+            ids = np.arange(begin, min(begin + self._piece, end))
             found = _fetch(ring._asdict(), COLUMNS, ids % slots)
             flags = found["flags"]
             actions, is_last = found["actions"], flags & LAST > 0
@@ -306,36 +310,32 @@ class Transfer:
         for prefill in (True, False):
             chosen = in_prefill == prefill
             collector.seen.add_rewards(rewards[chosen][~over[chosen]], prefill=prefill)
-        # Returns are summed in the order in which rewards arrived, as on the host.
         saved = env.state()
-        returns, lengths = saved["returns"], saved["lengths"]
-        begun = np.zeros(env.num_envs, int)
-        for step, stream in zip(*np.nonzero(flags & LAST), strict=True):
-            total, length = _continued(returns, lengths, flags, rewards, begun, step, stream)
-            end = EpisodeEnd(
-                env=int(stream),
-                episode_return=total,
-                length=length,
-                terminated=bool(flags[step, stream] & TERMINAL),
-                crashed=False,
-                info={n: float(v[step, stream]) for n, v in info.items() if np.isfinite(v[step, stream])},
-            )
-            env_steps = int(before[step + 1]) * env.action_repeat
-            prefill = bool(before[step + 1] <= collector.prefill)
+        totals, lengths = _of_episodes(flags & FIRST > 0, rewards, saved["returns"], saved["lengths"])
+        steps, streams = np.nonzero(flags & LAST)
+        ends = zip(
+            steps.tolist(),
+            streams.tolist(),
+            totals[steps, streams].tolist(),
+            lengths[steps, streams].tolist(),
+            (flags[steps, streams] & TERMINAL > 0).tolist(),
+            strict=True,
+        )
+        info = {name: values[steps, streams].tolist() for name, values in info.items()}
+        decisions = before.tolist()
+        for i, (step, stream, total, length, terminated) in enumerate(ends):
+            numbers = {name: values[i] for name, values in info.items() if math.isfinite(values[i])}
+            end = EpisodeEnd(stream, total, length, terminated, crashed=False, info=numbers)
+            env_steps, prefill = decisions[step + 1] * env.action_repeat, decisions[step + 1] <= collector.prefill
             collector.ends.append(EpisodeRecord(collector.episodes, env_steps, prefill, end))
             collector.episodes += 1
             collector.seen.add_return(total)
-        for stream in range(env.num_envs):
-            if begun[stream] < len(flags):
-                _continued(returns, lengths, flags, rewards, begun, len(flags) - 1, stream)
-        self._returns = returns
-        collector.decisions = int(before[-1])
+        self._returns = totals[-1]
+        collector.decisions = decisions[-1]
 
-    def _collector_state(self, state: LoopState, actor: Actor) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What ``Collector.load_state_dict`` takes."""
-        counts, before = self.collector.state_dict()
-        counts |= {"calls": int(actor.calls), "drawn": self.collector.queue.drawn}
-        saved = strip_prefix(before, "env/")
+    def _collector_arrays(self, state: LoopState, actor: Actor) -> dict[str, np.ndarray]:
+        """What ``Collector.load_arrays`` takes."""
+        saved = self.env.state()
         steps = np.asarray(state.actor.envs.steps).astype(np.int64)
         env = {
             "seed": saved["seed"],
@@ -352,7 +352,7 @@ class Transfer:
         arrays: dict[str, Any] = {f"env/{name}": np.array(value) for name, value in env.items()}
         arrays |= {f"carry/{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(actor.carry))}
         arrays |= {f"latents/{name}": value for name, value in actor.latents.items()}
-        return counts, arrays | {f"actions/{ACTION}": actor.actions}
+        return arrays | {f"actions/{ACTION}": actor.actions}
 
     def _waiting_latents(self, unwritten: Unwritten) -> dict[str, np.ndarray]:
         """What ``LatentWriteback.load_state_arrays`` takes: the latents of updates whose turn has not come."""
@@ -391,24 +391,25 @@ class Transfer:
                 )
 
 
-def _continued(
-    returns: np.ndarray,
-    lengths: np.ndarray,
-    flags: np.ndarray,
-    rewards: np.ndarray,
-    begun: np.ndarray,
-    step: int,
-    stream: int,
-) -> tuple[float, int]:
-    """Add the rewards of ``stream`` from its step ``begun`` to ``step`` to its return, in place; returns both sums."""
-    for at in range(begun[stream], step + 1):
-        if flags[at, stream] & FIRST:
-            returns[stream], lengths[stream] = 0.0, 0
-        else:
-            lengths[stream] += 1
-        returns[stream] += rewards[at, stream]
-    begun[stream] = step + 1
-    return float(returns[stream]), int(lengths[stream])
+def _of_episodes(
+    is_first: np.ndarray, rewards: np.ndarray, returns: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return and length of each environment's episode after each of S steps, float64 and int64 [S, N].
+
+    Rewards are added one after the other, as ``VectorEnv`` does, so that the sums are the same to the last bit.
+
+    Args:
+      is_first: whether an episode begins there, bool [S, N].
+      rewards: [S, N].
+      returns: before these steps, float64 [N].
+      lengths: before these steps, integers [N].
+    """
+    totals = np.empty(rewards.shape)
+    for step in range(len(rewards)):
+        returns = totals[step] = np.where(is_first[step], 0.0, returns) + rewards[step]
+    steps = np.arange(len(rewards))[:, None]
+    begun = np.maximum.accumulate(np.where(is_first, steps, -1 - lengths))
+    return totals, steps - begun
 
 
 def _put(slots: np.ndarray, column: np.ndarray, values: np.ndarray) -> None:
