@@ -62,7 +62,7 @@ class Place:
       seconds: at most so long.
       env: environment variables of the processes that it starts.
       before: what an earlier start wrote of this measurement; empty if nothing.
-      ask: ``ask(call, arguments, flags)`` is the figure of a new worker that has the device for itself.
+      ask: ``ask(call, arguments, env)`` is the figure of a new worker that has the device for itself.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ class Place:
     seconds: float
     env: Mapping[str, str]
     before: Mapping[str, Any]
-    ask: Callable[[str, Mapping[str, Any], str | None], Any]
+    ask: Callable[[str, Mapping[str, Any], Mapping[str, str]], Any]
 
     def run(self, words, *, env=None, stop_first=0.0, cwd=None):
         """See ``run_command``."""

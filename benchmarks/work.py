@@ -72,8 +72,8 @@ def update_call(name, **sizes):
 def chunk_call(name, capacity, **sizes):
     """``call(count)`` starts ``count`` updates in one compiled call, as training does, and returns without waiting.
 
-    Also returns the model, a function that traces a single update, one that lowers the program of the call, and the
-    largest ``count``: ``capacity``, or 1 where updates cannot be in a loop.
+    Also returns the model, a function that traces a single update, the compiled program, and the largest ``count``:
+    ``capacity``, or 1 where updates cannot be in a loop.
     """
     model, training, batch, state = update_parts(name, **sizes)
     capacity, unrolled = call_capacity(model, training.replace(updates_per_call=capacity), jax.devices()[0])
@@ -85,12 +85,14 @@ def chunk_call(name, capacity, **sizes):
     now = {"learner": Learner(state, NonFiniteGuard.create())}
     batches = jax.device_put(jax.tree.map(lambda x: np.broadcast_to(x, (capacity, *x.shape)), batch))
 
+    # Compiled ahead of the first call, which would otherwise compile it a second time.
+    program = compiled.lower(now["learner"], batches).compile()
+
     def call(count):
-        now["learner"], output = compiled(now["learner"], batches, count)
+        now["learner"], output = program(*now["learner"], batches, count, None)
         return output.metrics
 
-    trace = lambda: jax.jit(update).trace(shapes, batch, jax.random.key(1))  # noqa: E731
-    return call, model, trace, lambda: compiled.lower(now["learner"], batches), capacity
+    return call, model, lambda: jax.jit(update).trace(shapes, batch, jax.random.key(1)), program, capacity
 
 
 def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
