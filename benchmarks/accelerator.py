@@ -11,6 +11,7 @@ mean nothing.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import subprocess
@@ -221,9 +222,9 @@ def main():
                     "--smoke tries everything in tiny sizes on the CPU.", file=sys.stderr,
                 )  # fmt: skip
                 raise SystemExit(2)
-            store = Store(folder)
-            store.open_for(about | {"smoke": args.smoke, "revision": revision()})
-            run(planned, store, workers, args)
+            with contextlib.closing(Store(folder)) as store:
+                store.open_for(about | {"smoke": args.smoke, "revision": revision()})
+                run(planned, store, workers, args)
         except (NoDevice, OutOfTime) as error:
             raise SystemExit(f"No process could be started on this device: {error}") from None
         finally:

@@ -27,8 +27,9 @@ PUBLISHED = {
     "dreamerv3/dmc-proprio@2024": ["--env", "dmc:cartpole_balance"],
 }
 SMALL = [  # a run of the protocol that ends at once, without dm_control
-    "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--time-limit", 20, "--steps", 60, "--prefill", 40,
+    "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--time-limit", 20, "--steps", 100, "--prefill", 40,
     "--prefill-updates", 2, "--batch-size", 4, "--eval-episodes", 1, "--no-eval-at-start", "--no-eval-greedy",
+    "--iterations", 1,
 ]  # fmt: skip
 LOOPS = {"training": 90, "random": 60, "policy": 60, "evaluation": 60, "seeds": 150}
 MANY = {
@@ -36,7 +37,7 @@ MANY = {
     "dreamerv3:tiny": ("jax:CartPole-v1", {"env_steps": 12_000, "num_envs": 4}),
 }
 FEW = {"env_steps": 60, "prefill": 40, "prefill_updates": 2, "batch_size": 4, "eval_at_end": False,
-       "env_options": {"time_limit": 20}}  # fmt: skip
+       "env_options": {"time_limit": 20}, "model": {"iterations": 1}}  # fmt: skip
 
 
 def tasks(smoke):

@@ -22,9 +22,14 @@ class Store:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
             sentence = f"Another process is measuring into {self.folder}; wait for it, or choose another --out."
             raise SystemExit(sentence) from None
         self.status = {"done": [], "left": [], "failed": {}, "left out": {}, **self._read("status")}
+
+    def close(self):
+        """Let another process write."""
+        self._lock.close()
 
     def open_for(self, about):
         """Compare device and sizes with those of the figures that are there; ``about`` is written beside them."""

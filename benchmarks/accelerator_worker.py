@@ -3,6 +3,7 @@
 The program itself never starts a JAX backend: it would keep most of the memory of a card from the others.
 """
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -110,15 +111,18 @@ class Worker:
 
     def close(self):
         """Let it end by itself, so that it gives back its memory before the next one starts."""
-        self._process.stdin.close()
-        try:
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        self.kill()
 
     def kill(self):
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what a dead process has not read
+                pipe.close()
 
     def _answer(self, clock, most):
         seconds, late = clock.limit(most)

@@ -80,7 +80,7 @@ def check_figures(figures):
         assert update["gflop"] > 0
         assert update["memory_mb"]["temporary"] > 0
     assert speed["profile tdmpc2:tiny"]["kernels_per_call"] > 10
-    assert learn["tdmpc2/dmc seed 1"]["env_steps"] == 60
+    assert learn["tdmpc2/dmc seed 1"]["env_steps"] == 100
     assert set(learn["2 seeds tdmpc2:tiny"]["members"]) == {"seed0", "seed1"}
 
 
@@ -130,6 +130,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(tmp_path, benchmarks
             store.Store(tmp_path)
     finally:
         workers.kill()
+        kept.close()
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["done"] == ["speed/is fine"]
     assert set(status["failed"]) == {f"speed/{task.name}" for _, task in planned[:-1]}
