@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=15)
     kept_or_returned(parser)
     args = parser.parse_args()
-    call, model, lowered = imagine_call(
+    call, model, trace = imagine_call(
         args.model,
         obs_shape=(24,),
         action_dim=6,
@@ -31,7 +31,7 @@ def main():
     )
     timing = measure(call, repeats=args.repeats)
     about = {"states_per_second": args.batch_size * args.horizon / timing["median_seconds"], **vars(args)}
-    print(json.dumps(report("seconds per imagined trajectory batch", timing, model, lowered, **about), indent=2))
+    print(json.dumps(report("seconds per imagined trajectory batch", timing, model, trace, **about), indent=2))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ EVERY = 5
 """Updates between two progress messages."""
 
 
-def live(name, folder, steps, save_every):
+def live(name, folder, steps, save_every, device):
     """One process of a run: resume from the latest checkpoint and train to the end."""
     from runs import fingerprint, small_run
 
     progress = (EVERY, lambda info: print(info.step, flush=True))
-    trainer, source = small_run(name, folder, steps=steps, save_every=save_every, callbacks=[progress])
+    trainer, source = small_run(name, folder, steps=steps, save_every=save_every, callbacks=[progress], device=device)
     trainer.train(source, resume="auto")
     (folder / FINISHED).write_text(json.dumps(fingerprint(trainer, source, folder)))
 
@@ -41,7 +41,7 @@ class Life:
     def __init__(self, name, folder, options):
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, __file__, "--live", name, "--folder", str(folder)]
-        command += ["--steps", str(options.steps), "--save-every", str(options.save_every)]
+        command += ["--steps", str(options.steps), "--save-every", str(options.save_every), "--device", options.device]
         self.folder, self.log = folder, folder / "stderr.txt"
         with self.log.open("ab") as errors:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -119,12 +119,13 @@ def main():
     parser.add_argument("--steps", type=int, default=200, help="updates of a run")
     parser.add_argument("--save-every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
+    parser.add_argument("--device", default="cpu", help="of TrainingConfig; auto is what JAX has")
     parser.add_argument("--folder", help="folder of the runs; temporary by default")
     parser.add_argument("--cli", action="store_true", help="stop the command line; --runs are tdmpc2, dreamerv3, toy")
     parser.add_argument("--live", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.live:
-        live(options.live, Path(options.folder), options.steps, options.save_every)
+        live(options.live, Path(options.folder), options.steps, options.save_every, options.device)
         return
     if options.cli and options.runs == ",".join(RUNS):
         options.runs = "tdmpc2,dreamerv3"

@@ -36,8 +36,8 @@ def one(setting, name, obs, batch_size, length, repeats):
 
     obs_shape = (64, 64, 3) if obs == "image" else (24,)
     sizes = {"batch_size": batch_size, "length": length, "training": SETTINGS[setting]}
-    call, _, lower = update_call(name, obs_shape=obs_shape, action_dim=6, **sizes)
-    program = lower().compile()
+    call, _, trace = update_call(name, obs_shape=obs_shape, action_dim=6, **sizes)
+    program = trace().lower().compile()
     before = peak_bytes()
     timing = measure(call, repeats=repeats)
     return {

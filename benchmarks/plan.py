@@ -22,7 +22,7 @@ def main():
     kept_or_returned(parser)
     args = parser.parse_args()
     sizes = {"obs_shape": (24,), "action_dim": 6, "precision": args.precision}
-    one, model, lowered = plan_call(args.model, **sizes)
+    one, model, trace = plan_call(args.model, **sizes)
     many, _, _ = plan_call(args.model, **sizes, environments=args.environments)
     timing = measure(one, repeats=args.repeats)
     many()
@@ -31,7 +31,7 @@ def main():
         apart = args.environments * measure(one, repeats=3)["median_seconds"]
         ratios.append(apart / measure(many, repeats=1)["median_seconds"])
     about = {"batching": statistics.median(ratios), **vars(args)}
-    print(json.dumps(report("seconds per plan for one environment", timing, model, lowered, **about), indent=2))
+    print(json.dumps(report("seconds per plan for one environment", timing, model, trace, **about), indent=2))
 
 
 if __name__ == "__main__":

@@ -36,16 +36,16 @@ _MODELS = {
 _ENVS = {"tdmpc2": "Pendulum-v1", "dreamerv3": "CartPole-v1", "toy": "MountainCarContinuous-v0"}
 
 
-def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=()):
-    """A trainer and what it trains from; ``name`` is one of ``RUNS``."""
+def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=(), device="cpu"):
+    """A trainer and what it trains from; ``name`` is one of ``RUNS``, ``device`` one of ``TrainingConfig``."""
     table.BLOCK_BYTES = 1 << 10
     family, _, kind = name.partition("-")
     env = make_env(f"jax:{_ENVS[family]}" if kind == "jax" else _ENVS[family], num_envs=2, seed=5, time_limit=30)
     shapes = {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
-    model = toy_model(shapes) if family == "toy" else real_model(family, shapes)
+    model = toy_model(shapes) if family == "toy" else real_model(family, shapes, device)
     config = TrainingConfig(
         total_steps=steps, batch_size=4, sequence_length=6, learning_rate=1e-3, prefill=60,
-        log_interval=max(7, steps // 500), replay_capacity=200, updates_per_call=3, device="cpu", seed=11,
+        log_interval=max(7, steps // 500), replay_capacity=200, updates_per_call=3, device=device, seed=11,
     )  # fmt: skip
     latents = model.algorithm.replay_spec(model.config, config).latents
     if kind in ("online", "jax"):
@@ -62,9 +62,9 @@ def small_run(name, folder, *, steps, save_every, keep_last=3, callbacks=()):
     return Trainer(model, config, callbacks), source
 
 
-def real_model(family, shapes):
+def real_model(family, shapes, device):
     overrides = _MODELS[family] | ({"episode_length": 30} if family == "tdmpc2" else {})
-    return create_world_model(f"{family}:tiny", **shapes, **overrides, precision="float32", device="cpu", seed=1)
+    return create_world_model(f"{family}:tiny", **shapes, **overrides, precision="float32", device=device, seed=1)
 
 
 def toy_model(shapes):

@@ -24,7 +24,7 @@ def main():
     kept_or_returned(parser)
     args = parser.parse_args()
     image = (9, 64, 64) if args.model.startswith("tdmpc2") else (64, 64, 3)
-    call, model, lowered = update_call(
+    call, model, trace = update_call(
         args.model,
         obs_shape=(24,) if args.obs == "vector" else image,
         action_dim=6,
@@ -33,7 +33,7 @@ def main():
         precision=args.precision,
     )
     timing = measure(call, repeats=args.repeats)
-    print(json.dumps(report("seconds per update", timing, model, lowered, **vars(args)), indent=2))
+    print(json.dumps(report("seconds per update", timing, model, trace, **vars(args)), indent=2))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from worldloom.devices import keep_freed_memory
 from worldloom.models.base import merge
 from worldloom.training import TrainingConfig
 from worldloom.training.collector import compiled_policy
+from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGuard, call_capacity
 
 
 def random_batch(obs_shape, action_dim, batch_size, rows, seed=0):
@@ -33,8 +34,8 @@ def random_batch(obs_shape, action_dim, batch_size, rows, seed=0):
     }
 
 
-def update_call(name, *, obs_shape, action_dim, batch_size, length, training=None, **overrides):
-    """``call()`` does one full update and blocks; also returns the model and a function that lowers the program.
+def update_parts(name, *, obs_shape, action_dim, batch_size, length, training=None, **overrides):
+    """A model, its ``TrainingConfig``, a batch [B, T, ...] on the host and a new ``TrainState``.
 
     ``training`` are further fields of the ``TrainingConfig``, ``overrides`` of the model's.
     """
@@ -46,10 +47,18 @@ def update_call(name, *, obs_shape, action_dim, batch_size, length, training=Non
     batch = random_batch(obs_shape, action_dim, batch_size, spec.rows)
     if spec.latents:
         batch["context"] = {k: np.zeros((batch_size, *shape), np.float32) for k, shape in spec.latents.items()}
-    batch = jax.device_put(batch)
-    state = {"now": jax.device_put(algorithm.init_state(model, training, jax.random.key(0)), jax.devices()[0])}
-    state["now"] = jax.tree.map(lambda x: x.copy(), state["now"])
-    update = algorithm.make_update(model.config, training.of_update(), model_class=type(model))
+    state = jax.device_put(algorithm.init_state(model, training, jax.random.key(0)), jax.devices()[0])
+    return model, training, batch, jax.tree.map(lambda x: x.copy(), state)
+
+
+def update_call(name, **sizes):
+    """``call()`` does one full update and blocks; also returns the model and a function that traces the program.
+
+    ``sizes`` are the arguments of :func:`update_parts`.
+    """
+    model, training, batch, state = update_parts(name, **sizes)
+    batch, state = jax.device_put(batch), {"now": state}
+    update = model.algorithm.make_update(model.config, training.of_update(), model_class=type(model))
     step = jax.jit(update, donate_argnums=0)
     key = jax.random.key(1)
 
@@ -57,7 +66,33 @@ def update_call(name, *, obs_shape, action_dim, batch_size, length, training=Non
         state["now"], metrics = step(state["now"], batch, key)
         jax.block_until_ready((state["now"], metrics))
 
-    return call, model, lambda: step.lower(state["now"], batch, key)
+    return call, model, lambda: step.trace(state["now"], batch, key)
+
+
+def chunk_call(name, capacity, **sizes):
+    """``call(count)`` starts ``count`` updates in one compiled call, as training does, and returns without waiting.
+
+    Also returns the model, a function that traces a single update, the compiled program, and the largest ``count``:
+    ``capacity``, or 1 where updates cannot be in a loop.
+    """
+    model, training, batch, state = update_parts(name, **sizes)
+    capacity, unrolled = call_capacity(model, training.replace(updates_per_call=capacity), jax.devices()[0])
+    algorithm = model.algorithm
+    update = algorithm.make_update(model.config, training.of_update(), model_class=type(model))
+    latents = bool(algorithm.replay_spec(model.config, training).latents)
+    compiled = CompiledUpdate(update, algorithm.loss_terms, False, latents, unrolled)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    now = {"learner": Learner(state, NonFiniteGuard.create())}
+    batches = jax.device_put(jax.tree.map(lambda x: np.broadcast_to(x, (capacity, *x.shape)), batch))
+
+    # Compiled ahead of the first call, which would otherwise compile it a second time.
+    program = compiled.lower(now["learner"], batches).compile()
+
+    def call(count):
+        now["learner"], output = program(*now["learner"], batches, count, None)
+        return output.metrics
+
+    return call, model, lambda: jax.jit(update).trace(shapes, batch, jax.random.key(1)), program, capacity
 
 
 def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
@@ -74,7 +109,7 @@ def plan_call(name, *, obs_shape, action_dim, environments=1, **overrides):
     def call():
         jax.block_until_ready(act(params, *arguments))
 
-    return call, model, lambda: act.lower(params, *arguments)
+    return call, model, lambda: act.trace(params, *arguments)
 
 
 def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **overrides):
@@ -92,7 +127,7 @@ def imagine_call(name, *, obs_shape, action_dim, batch_size, horizon, **override
     def call():
         jax.block_until_ready(imagine(params, state, actions, key))
 
-    return call, model, lambda: imagine.lower(params, state, actions, key)
+    return call, model, lambda: imagine.trace(params, state, actions, key)
 
 
 def kept_or_returned(parser):
@@ -124,9 +159,9 @@ def matmul_ceiling(size=1024, repeats=20):
     return 2 * size**3 / timing["p5_seconds"]
 
 
-def report(question, timing, model, lower, /, **about):
+def report(question, timing, model, trace, /, **about):
     """Everything needed to interpret a timing, as a dict for JSON."""
-    cost = lower().compile().cost_analysis() or {}
+    cost = trace().lower().compile().cost_analysis() or {}
     flops, ceiling = cost.get("flops", float("nan")), matmul_ceiling()
     return {
         "question": question,

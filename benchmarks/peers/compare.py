@@ -76,12 +76,23 @@ def main():
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--calls", type=int, default=3, help="calls per measurement")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for TD-MPC2")
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="activations; of DreamerV3 on both sides",
+    )
     memory = parser.add_mutually_exclusive_group()
     memory.add_argument("--returned", action="store_true", help="return freed memory to the kernel, on both sides")
     memory.add_argument("--as-shipped", action="store_true", help="return it on the reference's side only")
     args = parser.parse_args()
     script, theirs, ours = WORKS[args.work]
     theirs = [*theirs, "--compile"] if args.compile else theirs
+    ours = [*ours, "--precision", args.precision]
+    if script == "dreamerv3_official.py":
+        theirs = [*theirs, "--precision", args.precision]
+    elif args.precision != "float32":
+        parser.error(f"{args.work} is compared in float32 only, in which the reference program computes")
     peer = Side(
         [args.peer_python, str(HERE / script), "--checkout", str(args.checkout.resolve()), *theirs],
         kept=not (args.returned or args.as_shipped),
@@ -99,6 +110,7 @@ def main():
                 "reference_seconds": statistics.median(reference for reference, _ in pairs),
                 "our_seconds": statistics.median(mine for _, mine in pairs),
                 "pairs": args.pairs,
+                "precision": args.precision,
                 "freed_memory": "returned" if args.returned else "kept by ours" if args.as_shipped else "kept",
                 "cpus": os.cpu_count(),
                 "reference": peer.about,

@@ -32,9 +32,12 @@ TERMS = {
 
 
 class Recorded:
-    """One golden file: its model, its batch, its expected values, and the loss and gradients computed here."""
+    """One golden file: its model, its batch, its expected values, and the loss and gradients computed here.
 
-    def __init__(self, variant, data):
+    ``benchmarks/accelerator.py`` reads the files by it too, also in other precisions.
+    """
+
+    def __init__(self, variant, data, precision="float32"):
         self.variant, self.data = variant, data
         self.config = json.loads(str(data["config"]))
         self.params = {k.removeprefix("params/"): v for k, v in data.items() if k.startswith("params/")}
@@ -44,7 +47,7 @@ class Recorded:
             action_dim=self.config["action_dim"],
             action_type="discrete" if self.config["discrete"] else "continuous",
             num_categories=self.config["classes"],
-            precision="float32",
+            precision=precision,
         )
         names = ("obs", "actions", "rewards", "is_first", "is_last", "is_terminal")
         self.batch = {name: data[f"input/{name}"] for name in names}
@@ -128,6 +131,21 @@ def test_three_optimizer_steps(recorded, way, elsewhere):
     """However they are computed."""
     few = {"image-continuous": ("one by one", "in parts"), "vector-discrete": ("one by one",)}
     elsewhere(way != "one by one" and (OPTIMIZED or way not in few.get(recorded.variant, (way,))))
+    state, losses = three_updates(recorded, way)
+    assert_close(losses, recorded.expect("train_losses"), 1e-5)
+    ours = to_official_dreamerv3(state)
+    expected = {k.removeprefix("expect/after3/"): v for k, v in recorded.data.items() if k.startswith("expect/after3/")}
+    assert set(ours) == set(expected) | {"slowval_count/value"}
+    off = {
+        name: np.abs(ours[name] - value) > 1e-5 for name, value in expected.items() if not _is_rounding(recorded, name)
+    }
+    wrong = sum(int(mask.sum()) for mask in off.values())
+    total = sum(mask.size for mask in off.values())
+    assert wrong <= 1e-4 * total, {name: int(mask.sum()) for name, mask in off.items() if mask.any()}
+
+
+def three_updates(recorded, way="one by one"):
+    """The state after three updates and their losses, computed in one of the ways of the test above."""
     batch_size = len(recorded.batch["rewards"])
     training = TrainingConfig(
         learning_rate=recorded.config["lr"],
@@ -141,23 +159,13 @@ def test_three_optimizer_steps(recorded, way, elsewhere):
     state = init_state(recorded.model, training, jax.random.key(0))
     update = make_update(recorded.model.config, training)
     if way == "in one call":
-        state, losses = three_at_once(update, state, recorded.batch)
-    else:
-        step = jax.jit(lambda state: update(state, recorded.batch, None))
-        losses = []
-        for _ in range(3):
-            state, metrics = step(state)
-            losses.append(float(metrics["loss"]))
-    assert_close(losses, recorded.expect("train_losses"), 1e-5)
-    ours = to_official_dreamerv3(state)
-    expected = {k.removeprefix("expect/after3/"): v for k, v in recorded.data.items() if k.startswith("expect/after3/")}
-    assert set(ours) == set(expected) | {"slowval_count/value"}
-    off = {
-        name: np.abs(ours[name] - value) > 1e-5 for name, value in expected.items() if not _is_rounding(recorded, name)
-    }
-    wrong = sum(int(mask.sum()) for mask in off.values())
-    total = sum(mask.size for mask in off.values())
-    assert wrong <= 1e-4 * total, {name: int(mask.sum()) for name, mask in off.items() if mask.any()}
+        return three_at_once(update, state, recorded.batch)
+    step = jax.jit(lambda state: update(state, recorded.batch, None))
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state)
+        losses.append(float(metrics["loss"]))
+    return state, losses
 
 
 def three_at_once(update, state, batch):

@@ -54,6 +54,10 @@ def task(recorded):
 
 @pytest.fixture(scope="module")
 def batch(recorded, task):
+    return recorded_rows(recorded, task)
+
+
+def recorded_rows(recorded, task):
     """Rows [B, H+1] by the arrival rule from the recorded transitions [H, B]."""
     arrived = lambda x: np.concatenate([np.zeros_like(x[:1]), x])[..., 0].T  # noqa: E731
     actions = recorded["input/actions"]
@@ -138,16 +142,21 @@ def trained(request, model, batch, settings, elsewhere):
     """Three updates, however they are computed."""
     few = ("in parts",) if "task" in batch else () if not settings["episodic"] else (request.param,)
     elsewhere(request.param != "one by one" and (OPTIMIZED or request.param not in few))
+    return three_updates(model, batch, settings, request.param)
+
+
+def three_updates(model, batch, settings, way="one by one"):
+    """The state after three updates and their metrics by name, computed in one of the ways of the fixture above."""
     batch_size = len(batch["rewards"])
     training = TrainingConfig(
         learning_rate=settings["lr"],
         grad_clip=settings["grad_clip_norm"],
         batch_size=batch_size,
-        microbatches=batch_size if request.param == "in parts" else 1,
-        remat=request.param == "rematerialised",
+        microbatches=batch_size if way == "in parts" else 1,
+        remat=way == "rematerialised",
     )
     state, update = init_state(model, training, jax.random.key(0)), make_update(model.config, training)
-    if request.param == "in one call":
+    if way == "in one call":
         modes = CompiledUpdate(lambda state, batch, _: update(state, batch, None), LOSS_TERMS, False, False, False)
         batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
         names = modes.metric_names(state, batches)

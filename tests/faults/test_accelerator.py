@@ -1,0 +1,249 @@
+"""``benchmarks/accelerator.py`` in tiny sizes on a CPU: killed and continued, out of time, and with failures."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "accelerator.py"
+
+
+def command(*options):
+    return [sys.executable, str(SCRIPT), *map(str, options)]
+
+
+def run(*options):
+    return subprocess.run(command(*options), capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """``benchmarks("accelerator_counts")`` is that module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_a_killed_smoke_run_goes_on_and_ends_complete(tmp_path):
+    """``kill -9`` in the middle; what was finished is not measured again, and in the end nothing is left."""
+    first = subprocess.Popen(
+        command("--smoke", "--out", tmp_path, "--minutes", 60), stdout=subprocess.DEVNULL, cwd=ROOT
+    )
+    speed = tmp_path / "speed.json"
+    while not (speed.exists() and len(json.loads(speed.read_text())) >= 2):
+        assert first.poll() is None, "it ended before it could be killed"
+        time.sleep(0.2)
+    first.kill()
+    first.wait()
+    before = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in ("exact", "speed")}
+    assert json.loads((tmp_path / "status.json").read_text())["left"]
+
+    again = run("--smoke", "--out", tmp_path, "--minutes", 60)
+    assert again.returncode == 0, again.stderr[-3000:]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["failed"] == {}
+    assert status["left"] == list(status["left out"]) == ["peers/tdmpc2-update"]
+    assert "no --peers DIR" in status["left out"]["peers/tdmpc2-update"]
+    for part, entries in before.items():
+        after = json.loads((tmp_path / f"{part}.json").read_text())
+        assert {name: after[name] for name in entries} == entries, "measured again"
+    figures = {
+        part: json.loads((tmp_path / f"{part}.json").read_text()) for part in ("exact", "speed", "flags", "learn")
+    }
+    assert sum(map(len, figures.values())) == len(status["done"])
+    check_figures(figures)
+
+
+def check_figures(figures):
+    """What must be true of them on any machine."""
+    exact, speed, learn = ({name: each["figure"] for name, each in figures[part].items()}
+                           for part in ("exact", "speed", "learn"))  # fmt: skip
+    assert exact["golden tdmpc2-single"] == {"passed": 1, "skipped": 0, "wrong": {}}
+    # Activations of bfloat16 are off by about 2 to the power −8, and by no more than a few of these.
+    assert 1e-4 < exact["distance tdmpc2-single bfloat16"]["relative"]["next latent"] < 0.05
+    assert exact["repeat tdmpc2:tiny"]["equal_within_a_process"]
+    assert exact["repeat tdmpc2:tiny"]["equal_between_processes"]
+    assert exact["resume toy-online"]["equal"]
+    for name in ("tdmpc2:tiny", "dreamerv3:tiny"):
+        update = speed[f"update {name} vector"]
+        assert set(update["ms_per_update"]) == {"1", "2"}
+        assert update["of_published_peak"] is None  # A CPU has no data sheet here.
+        assert update["gflop"] > 0
+        assert update["memory_mb"]["temporary"] > 0
+    assert speed["profile tdmpc2:tiny"]["kernels_per_call"] > 10
+    assert learn["tdmpc2/dmc seed 1"]["env_steps"] == 100
+    assert set(learn["2 seeds tdmpc2:tiny"]["members"]) == {"seed0", "seed1"}
+
+
+def test_without_an_accelerator_it_says_so_and_writes_nothing(tmp_path):
+    if jax.default_backend() != "cpu":
+        pytest.skip("this machine has an accelerator")
+    found = run("--out", tmp_path / "out")
+    assert found.returncode == 2
+    assert "no accelerator" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_started_that_would_not_fit(tmp_path):
+    found = run("--smoke", "--out", tmp_path, "--part", "speed", "--minutes", 0.05)
+    assert found.returncode == 0
+    assert "Left: speed/large products" in found.stdout
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["done"] == []
+    assert len(status["left"]) > 5
+    # Figures of the card do not go where those of a smoke run are.
+    status["about"]["device"] = "another"
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    refused = run("--smoke", "--out", tmp_path, "--part", "speed", "--minutes", 0.05)
+    assert refused.returncode == 1
+    assert "holds figures of another device ('another', now" in refused.stderr
+
+
+def test_a_failure_is_recorded_and_does_not_stop_the_others(tmp_path, benchmarks):
+    """A worker that dies, one that raises, a number that is none, and a mistake in this process."""
+    script, tasks, store = (benchmarks(name) for name in ("accelerator", "accelerator_tasks", "accelerator_store"))
+    args = argparse.Namespace(smoke=True, again=False)
+    planned = [
+        ("speed", tasks.in_worker("dies", 5, "os:abort")),
+        ("speed", tasks.in_worker("raises", 5, "json:loads", s="{")),
+        ("speed", tasks.in_worker("is no number", 5, "json:loads", s="NaN")),
+        ("speed", tasks.in_worker("has an unknown flag", 5, "json:loads", flags="--xla_no_such_flag=1", s="1")),
+        ("speed", tasks.Task("is wrong", 5, lambda place: {}["missing"])),
+        ("speed", tasks.in_worker("is fine", 5, "json:loads", s="[1]")),
+    ]
+    workers = script.Workers(script.variables(tmp_path, True), benchmarks("accelerator_worker").Clock(30), tmp_path)
+    kept = store.Store(tmp_path)
+    kept.open_for(workers.of().about | {"smoke": True, "revision": None})
+    try:
+        script.run(planned, kept, workers, args)
+        with pytest.raises(SystemExit, match="Another process is measuring"):
+            store.Store(tmp_path)
+    finally:
+        workers.kill()
+        kept.close()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["done"] == ["speed/is fine"]
+    assert set(status["failed"]) == {f"speed/{task.name}" for _, task in planned[:-1]}
+    assert "exit code -6" in status["failed"]["speed/dies"]
+    assert "JSONDecodeError" in status["failed"]["speed/raises"]
+    assert "Unknown flag" in status["failed"]["speed/has an unknown flag"]
+    assert "KeyError" in status["failed"]["speed/is wrong"]
+
+
+def test_programs_that_take_too_long_are_ended(benchmarks):
+    worker = benchmarks("accelerator_worker")
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(worker.Failed, match=r"longer than 1 s"):
+        worker.run_command(sleep, worker.Clock(1), 1)
+    with pytest.raises(worker.OutOfTime):
+        worker.run_command(sleep, worker.Clock(0.01), 30)
+    code, _, _ = worker.run_command(sleep, worker.Clock(0.05), 30, stop_first=2.5)
+    assert code == -15  # It was asked to stop, in time to save.
+
+
+def test_peers_are_called_by_their_own_python(tmp_path, benchmarks):
+    peers = benchmarks("accelerator_peers")
+    calls = []
+    place = SimpleNamespace(smoke=False, run=lambda words, env: calls.append((words, env)) or (0, '{"ratio": 2}', ""))
+    with pytest.raises(Exception, match="is not there"):
+        peers.compare(place, "tdmpc2-update", tmp_path)
+    python = tmp_path / "tdmpc2-venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    (tmp_path / "tdmpc2").mkdir()
+    assert peers.compare(place, "tdmpc2-update", tmp_path) == {"ratio": 2}
+    words, env = calls[0]
+    assert words[words.index("--peer-python") + 1] == python
+    assert "--compile" in words
+    assert env == {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    compare = subprocess.run(
+        [sys.executable, peers.COMPARE, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for work, (_, options, _) in peers.WORKS.items():
+        assert work in compare
+        assert all(option in compare for option in options)
+
+
+def test_flops_count_every_step_of_a_scan(benchmarks):
+    counts = benchmarks("accelerator_counts")
+    x = jnp.ones((3, 8, 8))
+
+    def program(x, kernel):
+        y = jax.lax.scan(lambda carry, _: (carry @ carry, None), x[0], None, length=5)[0]
+        picture = jnp.ones((2, 6, 6, 4))
+        return y, jax.lax.conv_general_dilated(
+            picture, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    trace = lambda: jax.jit(program).trace(x, jnp.ones((3, 3, 4, 7)))  # noqa: E731
+    assert counts.count_flops(trace) == (5 * 2 * 8**3 + 2 * (2 * 6 * 6 * 7) * (3 * 3 * 4), 0)
+    unknown = lambda: jax.jit(lambda n, x: jax.lax.fori_loop(0, n, lambda i, y: y @ y, x)).trace(3, x[0])  # noqa: E731
+    assert counts.count_flops(unknown) == (2 * 8**3, 1)
+
+
+def test_peaks_are_found_by_the_name_of_the_card(benchmarks):
+    peak = benchmarks("accelerator_counts").published_peak
+    assert peak("NVIDIA H200", "bfloat16") == 989e12
+    assert peak("NVIDIA H100 80GB HBM3", "tf32") == 494e12
+    assert peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak("NVIDIA A100-SXM4-40GB", "float32") == 19.5e12
+    assert peak("NVIDIA L40S", "bfloat16") == 362e12
+    assert peak("NVIDIA L4", "bfloat16") == 121e12
+    assert peak("cpu", "bfloat16") is None
+
+
+def test_kernels_and_gaps_are_those_of_the_streams(benchmarks):
+    """Two streams that overlap, over two calls; other lines of the card and the host are not counted."""
+    event = lambda name, start, length: SimpleNamespace(name=name, start_ns=start, duration_ns=length, stats=[])  # noqa: E731
+    line = lambda name, *events: SimpleNamespace(name=name, events=events)  # noqa: E731
+    card = SimpleNamespace(
+        name="/device:GPU:0",
+        lines=[
+            line("Stream #1(Compute)", event("gemm", 0, 1000), event("add", 3000, 1000), event("gemm", 6000, 1000)),
+            line("Stream #2(Memcpy)", event("copy", 3500, 1500)),
+            line("XLA Modules", event("jit_update", 0, 7000)),
+        ],
+    )
+    host = SimpleNamespace(name="/host:CPU", lines=[line("tf_XLA", event("op", 0, 9000))])
+    found = benchmarks("accelerator_counts").kernels_of([host, card], calls=2)
+    assert found["kernels_per_call"] == 2
+    assert found["gaps_per_call"] == 1
+    assert found["gap_us"] == {"median": 1.5, "longest": 2.0}
+    assert found["busy"] == pytest.approx(4000 / 7000)
+    assert found["top"][0] == {"name": "gemm", "per_call": 1.0, "ms_per_call": 1e-3}
+
+
+def test_all_flags_are_known_to_this_jaxlib(benchmarks):
+    """XLA ends a process at a flag that it does not know, also on a CPU."""
+    settings = benchmarks("accelerator_flags").SETTINGS.values()
+    flags = " ".join(setting.flags for setting in settings)
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    code = "import jax; jax.devices()"
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-500:]
+
+
+def test_wheels_are_listed_with_versions():
+    found = run("--list-wheels").stdout.splitlines()
+    assert f"jax-cuda12-plugin[with-cuda]=={jax.__version__}" in found
+    assert f"jax=={jax.__version__}" in found
+    assert any(line.startswith(("mujoco==", "mujoco<4")) for line in found)
+    assert any(line.startswith("dm-control") for line in found)
+    assert len(found) == len(set(found))
+
+
+def test_the_readme_has_the_settings(benchmarks):
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for name, setting in benchmarks("accelerator_flags").SETTINGS.items():
+        words = setting.flags or " ".join(f"{key}={value}" for key, value in setting.env.items())
+        assert f"| {name} | {f'`{words}`' if words else ''} | {setting.effect} |".replace("|  |", "| |") in text
