@@ -44,10 +44,17 @@ class Clock:
         return most, Failed(f"took longer than {most:.0f} s and was ended")
 
 
-def end_with_parent():
-    """Have Linux end this process when the one that started it ends, also if that one was killed."""
+def ending_with_me(*words):
+    """The command ``words`` with this process as a parent that it does not outlive, even if this one is killed."""
+    return [sys.executable, str(HERE / "accelerator_worker.py"), str(os.getpid()), *map(str, words)]
+
+
+def end_with_parent(parent):
+    """Have Linux end this process when ``parent``, which has started it, ends; an ``exec`` does not change that."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        sys.exit(f"process {parent} has ended before its child began")
 
 
 def run_command(words, clock, most, *, env=None, cwd=None, stop_first=0.0):
@@ -58,8 +65,8 @@ def run_command(words, clock, most, *, env=None, cwd=None, stop_first=0.0):
     """
     seconds, late = clock.limit(most)
     process = subprocess.Popen(
-        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-        env=os.environ | (env or {}), start_new_session=True, preexec_fn=end_with_parent,
+        ending_with_me(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        env=os.environ | (env or {}), start_new_session=True,
     )  # fmt: skip
     try:
         try:
@@ -90,8 +97,8 @@ class Worker:
         self._log, self._rest = log, b""
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "accelerator_worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=errors, env=os.environ | env, start_new_session=True, preexec_fn=end_with_parent,
+                ending_with_me(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=errors, env=os.environ | env, start_new_session=True,
             )  # fmt: skip
         try:
             # Not on the clock: what is measured begins after this.
@@ -163,7 +170,11 @@ def about():
 
 
 def main():
-    """Answer each line on standard input with a figure or an error."""
+    """Become the command that is given, or answer each line on standard input with a figure or an error."""
+    parent, *words = sys.argv[1:]
+    end_with_parent(int(parent))
+    if words:
+        os.execvp(words[0], words)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a measured program prints must not mix with the answers
     sys.path[:0] = [str(HERE), str(HERE.parent)]
