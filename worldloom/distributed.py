@@ -42,7 +42,7 @@ _left = threading.Event()
 """Set when this process has failed by itself."""
 _meetings = itertools.count()
 """Numbers of the meetings of this process, which name them in the store."""
-_POLL = 10_000
+_POLL = 1_000
 """Milliseconds of one request for another process's message."""
 _LAG = 2
 """Calls after which a vote is counted, so that no process waits for the others' newest."""

@@ -276,7 +276,8 @@ class Run:
         if not self.placement.spans_processes:
             return self.read_state()
         self._finish_updates()
-        return self.state.replace(step=np.asarray(self.state.step), key=self.placement.to_device(self.state.key))
+        key = update_loop.copy(self.placement.to_device(self.state.key))
+        return self.state.replace(step=np.array(self.state.step), key=key)
 
     def _finish_updates(self) -> None:
         self.sync()
