@@ -280,7 +280,7 @@ def read_record(path: Path, known: Collection[str] = frozenset(), *, share: tupl
         return _read_json(path / "run.json")
     except FileFormatError:
         raise
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, LookupError, TypeError, AttributeError) as error:
         raise FileFormatError(f"The checkpoint {path} is damaged: {error!r}.") from error
 
 
