@@ -10,13 +10,14 @@ import atexit
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -25,8 +26,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from worldloom import errors
 from worldloom.config import check
-from worldloom.errors import ConfigError, DeviceError, NonFiniteError
+from worldloom.errors import ConfigError, DeviceError, NonFiniteError, WorldloomError
 
 _log = logging.getLogger("worldloom")
 
@@ -38,6 +40,10 @@ _ending = threading.Event()
 """Set when this process ends by itself: then process 0 may have ended before."""
 _left = threading.Event()
 """Set when this process has failed by itself."""
+_meetings = itertools.count()
+"""Numbers of the meetings of this process, which name them in the store."""
+_POLL = 1_000
+"""Milliseconds of one request for another process's message."""
 _LAG = 2
 """Calls after which a vote is counted, so that no process waits for the others' newest."""
 
@@ -93,9 +99,7 @@ def _watch(timeout: float) -> None:
 
     JAX's own watch ends a process after a similar time, but with a stack trace in place of a sentence.
     """
-    from jax._src.distributed import global_state
-
-    client: Any = global_state.client
+    client = _client()
     own, beat = jax.process_index(), 0
     seen: dict[str, tuple[str, float]] = {}
     while not _ending.wait(min(timeout / 10, 5.0)):
@@ -187,6 +191,49 @@ class Exchange:
             self._room = 1 << (max(lengths) - 1).bit_length()
 
 
+class Meeting:
+    """What each process computes by itself, told to all of them; an error of one is an error of all.
+
+    Unlike an :class:`Exchange`, it does without XLA, so any thread may call it while updates are under way. It waits as
+    long as the others live: those that fail end this process, see :func:`initialize`. All must construct their
+    meetings in the same order, and call each equally often.
+    """
+
+    def __init__(self) -> None:
+        self._name, self._calls = f"worldloom/meeting/{next(_meetings)}", 0
+
+    def __call__(self, compute: Callable[[], Any]) -> list[Any]:
+        """The results of ``compute`` of all processes, in their order; JSON values of up to a few megabytes.
+
+        If it raises in this process, that error is raised once all have met; if in another one, an error of the same
+        class of ``worldloom.errors`` is, or else a ``WorldloomError``.
+        """
+        if jax.process_count() == 1:
+            return [compute()]
+        own: Exception | None = None
+        try:
+            message = {"value": compute()}
+        except Exception as error:
+            own, message = error, {"error": str(error), "class": type(error).__name__}
+        received = [json.loads(each) for each in self._tell(json.dumps(message))]
+        if own is not None:
+            raise own
+        for number, each in enumerate(received):
+            if "error" in each:
+                kind = getattr(errors, each["class"], WorldloomError)
+                raise kind(f"Process {number}: {each['error']}")
+        return [each["value"] for each in received]
+
+    def _tell(self, message: str) -> Iterator[str]:
+        client, own = _client(), jax.process_index()
+        client.key_value_set(f"{self._name}/{self._calls}/{own}", message)
+        for number in range(jax.process_count()):
+            yield _message(client, f"{self._name}/{self._calls}/{number}")
+        if self._calls:  # All are here, so all have read what was told before.
+            client.key_value_delete(f"{self._name}/{self._calls - 1}/{own}")
+        self._calls += 1
+
+
 class StopVote:
     """Whether any process wants to stop, decided by all of them alike.
 
@@ -216,6 +263,23 @@ def check_processes(facts: Mapping[str, Any]) -> None:
                     f"Process {number} has {name}={other.get(name)!r}, process 0 has {value!r}; all processes of a run "
                     "must be started with the same settings and data."
                 )
+
+
+def _client() -> Any:
+    """This process's connection to the store that all share."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
+
+
+def _message(client: Any, key: str) -> str:
+    """What another process puts into the store under ``key``, once it is there."""
+    while True:
+        try:
+            return str(client.blocking_key_value_get(key, _POLL))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 @functools.cache

@@ -71,18 +71,19 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
 def fsync_folder(folder: str | Path) -> None:
     """Sync the directory entries of new files to disk, where the system supports it."""
     if os.name == "posix":
-        _fsync(folder)
+        fsync(folder)
 
 
 def fsync_tree(folder: str | Path) -> None:
     """Sync all files and directory entries below ``folder`` to disk: files first, then what names them."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _fsync(os.path.join(parent, name))
+            fsync(os.path.join(parent, name))
         fsync_folder(parent)
 
 
-def _fsync(path: str | Path) -> None:
+def fsync(path: str | Path) -> None:
+    """Sync the content of a file to disk."""
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)

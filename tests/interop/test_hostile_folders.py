@@ -165,7 +165,7 @@ def read_store(path):
 
 
 def checkpoint_part(rng, source, path, names):
-    from worldloom.training.checkpoint_files import _checksums
+    from worldloom.training.checkpoint_files import checksums
 
     fresh_copy(source, path)
     name = names[int(rng.integers(len(names)))]
@@ -174,7 +174,7 @@ def checkpoint_part(rng, source, path, names):
     else:
         (path / name).write_bytes(mutate((source / name).read_bytes(), rng))
     if name != "manifest.json":
-        (path / "manifest.json").write_text(json.dumps({"files": dict(_checksums(path))}))
+        (path / "manifest.json").write_text(json.dumps({"files": dict(checksums(path))}))
 
 
 def checkpoint_json(rng, source, path):

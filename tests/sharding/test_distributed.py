@@ -1,5 +1,8 @@
 """What processes tell each other, as far as one process shows it."""
 
+import json
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +15,7 @@ from worldloom.envs import make_env
 from worldloom.envs.across_processes import _join, _pack, _unpack, across_processes
 from worldloom.envs.backends.base import BatchedStepResult
 from worldloom.envs.time_step import WorkerRestart
+from worldloom.errors import CheckpointError, WorldloomError
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,34 @@ def test_one_process_exchanges_with_itself():
     distributed.check_processes({"seed": 1})
     with make_env("CartPole-v1") as env:
         assert across_processes(env) is env
+
+
+def test_an_error_of_one_process_is_an_error_of_all_that_meet(monkeypatch):
+    assert distributed.Meeting()(lambda: 3) == [3]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def meet(compute, **of_other):
+        heard = []
+
+        def tell(self, message):
+            heard.append(json.loads(message))
+            return iter([message, json.dumps(of_other)])
+
+        monkeypatch.setattr(distributed.Meeting, "_tell", tell)
+        return heard, lambda: distributed.Meeting()(compute)
+
+    heard, call = meet(lambda: 3, value=[4])
+    assert call() == [3, [4]]
+    _, call = meet(lambda: 3, error="its disk is full", **{"class": "CheckpointError"})
+    with pytest.raises(CheckpointError, match=r"^Process 1: its disk is full$"):
+        call()
+    _, call = meet(lambda: 3, error="no space", **{"class": "OSError"})
+    with pytest.raises(WorldloomError, match=r"^Process 1: no space$"):
+        call()
+    heard, call = meet(lambda: 1 // 0, value=4)
+    with pytest.raises(ZeroDivisionError):
+        call()
+    assert heard == [{"error": "integer division or modulo by zero", "class": "ZeroDivisionError"}]
 
 
 @given(

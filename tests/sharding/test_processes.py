@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoint_process import free_port
 
 import worldloom
 
@@ -26,7 +26,7 @@ class Processes:
         path = str(Path(worldloom.__file__).parents[1])
         common = {
             "count": count,
-            "port": _free_port(),
+            "port": free_port(),
             "devices": devices,
             "envs": envs,
             "mesh": {"data": -1},
@@ -60,12 +60,6 @@ class Processes:
             with np.load(output) as file:
                 results.append(dict(file))
         return results
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def assert_close(actual, expected, tolerance=1e-6):

@@ -61,7 +61,7 @@ def test_fields_that_an_older_version_did_not_have_are_at_their_defaults(buffer,
     del record["config"]["noise"], record["training"]["lr_schedule"]
     files._write_json(folder / "run.json", record)
     files._write_json(folder / "manifest.json", {})
-    files._write_json(folder / "manifest.json", {"files": dict(files._checksums(folder))})
+    files._write_json(folder / "manifest.json", {"files": dict(files.checksums(folder))})
     noisier = Trainer(ToyWorldModel(ToyConfig(noise=0.2)), config, [CheckpointCallback(str(folder.parent))])
     with pytest.raises(ConfigError, match=r"config noise=0\.1; this run has 0\.2"):
         noisier.train(buffer, resume="auto")

@@ -40,7 +40,7 @@ def folder(original, tmp_path):
 
 def update_checksums(folder):
     """Write a manifest with the checksums of the current files."""
-    files._write_json(folder / "manifest.json", {"files": dict(files._checksums(folder))})
+    files._write_json(folder / "manifest.json", {"files": dict(files.checksums(folder))})
 
 
 def put_arrays(folder, arrays):

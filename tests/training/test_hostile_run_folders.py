@@ -17,7 +17,7 @@ from worldloom.envs import make_env
 from worldloom.errors import ConfigError
 from worldloom.models.registry import from_pretrained
 from worldloom.training import RunFolder, Trainer, TrainingConfig
-from worldloom.training.checkpoint_files import _checksums
+from worldloom.training.checkpoint_files import checksums
 
 CONFIG = TrainingConfig(
     batch_size=4, sequence_length=3, device="cpu", prefill=20, total_steps=6, eval_interval=0, save_interval=3
@@ -55,7 +55,7 @@ def digest(folder):
 
 def forge(checkpoint):
     """Make the checksums of a checkpoint right again."""
-    (checkpoint / "manifest.json").write_text(json.dumps({"files": dict(_checksums(checkpoint))}))
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": dict(checksums(checkpoint))}))
 
 
 def put(path, *keys, value):

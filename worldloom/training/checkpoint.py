@@ -12,10 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from worldloom.algorithm import TrainState
 from worldloom.config import is_number
+from worldloom.distributed import Meeting, is_primary
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError, WorldloomError
 from worldloom.files import absolute_path, make_folder
 from worldloom.replay.store import PendingWrite, ReplayStore
@@ -31,6 +33,7 @@ from worldloom.training.checkpoint_files import (
     remove_tree,
     write_checkpoint,
 )
+from worldloom.training.shared_checkpoint import SharedWrite
 
 _log = logging.getLogger("worldloom")
 
@@ -42,6 +45,9 @@ class Checkpointer:
     """Writes and reads the checkpoints in one folder; writes happen in the background, one at a time.
 
     Replay content that training changes is stored in the subfolder ``replay/``, each row once for all checkpoints.
+
+    Of several processes, all call :meth:`open`, :meth:`save`, :meth:`wait` and :meth:`restore` at the same steps: each
+    writes and reads its part of the state, process 0 everything else.
 
     Args:
       folder: folder of the checkpoints; created by :meth:`open`.
@@ -58,6 +64,7 @@ class Checkpointer:
         self._values: dict[int, float | None] = {}
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
+        self._meeting: Meeting | None = None
         # Warnings that were given, each of which is given once.
         self._warned: set[str] = set()
 
@@ -66,13 +73,25 @@ class Checkpointer:
 
         Raises ``CheckpointError`` if the folder cannot be written to or holds the checkpoints of another run.
         """
+        self._meeting = Meeting()
+        self._meeting(lambda: self._prepare(run_id) if is_primary() else None)
+        self._meeting(self._check_writable)  # By now, all processes must see the folder.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="worldloom-checkpoint")
+
+    def _check_writable(self) -> None:
         try:
-            make_folder(self.folder)
-            probe = self.folder / ".writable"
+            probe = self.folder / f".writable-{jax.process_index()}"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
             raise CheckpointError(f"Checkpoints cannot be written to {self.folder}: {error}.") from error
+
+    def _prepare(self, run_id: str) -> None:
+        try:
+            make_folder(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"Checkpoints cannot be written to {self.folder}: {error}.") from error
+        self._check_writable()
         records = {step: read_summary(self.folder / str(step)) for step in self.steps()}
         others = [step for step, record in records.items() if record and record.get("run_id") != run_id]
         if others and not any(record.get("run_id") == run_id for record in records.values()):
@@ -86,7 +105,6 @@ class Checkpointer:
         # What a killed process was writing or deleting.
         for leftover in [path for path in self.folder.iterdir() if path.name.endswith(PARTIAL)]:
             remove_tree(leftover)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="worldloom-checkpoint")
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in ascending order."""
@@ -102,13 +120,17 @@ class Checkpointer:
     def save(self, snapshot: Snapshot, value: float | None = None) -> None:
         """Write ``snapshot`` in the background once the previous write is done; ``value`` decides which is best.
 
-        Raises ``CheckpointError`` if the previous write failed.
+        Raises ``CheckpointError`` if the previous write failed; ``NonFiniteError`` if a weight that is divided over
+        processes is not finite.
         """
         self.wait()
         assert self._writer is not None, "call open() first"
+        assert self._meeting is not None
         value = None if value is None or not np.isfinite(value) else float(value)
         replay = None if snapshot.replay is None else self._store.snapshot(snapshot.replay)
-        self._pending = self._writer.submit(self._write, snapshot, value, replay)
+        several = jax.process_count() > 1
+        shared = SharedWrite(self.folder / str(snapshot.step), snapshot, self._meeting) if several else None
+        self._pending = self._writer.submit(self._write, snapshot, value, replay, shared)
 
     def wait(self) -> None:
         """Wait for the pending write. Raises ``CheckpointError`` if it failed."""
@@ -140,35 +162,53 @@ class Checkpointer:
           ConfigError: it belongs to a run with another config or model class.
         """
         self.wait()
+        meeting = Meeting()
         steps = self.steps() if step is None else [s for s in self.steps() if s == step]
+        for process, seen in enumerate(meeting(lambda: steps)):
+            if seen != steps:
+                raise CheckpointError(
+                    f"Process {process} finds the checkpoints {seen} in {self.folder}, process {jax.process_index()} "
+                    f"finds {steps}; all processes must see the same folder."
+                )
         if not steps:
             of_step = "" if step is None else f" of step {step}"
             raise CheckpointError(f"There is no checkpoint{of_step} in {self.folder}.")
-        problems = []
+        problems: list[str] = []
+        found: list[Snapshot] = []
+
+        def read() -> None:
+            share = jax.process_index(), jax.process_count()
+            snapshot = read_checkpoint(self.folder / str(number), template, identity, exact=exact, share=share)
+            reference = snapshot.record.get("replay")
+            found.append(snapshot if reference is None else snapshot._replace(replay=self._store.load(reference)))
+
         for number in reversed(steps):
+            found.clear()
             try:
-                snapshot = read_checkpoint(self.folder / str(number), template, identity, exact=exact)
-                reference = snapshot.record.get("replay")
-                return snapshot if reference is None else snapshot._replace(replay=self._store.load(reference))
+                meeting(read)
+                return found[0]
             except FileFormatError as error:
                 problems.append(str(error))
                 if number != steps[0]:
                     warnings.warn(f"{error} Going back to the checkpoint before it.", stacklevel=2)
         raise CheckpointError(f"No checkpoint in {self.folder} can be read. {' '.join(problems)}")
 
-    def _write(self, snapshot: Snapshot, value: float | None, replay: PendingWrite | None) -> None:
+    def _write(
+        self, snapshot: Snapshot, value: float | None, replay: PendingWrite | None, shared: SharedWrite | None
+    ) -> None:
+        def values() -> dict[str, Any]:
+            written = replay.write() if replay else None
+            return {"value": value, "mode": self._mode, "monitor": self._monitor, "replay": written}
+
         arrays = sum(array.nbytes for array in (*flatten_state(snapshot.state).values(), *snapshot.arrays.values()))
         needed = arrays + (replay.nbytes if replay else 0)
         try:
-            self._warn_of_full_disk(needed)
-            write_checkpoint(
-                self.folder / str(snapshot.step),
-                snapshot,
-                value=value,
-                mode=self._mode,
-                monitor=self._monitor,
-                replay=replay.write() if replay else None,
-            )
+            if is_primary():
+                self._warn_of_full_disk(needed)
+            if shared is None:
+                write_checkpoint(self.folder / str(snapshot.step), snapshot, **values())
+            else:
+                shared.finish(values)
         except Exception as error:
             about = str(error).rstrip(".")
             raise CheckpointError(
@@ -176,6 +216,8 @@ class Checkpointer:
                 f"to {_bytes_text(needed)}; {_bytes_text(_free_bytes(self.folder))} are free. Earlier checkpoints are "
                 "unchanged."
             ) from error
+        if not is_primary():
+            return
         self._values[snapshot.step] = value
         try:
             self._prune(snapshot.step)

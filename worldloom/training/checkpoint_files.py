@@ -9,27 +9,26 @@ always complete, also after a power failure.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import shutil
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from worldloom.algorithm import TrainState
 from worldloom.config import is_integer, read_json_object
 from worldloom.errors import CheckpointError, ConfigError, FileFormatError
-from worldloom.families import class_name, find_family
+from worldloom.families import class_name
 from worldloom.files import fsync_folder, fsync_tree, plain_path, write_atomically
-from worldloom.training.config import TrainingConfig
+from worldloom.training.checkpoint_identity import check_class, check_config
 from worldloom.training.optimizer_layout import OptimizerLayout
-from worldloom.training.orbax_access import checkpointer, orbax_warnings
+from worldloom.training.orbax_access import checkpointer, full_disk_errors, orbax_warnings
 
 FORMAT = 1
 """Version of the checkpoint layout."""
@@ -69,7 +68,8 @@ class Snapshot(NamedTuple):
     """Everything that a run needs to continue.
 
     Attributes:
-      state: the state, on the host.
+      state: the state, on the host. Of several processes, weights and optimizer are those of the run, until its next
+        update; what was read for a run on a mesh is on that mesh.
       record: JSON-serializable values of everything else: counters, configs, callbacks.
       arrays: arrays of everything else, by name: pending latents, collector.
       replay: the buffer, if training changes it by collecting or by writing latents back; None if it only reads it.
@@ -97,39 +97,62 @@ def write_checkpoint(target: Path, snapshot: Snapshot, **values: Any) -> int:
     try:
         remove_tree(partial)
         partial.mkdir()
-        arrays = flatten_state(snapshot.state) | {_EXTRA + name: value for name, value in snapshot.arrays.items()}
+        arrays = arrays_to_save(snapshot)
         _save_arrays(partial / "state", arrays)
-        # Orbax does not save arrays of size zero; the record holds their shapes and dtypes.
-        empty = {k: [value.shape, value.dtype.str] for k, value in snapshot.arrays.items() if not value.size}
-        _write_json(partial / "run.json", {**snapshot.record, **values, "empty": empty})
-        _write_json(partial / "manifest.json", {"files": dict(_checksums(partial))})
-        _check_written(partial, arrays)
-        fsync_tree(partial)
-        if target.exists():
-            delete_checkpoint(target, f"{target.name}.replaced{PARTIAL}")
-        partial.rename(target)
-        fsync_folder(target.parent)
-        return sum(size for size, _ in _read_json(target / "manifest.json")["files"].values())
+        return complete_checkpoint(partial, target, snapshot, arrays, values)
     except BaseException:
         remove_tree(partial)
         raise
 
 
-def _check_written(folder: Path, arrays: Mapping[str, Any]) -> None:
+def arrays_to_save(snapshot: Snapshot) -> dict[str, Any]:
+    """All arrays of a snapshot that are not empty, by name: NumPy's, and JAX's where other processes hold a part.
+
+    Orbax saves none of size zero; reading recreates them from the template and the record.
+    """
+    arrays = flatten_state(snapshot.state) | {_EXTRA + name: value for name, value in snapshot.arrays.items()}
+    return {name: _on_host(array) for name, array in arrays.items() if array.size}
+
+
+def complete_checkpoint(
+    partial: Path,
+    target: Path,
+    snapshot: Snapshot,
+    arrays: Mapping[str, Any],
+    values: Mapping[str, Any],
+    known: Mapping[str, Any] = types.MappingProxyType({}),
+) -> int:
+    """Make the checkpoint ``target`` of ``partial``, which holds ``arrays``; see :func:`write_checkpoint`.
+
+    ``known`` are checksums of files in it that other processes have written, read back and flushed to disk.
+    """
+    empty = {k: [value.shape, value.dtype.str] for k, value in snapshot.arrays.items() if not value.size}
+    _write_json(partial / "run.json", {**snapshot.record, **values, "empty": empty})
+    _write_json(partial / "manifest.json", {"files": {**known, **dict(checksums(partial, known))}})
+    _check_written(partial, arrays, known)
+    fsync_tree(partial)
+    if target.exists():
+        delete_checkpoint(target, f"{target.name}.replaced{PARTIAL}")
+    partial.rename(target)
+    fsync_folder(target.parent)
+    return sum(size for size, _ in _read_json(target / "manifest.json")["files"].values())
+
+
+def _check_written(folder: Path, arrays: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raise ``CheckpointError`` unless all ``arrays`` and files are in ``folder``, as reading it would find them."""
-    nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
-    smallest = min(nonempty, key=lambda name: nonempty[name].nbytes)
+    on_host = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    smallest = min(on_host, key=lambda name: on_host[name].nbytes)
     try:
-        read_record(folder)
+        read_record(folder, known)
         # Not through Orbax, which opens every array to list them, and keeps some memory of each.
         listed = _read_json(folder / "state" / "_METADATA")["tree_metadata"].values()
-        missing = nonempty.keys() - {entry["key_metadata"][0]["key"] for entry in listed}
+        missing = arrays.keys() - {entry["key_metadata"][0]["key"] for entry in listed}
         # Reading one array goes through the index of all of them, whose absence no checksum shows.
         with _reading(folder), plain_path(folder) as path:
-            found = _restore(path / "state", {smallest: nonempty[smallest]})[smallest]
+            found = _restore(path / "state", {smallest: on_host[smallest]})[smallest]
     except (FileFormatError, OSError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"What was written cannot be read back: {error}") from error
-    if missing or found.tobytes() != nonempty[smallest].tobytes():
+    if missing or found.tobytes() != on_host[smallest].tobytes():
         raise CheckpointError(f"What was written cannot be read back: {min(missing or {smallest})} differs.")
 
 
@@ -146,8 +169,18 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any], *, exact: bool = True) -> Snapshot:
+def read_checkpoint(
+    path: Path,
+    template: TrainState,
+    identity: Mapping[str, Any],
+    *,
+    exact: bool = True,
+    share: tuple[int, int] = (0, 1),
+) -> Snapshot:
     """Read one checkpoint folder in the structure of ``template``, after verifying its checksums.
+
+    What ``template`` has on a mesh is read onto that mesh, by each process the parts of its devices, wherever it was
+    saved.
 
     Args:
       path: the folder.
@@ -155,12 +188,13 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
       identity: its ``config``, ``training`` config and ``model_class``, which must equal the checkpoint's.
       exact: if False, they may differ as long as the weights fit; an optimizer's state that does not fit is left out,
         and that of ``template`` takes its place.
+      share: (n, of): verify only the n-th of so many shares of the files; other processes verify the others.
 
     Raises:
       FileFormatError: a file is missing or damaged, or the arrays do not fit ``template``.
       ConfigError: it belongs to a run with another config or model class, or with weights of other shapes.
     """
-    record = read_record(path)
+    record = read_record(path, share=share)
     if record.get("format") != FORMAT:
         raise FileFormatError(f"{path} has checkpoint format {record.get('format')!r}; this version reads {FORMAT}.")
     _check_record(record, path)
@@ -168,7 +202,7 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
     if exact:
         check_config(path, "model", record.get("config"), identity["config"])
         check_config(path, "training", record.get("training"), identity["training"], MAY_CHANGE)
-        _check_class(path, record.get("model_class"), identity["model_class"])
+        check_class(path, record.get("model_class"), identity["model_class"])
     else:
         saved = _saved_shapes(path)
         if not _fits(saved, {"params": tree["params"]}, path):
@@ -184,7 +218,7 @@ def read_checkpoint(path: Path, template: TrainState, identity: Mapping[str, Any
     extra = {name.removeprefix(_EXTRA): value for name, value in arrays.items() if name.startswith(_EXTRA)}
     extra |= _empty_arrays(record, path)
     if "opt_state" not in tree:
-        arrays |= _flatten({"opt_state": jax.device_get(template.opt_state)})
+        arrays |= {name: _on_host(x) for name, x in _flatten({"opt_state": template.opt_state}).items()}
     return Snapshot(unflatten_state(arrays, template, path), record, extra)
 
 
@@ -229,23 +263,28 @@ def read_summary(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The JSON record of a checkpoint; ``FileFormatError`` unless all its files match their checksums."""
+def read_record(path: Path, known: Collection[str] = frozenset(), *, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """The JSON record of a checkpoint; ``FileFormatError`` unless its files match their checksums.
+
+    Those named in ``known`` are not read, nor are those outside of this ``share``, see :func:`read_checkpoint`.
+    """
     try:
         files = _read_json(path / "manifest.json")["files"]
-        actual = dict(_checksums(path))
-        for name, expected in files.items():
-            if actual.get(name) != expected:
+        number, shares = share
+        own = set(sorted(files, key=lambda name: files[name][0])[number::shares]).difference(known)
+        actual = dict(checksums(path, files.keys() - own))
+        for name in own:
+            if actual.get(name) != files[name]:
                 state = "damaged" if name in actual else "missing"
                 raise FileFormatError(f"The checkpoint {path} is damaged: {name} is {state}.")
         return _read_json(path / "run.json")
     except FileFormatError:
         raise
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, LookupError, TypeError, AttributeError) as error:
         raise FileFormatError(f"The checkpoint {path} is damaged: {error!r}.") from error
 
 
-def flatten_state(state: TrainState) -> dict[str, np.ndarray]:
+def flatten_state(state: TrainState) -> dict[str, Any]:
     """All arrays of a state by name (``params/encoder/…``); the key as its raw data, uint32."""
     return _flatten(_tree(state))
 
@@ -260,6 +299,11 @@ def unflatten_state(arrays: Mapping[str, np.ndarray], template: TrainState, path
 def _tree(state: TrainState) -> dict[str, Any]:
     key = jax.random.key_data(state.key)
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "key": key}
+
+
+def _on_host(x: Any) -> Any:
+    """``x`` as a NumPy array, unless other processes hold a part of it."""
+    return x if isinstance(x, jax.Array) and not x.is_fully_addressable else np.asarray(x)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -301,7 +345,7 @@ def _fits(arrays: Mapping[str, Any], template: Any, path: Path) -> bool:
 
 
 def _empty_arrays(record: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
-    """Arrays of size zero, from the shapes and dtypes in the record; :func:`_save_arrays` does not save them."""
+    """Arrays of size zero, from the shapes and dtypes in the record; :func:`arrays_to_save` leaves them out."""
     try:
         specs = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in record.get("empty", {}).items()}
         if any(0 not in shape or dtype.hasobject for shape, dtype in specs.values()):
@@ -315,20 +359,13 @@ def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write ``arrays`` as the folder ``path``. Raises ``CheckpointError`` if Orbax warns of anything."""
     import orbax.checkpoint as ocp
 
-    # Orbax refuses arrays of size zero; reading recreates them from the template and the record.
-    nonempty = {name: np.asarray(array) for name, array in arrays.items() if array.size}
     with (
         plain_path(path.parent) as folder,
         orbax_warnings() as warned,
         checkpointer() as orbax,
+        full_disk_errors(path),
     ):
-        try:
-            orbax.save(folder / path.name, args=ocp.args.PyTreeSave(nonempty))
-        except ValueError as error:
-            if os.strerror(errno.ENOSPC) not in str(error):
-                raise
-            # TensorStore says so in a thousand characters.
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        orbax.save(folder / path.name, args=ocp.args.PyTreeSave({name: np.asarray(x) for name, x in arrays.items()}))
     if warned:
         raise CheckpointError(f"Orbax warned: {warned[0]}")
 
@@ -346,8 +383,10 @@ def _load_arrays(path: Path, template: Any, *, extra: bool = False) -> dict[str,
         raise FileFormatError(f"{path} holds more than {_MAX_EXTRA} bytes in addition to the state.")
     sources = (source for name in needed for source in layout.sources(name))
     requested = {name: saved[name] for name in sources if name in saved} | extras
+    shardings = {name: getattr(needed[name], "sharding", None) for name in needed.keys() & requested}
+    on_mesh = {name: sharding for name, sharding in shardings.items() if isinstance(sharding, NamedSharding)}
     with _reading(path), plain_path(path) as folder:
-        return layout.convert(_restore(folder / "state", requested))
+        return layout.convert(_restore(folder / "state", requested, on_mesh))
 
 
 def _saved_shapes(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -358,11 +397,18 @@ def _saved_shapes(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in entries.items()}
 
 
-def _restore(state: Path, requested: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The ``requested`` arrays, of these shapes, in Orbax's folder ``state``."""
+def _restore(
+    state: Path,
+    requested: Mapping[str, Any],
+    shardings: Mapping[str, NamedSharding] = types.MappingProxyType({}),
+) -> dict[str, Any]:
+    """The ``requested`` arrays, of these shapes, in Orbax's folder ``state``: NumPy's, or JAX's with ``shardings``."""
     import orbax.checkpoint as ocp
 
     options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in requested}
+    for name, sharding in shardings.items():
+        array = requested[name]
+        options[name] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=array.shape, dtype=array.dtype)
     arguments = ocp.args.PyTreeRestore(dict(requested), restore_args=options, partial_restore=True)
     with checkpointer() as orbax:
         return orbax.restore(state, args=arguments)
@@ -380,46 +426,15 @@ def _reading(path: Path) -> Iterator[None]:
         raise FileFormatError(f"The checkpoint arrays {path / 'state'} cannot be read: {error}") from error
 
 
-def _checksums(folder: Path) -> Iterator[tuple[str, list[Any]]]:
-    """Name, and [size in bytes, SHA-256], of each file in a checkpoint folder except the manifest."""
+def checksums(folder: Path, without: Collection[str] = frozenset()) -> Iterator[tuple[str, list[Any]]]:
+    """Name, and [size in bytes, SHA-256], of each file in a checkpoint folder except the manifest and ``without``."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise FileFormatError(f"{path} is neither a file nor a folder; a checkpoint holds nothing else.")
-        if path.is_file() and name != "manifest.json":
+        if path.is_file() and name != "manifest.json" and name not in without:
             with path.open("rb") as file:
                 yield name, [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def check_config(
-    path: Path, kind: str, saved: Any, given: Mapping[str, Any], may_change: frozenset[str] = frozenset()
-) -> None:
-    """Raise ``ConfigError`` naming the first field outside ``may_change`` in which the saved config differs.
-
-    Fields that the version which saved it did not have count as at their defaults.
-    """
-    family = find_family(given["model_type"]) if kind == "model" else None
-    cls = TrainingConfig if kind == "training" else family.config_class if family else None
-    saved = {**(cls.defaults() if cls else {}), **(saved if isinstance(saved, Mapping) else {})}
-    for name, value in given.items():
-        if name not in may_change and saved.get(name) != value:
-            raise ConfigError(
-                f"{path} was saved with {kind} config {name}={saved.get(name)!r}; this run has {value!r}. Resume with "
-                "the saved value, or go on inexactly by resume='continue' (--resume continue), or begin a new run from "
-                "its weights: worldloom.training.checkpoint.load_weights."
-            )
-
-
-def _check_class(path: Path, saved: Any, given: str) -> None:
-    """Raise ``ConfigError`` for a model of another class, whose loss may differ. Early checkpoints name no class.
-
-    Modules are not compared: a class defined in a script is in ``__main__`` there, and in a module when imported.
-    """
-    if saved is not None and str(saved).rpartition(":")[2] != given.rpartition(":")[2]:
-        raise ConfigError(
-            f"{path} was saved by a run that trained {saved}; this run trains {given}. Resume with a model of that "
-            "class, or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
-        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,17 +1,20 @@
-"""How checkpoints use Orbax: by one process alone, and taking its warnings seriously."""
+"""How checkpoints use Orbax: without its own meetings of processes, and taking its warnings seriously."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 
 
 def checkpointer() -> Any:
-    """Orbax's checkpointer of this process alone: of several, the first writes, and each reads all by itself."""
+    """Orbax's checkpointer of this process alone; of several, each reads by itself what it needs."""
     import orbax.checkpoint as ocp
 
     number = jax.process_index()
@@ -21,6 +24,17 @@ def checkpointer() -> Any:
     options = options if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
+@contextlib.contextmanager
+def full_disk_errors(path: Path) -> Iterator[None]:
+    """Turns what TensorStore says in a thousand characters of a full disk into an ``OSError`` that names ``path``."""
+    try:
+        yield
+    except ValueError as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 @contextlib.contextmanager

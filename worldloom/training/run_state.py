@@ -15,6 +15,7 @@ import numpy as np
 from worldloom.algorithm import TrainState
 from worldloom.config import check
 from worldloom.devices import resolve_device
+from worldloom.distributed import is_primary
 from worldloom.envs import EnvSpaces, VectorEnv
 from worldloom.errors import ConfigError, NonFiniteError
 from worldloom.families import class_name
@@ -22,7 +23,6 @@ from worldloom.replay import ReplayBuffer
 from worldloom.sharding import ActingState, Placement
 from worldloom.training import run_info, update_loop
 from worldloom.training.batches import BatchSource, UpdateChunk
-from worldloom.training.callbacks.base import StepInfo
 from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot, flatten_state
 from worldloom.training.collector import Collector, check_env_fits, check_same_env
 from worldloom.training.config import TrainingConfig
@@ -248,9 +248,11 @@ class Run:
     # ---- reading, saving, restoring ---------------------------------------------------------------------------------
 
     def read_state(self) -> TrainState:
-        """A copy of the state on the host, after all updates in flight."""
-        self.sync()
-        self._skipped = int(self._guard.skipped)
+        """A copy of the state on the host, after all updates in flight.
+
+        Where other processes hold a part of the weights, it is the copy that :meth:`collect_state` made.
+        """
+        self._finish_updates()
         collected = self._collected
         return (
             collected
@@ -259,9 +261,27 @@ class Run:
         )
 
     def collect_state(self) -> None:
-        """Before callbacks: collect weights that are divided over processes, which all processes must do at once."""
+        """Before callbacks: collect weights that are divided over processes, which all processes must do at once.
+
+        The optimizer's state, which only checkpoints need, stays divided; it is () in the copy.
+        """
         if self.placement.spans_processes and self.config.divides_weights:
-            self._collected = run_info.on_host(self.state, self.placement)
+            self._collected = run_info.on_host(self.state.replace(opt_state=()), self.placement)
+
+    def state_to_save(self) -> TrainState:
+        """What a checkpoint holds, after all updates in flight: a copy on the host.
+
+        Of several processes, weights and optimizer stay where they are: each writes its part before the next update.
+        """
+        if not self.placement.spans_processes:
+            return self.read_state()
+        self._finish_updates()
+        key = update_loop.copy(self.placement.to_device(self.state.key))
+        return self.state.replace(step=np.array(self.state.step), key=key)
+
+    def _finish_updates(self) -> None:
+        self.sync()
+        self._skipped = int(self._guard.skipped)
 
     def identity(self) -> dict[str, Any]:
         """Both configs and the model's class, which a checkpoint must match to be resumed."""
@@ -271,53 +291,23 @@ class Run:
             "model_class": class_name(type(self.model)),
         }
 
-    def step_info(self, *, callback_state: Callable[[], dict[str, Any]], **runner_fields: Any) -> StepInfo:
-        """The :class:`StepInfo` of this step.
-
-        Args:
-          callback_state: function () → the callbacks' part of a snapshot.
-          **runner_fields: the fields of :class:`StepInfo` that the callback runner provides.
-        """
-        assert self.sampler is not None
-        step = self.step
-
-        def read_state() -> TrainState:
-            if self.step != step:
-                raise RuntimeError(
-                    f"The state of step {step} is no longer available; read it before the callback returns."
-                )
-            return self.read_state()
-
-        return StepInfo(
-            step=step,
-            env_steps=self.env_steps,
-            total_steps=self.total_steps,
-            config=self.config,
-            model_config=self.model.config,
-            model_class=type(self.model),
-            loss_terms=self.loss_terms,
-            replay_size=len(self.sampler.buffer),
-            run_id=self.run_id,
-            read_state=read_state,
-            model=lambda: run_info.with_params(self.model, read_state().params),
-            snapshot=lambda: self.snapshot(read_state(), callback_state()),
-            episodes=lambda: list(self.collector.ends) if self.collector else [],
-            episodes_ended=self.collector.episodes if self.collector else 0,
-            **runner_fields,
-        )
-
     def snapshot(self, state: TrainState, callbacks: Mapping[str, Any]) -> Snapshot:
         """Everything that a resumed run needs, at this step.
 
         Args:
-          state: from :meth:`read_state`.
+          state: from :meth:`state_to_save`.
           callbacks: ``CallbackRunner.state_dict()``.
 
-        Raises ``NonFiniteError`` if a weight is not finite, because such a checkpoint would be useless.
+        Raises ``NonFiniteError`` if a weight is not finite, because such a checkpoint would be useless. Of several
+        processes, each sees a part only: they raise it together when it is written, and all but the first have nothing
+        else to save.
         """
         assert self.sampler is not None
+        if not is_primary():
+            return Snapshot(state, {"step": self.step})
         for name, array in flatten_state(state).items():
-            if name.startswith("params/") and not np.isfinite(array).all():
+            seen = name.startswith("params/") and not self.placement.spans_processes
+            if seen and not np.isfinite(array).all():
                 raise NonFiniteError(f"Step {self.step}: the weights {name} are not finite and are not saved.")
         self.sampler.write_back()
         record = {

@@ -41,9 +41,10 @@ class StepInfo:
       run_id: identifies the run; a resumed run keeps it.
       measured: whether any callback publishes measurements.
       updates_per_second: function () → updates per second since this callback last ran.
-      read_state: function () → the :class:`TrainState`.
+      read_state: function () → the :class:`TrainState`; if weights are divided over processes, its ``opt_state`` is ().
       model: function () → a copy of the world model with the weights of this step.
-      snapshot: function () → the content of a checkpoint.
+      snapshot: function () → the content of a checkpoint; of several processes, weights and optimizer are those of the
+        run, which the next update replaces.
       episodes: function () → the training episodes that ended since the last log record, as ``EpisodeRecord``.
       episodes_ended: number of training episodes that ended so far.
     """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.config import as_integer
+from worldloom.distributed import is_primary
 from worldloom.errors import CheckpointError
 from worldloom.files import absolute_path
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo
@@ -55,6 +56,7 @@ class CheckpointCallback(Callback):
     """
 
     order = 1
+    in_every_process = True  # Each writes its part.
     given: set[str]
 
     @_note_arguments
@@ -126,7 +128,7 @@ class CheckpointCallback(Callback):
 
     def _save(self, info: StepInfo) -> None:
         value = None
-        if self.monitor:
+        if self.monitor and is_primary():
             mean = self.monitor.training_mean(info)
             value, self._measurement = (self._measurement if mean is None else mean), None
         self.checkpointer.save(info.snapshot(), value)

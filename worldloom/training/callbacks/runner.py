@@ -6,12 +6,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from worldloom.algorithm import TrainState
 from worldloom.distributed import is_primary
 from worldloom.errors import FileFormatError, NonFiniteError
 from worldloom.training.callbacks.base import Callback, CallbackResult, StepInfo, StopTraining, name_of
+from worldloom.training.checkpoint_files import Snapshot
 from worldloom.training.config import TrainingConfig
 from worldloom.training.interrupts import Interrupted
 from worldloom.training.metrics import LazyMetrics, MetricsAccumulator, MetricsStream
+from worldloom.training.run_info import with_params
 
 if TYPE_CHECKING:
     from worldloom.training.run_state import Run
@@ -180,18 +183,61 @@ class CallbackRunner:
             stream.sync()
             return accumulator.rate()
 
-        return run.step_info(
+        return step_info(
+            run,
+            self.state_dict,
             metrics=LazyMetrics(stream, accumulator, mean=False),
             means=LazyMetrics(stream, accumulator, mean=True),
             updates_per_second=rate,
             measurements=dict(self.measurements),
             measured=self.any_measures,
-            callback_state=self.state_dict,
         )
 
     def _partial(self, index: int, step: int) -> MetricsAccumulator:
         """The metrics of callback ``index`` up to ``step``; its accumulator stays open."""
         return self._stream.register(self._accumulators[index].closed_copy(step))
+
+
+def step_info(run: Run, callback_state: Callable[[], dict[str, Any]], **runner_fields: Any) -> StepInfo:
+    """The :class:`StepInfo` of the step that ``run`` is at.
+
+    Args:
+      run: the run.
+      callback_state: function () → the callbacks' part of a snapshot.
+      **runner_fields: the fields of :class:`StepInfo` that the callback runner provides.
+    """
+    assert run.sampler is not None
+    step = run.step
+
+    def check_step() -> None:
+        if run.step != step:
+            raise RuntimeError(f"The state of step {step} is no longer available; read it before the callback returns.")
+
+    def read_state() -> TrainState:
+        check_step()
+        return run.read_state()
+
+    def snapshot() -> Snapshot:
+        check_step()
+        return run.snapshot(run.state_to_save(), callback_state())
+
+    return StepInfo(
+        step=step,
+        env_steps=run.env_steps,
+        total_steps=run.total_steps,
+        config=run.config,
+        model_config=run.model.config,
+        model_class=type(run.model),
+        loss_terms=run.loss_terms,
+        replay_size=len(run.sampler.buffer),
+        run_id=run.run_id,
+        read_state=read_state,
+        model=lambda: with_params(run.model, read_state().params),
+        snapshot=snapshot,
+        episodes=lambda: list(run.collector.ends) if run.collector else [],
+        episodes_ended=run.collector.episodes if run.collector else 0,
+        **runner_fields,
+    )
 
 
 def _is_called(callback: Callback) -> bool:
