@@ -64,9 +64,7 @@ class StopAt(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def make_run(
-    folder, config, family, *, num_envs=2, save_every=7, latents=False, kind=Walk, evaluated=None, extra=()
-):
+def make_run(folder, config, family, *, num_envs=2, save_every=7, latents=False, kind=Walk, evaluated=None, extra=()):
     """A trainer of the run in ``folder``, and its environment."""
     env = make_env(kind, num_envs, seed=3)
     callbacks = [
