@@ -151,8 +151,9 @@ def differences(folder, whole, stopped_at):
 def survive(family, folder, kills, options, rng):
     """Stop runs ``kills`` times in total, starting a new one whenever one ends, and compare what they leave."""
     folder.mkdir(parents=True)
-    # A shell starts background processes with Ctrl-C ignored, and so would ours be.
+    # A shell starts background processes with Ctrl-C ignored, nohup with SIGHUP ignored, and so would ours be.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     start, whole = time.monotonic(), Life(family, folder / "whole", options.steps, 0)
     if whole.end() != 0:
         raise SystemExit((folder / "whole.stderr").read_text()[-3000:])

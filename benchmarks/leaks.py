@@ -148,6 +148,7 @@ def main():
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
+    counts()  # starts JAX, which stays
     report = {}
     for name, make in (("environments", environment), ("models", model), ("trainers", trainer)):
         count = getattr(options, name)

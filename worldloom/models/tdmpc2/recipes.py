@@ -43,13 +43,7 @@ _DISCRETE_MODEL = {
     "consistency_coef": 4.0,
     "encoder_lr_scale": 1.0,
 }
-_DISCRETE_TRAINING = {
-    "batch_size": 32,
-    "sequence_length": 8,
-    "learning_rate": 5e-4,
-    "lr_schedule": "linear",
-    "train_ratio": 128.0,
-}
+_DISCRETE_TRAINING = {"batch_size": 32, "sequence_length": 8, "learning_rate": 5e-4, "train_ratio": 128.0}
 
 _REFERENCE_LATENT = 512
 """Features of the reference's convolutions, which are the latent of its image models."""
