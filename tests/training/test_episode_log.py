@@ -115,9 +115,9 @@ def test_numbers_of_a_worker_process_arrive_too():
     assert all(end.info["deep/steps"] == end.length for end in ends)
 
 
-def seen(prefill, since=(), returns=()):
+def seen(prefill, since=(), returns=(), trained=False):
     """The statistics of these rewards of the prefill, of those since, and of returns."""
-    found = RewardsSeen()
+    found = RewardsSeen(trained=trained)
     for reward in prefill:
         found.add_rewards(np.array([reward]), prefill=True)
     for reward in since:
@@ -135,6 +135,7 @@ COSTS = [-0.1, -0.05, -0.01, -1e-5]
     ("found", "said"),
     [
         (seen(COSTS, [0.0]), "No step since the prefill has paid more"),  # the agent has learned to do nothing
+        (seen(COSTS, [0.0], trained=True), None),  # it may have learned all that there is from recorded data
         (seen(COSTS, [0.0, 100.0]), None),
         (seen([-16.0, -8.0, -0.3], [-1e-4]), None),
         (seen([0.0] * 98 + [1.0], [1.0]), None),  # random actions have met the goal, and nothing pays more

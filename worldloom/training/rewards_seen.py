@@ -29,6 +29,7 @@ class RewardsSeen:
       origin: number near the rewards of the prefill, from which deviations are summed: the first of them; None before.
       total: sum of their deviations from it, ``mean = origin + total / steps``.
       squares: sum of the squares of these deviations, ``spread = squares − total² / steps``.
+      trained: whether the weights had learned from recorded data before the prefill.
     """
 
     steps: int = 0
@@ -42,6 +43,7 @@ class RewardsSeen:
     origin: float | None = None
     total: float = 0.0
     squares: float = 0.0
+    trained: bool = False
 
     def __post_init__(self) -> None:
         if self.steps and self.origin is None:
@@ -82,9 +84,10 @@ class RewardsSeen:
         """A sentence if the run has met no reward that the prefill had not, else None.
 
         Nothing is said where the best reward of the prefill is a rare event: the goal has been met then. Where every
-        step pays the same, episodes must differ in length.
+        step pays the same, episodes must differ in length. Weights that had learned from recorded data may be as good
+        in the prefill as they ever get.
         """
-        if self.low is None or self.high is None or self.since is None:
+        if self.trained or self.low is None or self.high is None or self.since is None:
             return None
         if self.low == self.high == self.since:
             if self.worst is None or self.worst != self.best:
