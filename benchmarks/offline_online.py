@@ -1,6 +1,6 @@
 """Offline data, online learning, and both: returns at equal environment steps, by seed.
 
-    python benchmarks/offline_online.py --seeds 0 1 2 --env-steps 3000 --out runs/offline_online.json
+    python benchmarks/offline_online.py --seeds 0 1 2 --out runs/offline_online.json --plot runs/offline_online.png
 
 The data are Pendulum episodes of an agent in training, which itself is left out. ``offline`` learns from them alone,
 ``online`` never sees them, ``both`` begins with them and mixes them into its batches. All evaluate the same episodes.
@@ -44,14 +44,38 @@ def returns(model, episodes: int) -> list[float]:
         return [float(end.episode_return) for end in play(model, env, episodes=episodes, seed=77)]
 
 
+def plot(target: Path, found: list[dict]) -> None:
+    """Curves of mean returns: thin lines for seeds, thick ones for their mean; offline data alone as a level."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    seeds = sorted({each["seed"] for each in found})
+    for kind, color in (("online", "tab:blue"), ("both", "tab:green")):
+        steps = sorted({each["env_steps"] for each in found if each["kind"] == kind})
+        means = {(e["seed"], e["env_steps"]): np.mean(e["returns"]) for e in found if e["kind"] == kind}
+        curves = np.array([[means[seed, step] for step in steps] for seed in seeds])
+        axes.plot(steps, curves.T, color=color, alpha=0.35, linewidth=1)
+        axes.plot(steps, curves.mean(0), color=color, linewidth=2, label=kind)
+    offline = [np.mean(each["returns"]) for each in found if each["kind"] == "offline"]
+    axes.axhline(np.mean(offline), color="tab:orange", linestyle="--", label="offline")
+    axes.set_title(f"{MODEL} on {ENV}, {len(seeds)} seeds", fontsize=10)
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("return, mean of 10 episodes")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    figure.savefig(target, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data-steps", type=int, default=3000)
     parser.add_argument("--offline-updates", type=int, default=3000)
-    parser.add_argument("--env-steps", type=int, nargs="+", default=[1200, 2000])
+    parser.add_argument("--env-steps", type=int, nargs="+", default=[800, 1200, 1600, 2000, 3000])
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("runs/offline_online.json"))
+    parser.add_argument("--plot", type=Path, help="PNG of the curves")
     args = parser.parse_args()
     found: list[dict] = []
     for seed in args.seeds:
@@ -78,6 +102,8 @@ def main() -> None:
                     print(time.strftime("%H:%M:%S"), seed, kind, steps, round(float(np.mean(measured)), 1), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1))
+        if args.plot:
+            plot(args.plot, found)
     for kind in ("offline", "online", "both"):
         for steps in sorted({each["env_steps"] for each in found if each["kind"] == kind}):
             means = [np.mean(e["returns"]) for e in found if (e["kind"], e["env_steps"]) == (kind, steps)]
