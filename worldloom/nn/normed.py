@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from worldloom.nn.linear import mesh_matmul
 from worldloom.sharding import row_shards
 
 # The reference's `init.weight_init`: normal, truncated at ±2, which at 100 standard deviations truncates nothing.
@@ -48,7 +50,7 @@ class NormedLinear(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.affine = nnx.Linear(in_features, out_features, kernel_init=_kernel_init, dtype=dtype, rngs=rngs)
+        self.affine = _affine(in_features, out_features, _kernel_init, dtype, rngs)
         # PyTorch's epsilon. Flax's fast variance E[x²] − E[x]² loses digits to cancellation.
         self.norm = nnx.LayerNorm(out_features, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
         self.activation = activation
@@ -65,6 +67,15 @@ class NormedLinear(nnx.Module):
             kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1.0 - self.dropout), 0.0)
         return self.activation(self.norm(x))
+
+
+def _affine(inputs: int, outputs: int, init: Callable[..., jax.Array], dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, dot_general=_dot_general, rngs=rngs)
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
+    """``x W`` as :class:`flax.nnx.Linear` asks for it."""
+    return mesh_matmul(x, kernel) if row_shards() > 1 else jax.lax.dot_general(x, kernel, dimensions, **options)
 
 
 class NormedMLP(nnx.Module):
@@ -103,7 +114,7 @@ class NormedMLP(nnx.Module):
             self.head = NormedLinear(widths[-1], out_features, activation=out_activation, dtype=dtype, rngs=rngs)
         else:
             init = nnx.initializers.zeros if zero_head else _kernel_init
-            self.head = nnx.Linear(widths[-1], out_features, kernel_init=init, dtype=dtype, rngs=rngs)
+            self.head = _affine(widths[-1], out_features, init, dtype, rngs)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[..., in] → [..., out] float32; a key turns the dropout on."""
