@@ -85,9 +85,11 @@ def test_mt30_is_trained_by_its_protocol_with_the_tasks_of_the_data(tmp_path):
     episodes = recorded(count=30, obs_dim=24, action_dim=6, lengths=[5])
     write_pt(tmp_path / "chunk_0.pt", multitask_arrays(episodes, list(range(30))))
     words = ["--protocol", "tdmpc2/mt30", "--data", str(tmp_path / "chunk_0.pt"), "--run", str(tmp_path / "run")]
-    given = cli_train._flags(get_family("tdmpc2")).parse([*words, *SMALL])
-    plan = cli_train._new_run(given, "tdmpc2:tiny")
+    given = cli_train._flags(get_family("tdmpc2")).parse([*words, "--model", "tdmpc2:5m", *SMALL[2:]])
+    plan = cli_train._new_run(given, "tdmpc2:5m")
     config, fields = plan.model.config, task_fields("mt30")
+    # Those of the reference's control tasks, not of its Gymnasium tasks.
+    assert (config.rho, config.discount_max) == (0.5, 0.995)
     assert (config.num_tasks, config.task_dim, config.action_dim) == (30, 64, 6)
     assert (config.action_dims, config.episode_lengths) == (fields["action_dims"], (500,) * 30)
     assert any(line.split() == ["--num-tasks", "30", "protocol"] for line in plan.settings)

@@ -83,8 +83,9 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     if env.episode_length:
         model["episode_length"] = env.episode_length
         reasons["episode_length"] = "of the environment, in decision steps"
-    gym = not str(env.settings.get("spec")).startswith(_ONLY_TIME_LIMITS)
-    if gym and size != "tiny":
+    # Recorded data have no specification; the reference's own, mt30 and mt80, have the config's values.
+    spec = env.settings.get("spec")
+    if spec is not None and not str(spec).startswith(_ONLY_TIME_LIMITS) and size != "tiny":
         model |= REFERENCE_GYM
         reasons |= dict.fromkeys(REFERENCE_GYM, "the reference's for Gymnasium tasks")
     length = given.get("episode_length", env.episode_length) or 0
