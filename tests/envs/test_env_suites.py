@@ -1,6 +1,7 @@
 """DeepMind Control, Atari and Crafter, where their packages (the extra ``envs``) are installed."""
 
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -35,6 +36,18 @@ def rendering(suite):
         pytest.skip(str(error))
     finally:
         env.close()
+
+
+def test_an_opengl_that_does_not_start_is_said(tmp_path, monkeypatch):
+    # As the import of dm_control ends with MUJOCO_GL=osmesa where that library is missing.
+    (tmp_path / "dm_control").mkdir()
+    (tmp_path / "dm_control" / "__init__.py").write_text("None.glGetError")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dm_control"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    with pytest.raises(EnvError, match=r"MUJOCO_GL=osmesa .*glGetError.*'egl'"):
+        make_env("dmc:cartpole_swingup")
 
 
 def assert_repeatable(make, steps):

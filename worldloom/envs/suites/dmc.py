@@ -24,6 +24,11 @@ _CAMERAS = {"quadruped": 2}
 USUAL: dict[str, dict[str, Any]] = {"dmc_vision": {"image_size": 64}}
 """Options by suite, unless others are given."""
 
+_CHOOSE_OPENGL = (
+    "Set the environment variable MUJOCO_GL to 'egl' (GPU or Mesa), 'osmesa' or 'glfw' (with a display), whichever "
+    "library is installed, before Python starts; 'disable' does for state observations without pictures."
+)
+
 
 class DMControl(gym.Env[np.ndarray, np.ndarray]):
     """One task of the suite.
@@ -43,7 +48,7 @@ class DMControl(gym.Env[np.ndarray, np.ndarray]):
         is selected on machines without a display, unless ``MUJOCO_GL`` is set; this has no effect if ``dm_control``
         was imported before.
 
-    Raises ``ConfigError`` for a task that the suite does not have.
+    Raises ``ConfigError`` for a task that the suite does not have; ``EnvError`` if OpenGL does not start.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012 (Gymnasium's own form)
@@ -61,10 +66,7 @@ class DMControl(gym.Env[np.ndarray, np.ndarray]):
     ):
         if image_size is not None or render:
             _select_headless_rendering()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # GLFW warns that there is no display; state observations need none.
-            from dm_control import suite
-
+        suite = _import_suite()
         domain, name = _resolve(task, suite.ALL_TASKS)
         # Our limit counts steps, the suite's counts seconds: ours replaces it, so that it can also be longer.
         no_limit = {} if time_limit is None else {"time_limit": math.inf}
@@ -125,10 +127,7 @@ class DMControl(gym.Env[np.ndarray, np.ndarray]):
         try:
             return self._suite.physics.render(size, size, camera_id=self._camera).copy()
         except Exception as error:  # Each OpenGL backend raises its own exceptions.
-            raise EnvError(
-                f"MuJoCo could not render ({error}). Set the environment variable MUJOCO_GL to 'egl' (GPU or Mesa) or "
-                "'osmesa' before Python starts."
-            ) from error
+            raise EnvError(f"MuJoCo could not render ({error}). {_CHOOSE_OPENGL}") from error
 
 
 def make_dmc(task: str, **options: Any) -> DMControl:
@@ -141,6 +140,21 @@ def make_dmc(task: str, **options: Any) -> DMControl:
 def make_dmc_vision(task: str, **options: Any) -> DMControl:
     """``dmc_vision:task``: image observations. Options are arguments of :class:`DMControl`."""
     return DMControl(task, **{**USUAL["dmc_vision"], **options})
+
+
+def _import_suite() -> Any:
+    """``dm_control.suite``, whose import loads OpenGL, state observations or not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GLFW warns that there is no display; state observations need none.
+            from dm_control import suite
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # Each OpenGL backend raises its own exceptions.
+        chosen = os.environ.get("MUJOCO_GL")
+        what = f"MUJOCO_GL={chosen}" if chosen else "the usual OpenGL of this machine"
+        raise EnvError(f"dm_control could not start with {what} ({error}). {_CHOOSE_OPENGL}") from error
+    return suite
 
 
 def _resolve(task: str, known: Any) -> tuple[str, str]:
