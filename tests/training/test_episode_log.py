@@ -136,6 +136,9 @@ COSTS = [-0.1, -0.05, -0.01, -1e-5]
     [
         (seen(COSTS, [0.0]), "No step since the prefill has paid more"),  # the agent has learned to do nothing
         (seen(COSTS, [0.0], trained=True), None),  # it may have learned all that there is from recorded data
+        (seen(COSTS, [0.0], [-33.0, *[-0.2, -0.1] * 6]), "No step since the prefill has paid more"),
+        (seen([-16.0, -8.0, -1e-5], [0.0], [-1600.0, *[-1.0, -240.0] * 5]), None),  # a pendulum that begins anywhere
+        (seen([-16.0, -8.0, -1e-5], [0.0], [-1.0, -240.0]), "No step since the prefill has paid more"),  # too few yet
         (seen(COSTS, [0.0, 100.0]), None),
         (seen([-16.0, -8.0, -0.3], [-1e-4]), None),
         (seen([0.0] * 98 + [1.0], [1.0]), None),  # random actions have met the goal, and nothing pays more

@@ -11,6 +11,8 @@ _SAME = 1e-3
 """Part of the range of the prefill's rewards by which a reward must exceed them to count as larger."""
 _RARE = 3.0
 """Standard deviations above the mean from which the best reward of the prefill is a rare event, such as a goal."""
+_RECENT, _VARIED = 10, 0.1
+"""Number of newest returns, and the part of the range of all returns from which these still differ."""
 
 
 @dataclasses.dataclass
@@ -30,6 +32,7 @@ class RewardsSeen:
       total: sum of their deviations from it, ``mean = origin + total / steps``.
       squares: sum of the squares of these deviations, ``spread = squares − total² / steps``.
       trained: whether the weights had learned from recorded data before the prefill.
+      recent: the newest returns.
     """
 
     steps: int = 0
@@ -44,6 +47,7 @@ class RewardsSeen:
     total: float = 0.0
     squares: float = 0.0
     trained: bool = False
+    recent: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.steps and self.origin is None:
@@ -75,6 +79,7 @@ class RewardsSeen:
         """Add the return of a whole episode."""
         self.worst = value if self.worst is None else min(self.worst, value)
         self.best = value if self.best is None else max(self.best, value)
+        self.recent = [*self.recent, value][-_RECENT:]
 
     def to_dict(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON values."""
@@ -85,7 +90,9 @@ class RewardsSeen:
 
         Nothing is said where the best reward of the prefill is a rare event: the goal has been met then. Where every
         step pays the same, episodes must differ in length. Weights that had learned from recorded data may be as good
-        in the prefill as they ever get.
+        in the prefill as they ever get. And while returns differ from episode to episode, the agent has a task: a
+        pendulum that begins upright by chance meets the best reward at once. One that has learned to do nothing gets
+        the same again and again.
         """
         if self.trained or self.low is None or self.high is None or self.since is None:
             return None
@@ -97,12 +104,18 @@ class RewardsSeen:
                 f"was nothing to learn from. {_ADVICE}"
             )
         rare = self.high - self.mean > _RARE * (self.spread / self.steps) ** 0.5
-        if rare or self.since > self.high + _SAME * (self.high - self.low):
+        if rare or self._varied() or self.since > self.high + _SAME * (self.high - self.low):
             return None
         return (
             f"No step since the prefill has paid more than the best step of it ({self.since:.4g}, prefill "
             f"{self.high:.4g}). If the task pays more at its goal, the agent has not seen it. {_ADVICE}"
         )
+
+    def _varied(self) -> bool:
+        """Whether the newest returns differ, compared with the range of all returns."""
+        if len(self.recent) < _RECENT or self.best is None or self.worst is None:
+            return False
+        return max(self.recent) - min(self.recent) > _VARIED * (self.best - self.worst)
 
 
 _ADVICE = "Try prefill_policy='correlated', a longer prefill or more environments."
