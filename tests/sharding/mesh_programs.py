@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from worldloom import create_world_model
 from worldloom.cli.mesh_report import collective_bytes, collectives
@@ -241,6 +242,90 @@ def restored_elsewhere(family, folder, fields):
         train(mesh, 2 * (number + 1), number > 0, [CheckpointCallback(folder, save_every=2)])
         found.append(rows[2 * number + 1])
     return [{n: [row[n], unbroken[2 * k + 1][n]] for n in row} for k, row in enumerate(found)]
+
+
+def members(kind, folder):
+    """Four members of a toy family on one device and on two: what they differ in, and every compiled call on two.
+
+    Those with stored latents are also stopped and go on elsewhere.
+    """
+    import jax_worlds
+
+    from worldloom.families import _registered
+    from worldloom.training import train_many
+    from worldloom.training.on_device import fit
+
+    model = jax_worlds.variant("LikeDreamer", cross_episodes=True, fresh_first=True)
+    if kind == "prefill":
+        model = jax_worlds.variant("LikeTDMPC2", open_episodes=False, random_prefill=True)
+    _registered["toy"] = _registered["toy"]._replace(model_class=model, algorithm=model.algorithm)
+    two, calls, compiled_loop = {"data": 2}, {}, fit._compiled_loop
+
+    def watched(*arguments):
+        loop = compiled_loop(*arguments)
+        if loop._mesh is not None:
+            for name in ("train", "collect", "collect_random", "choose"):
+                setattr(loop, name, noted(name, getattr(loop, name)))
+        return loop
+
+    def noted(name, call):
+        def first_describe(*given):
+            if name not in calls:
+                text = call.lower(*given).compile().as_text()
+                arrays = [x for x in jax.tree.leaves(given) if isinstance(x, jax.Array) and x.ndim]
+                divided = all(x.sharding.spec == P("members") for x in arrays)
+                parts = int(re.search(r"num_partitions=(\d+)", text).group(1))
+                calls[name] = {"moved": collective_bytes(text), "parts": parts, "divided": divided}
+            return call(*given)
+
+        return first_describe
+
+    def train(name, steps, mesh, resume=False):
+        # Ratios differ, so that one member steps its environments while another one updates.
+        vary = {"learning_rate": [1e-2, 3e-3], "train_ratio": [12.0, 4.0]}
+        options = {"num_envs": 2, "model": {"latents": kind != "prefill"}, "eval_episodes": 2, "eval_interval": 20}
+        options |= {"folder": Path(folder) / name, "save_interval": 20, "total_steps": steps, "resume": resume}
+        found = train_many("toy", jax_worlds.DRIFT, [5], vary, jax_worlds.CONFIG, mesh=mesh, **options)
+        return [content(member) for member in found]
+
+    def content(member):
+        lines = [json.loads(line) for line in (member.run.path / "metrics.jsonl").read_text().splitlines()]
+        episodes = [json.loads(line) for line in (member.run.path / "episodes.jsonl").read_text().splitlines()]
+        logged = [line[name] for line in lines for name in ("train/loss", "eval/return") if name in line]
+        (where,) = {str(x.device) for x in jax.tree.leaves(member.model.params)}
+        return {
+            "weights": np.concatenate([np.ravel(x) for x in jax.tree.leaves(member.model.params)]),
+            "logged": np.array(logged),
+            "returns": np.array([line["return"] for line in episodes]),
+            "mesh": member.run.settings()["training"]["mesh"],
+            "model is on": where,
+        }
+
+    def apart(ones, others):
+        """Largest difference of each number, over the members."""
+        names = ("weights", "logged", "returns")
+        assert all(len(one[name]) > 1 for one in ones for name in names)
+        return {n: float(max(np.abs(a[n] - b[n]).max() for a, b in zip(ones, others, strict=True))) for n in names}
+
+    one = train("one", 40, {})
+    fit._compiled_loop = watched
+    on_two = train("two", 40, two)
+    fit._compiled_loop = compiled_loop
+    differences = {"two": apart(one, on_two)}
+    if kind == "latents":
+        train("to-two", 20, {})
+        differences["to two"] = apart(one, train("to-two", 40, two, resume=True))
+        train("to-one", 20, two)
+        differences["to one"] = apart(one, train("to-one", 40, {}, resume=True))
+    return {
+        "calls": calls,
+        "differences": differences,
+        "between members": float(
+            min(np.abs(a["weights"] - b["weights"]).max() for a, b in zip(one[1:], one, strict=False))
+        ),
+        "meshes": [each["mesh"] for each in on_two],
+        "models are on": sorted({each["model is on"] for each in on_two}),
+    }
 
 
 def described(program, state):

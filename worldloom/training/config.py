@@ -57,7 +57,8 @@ class TrainingConfig(BaseConfig):
     """``auto cpu cuda gpu tpu`` or numbered (``cuda:1``); ``cuda`` without a GPU trains on what JAX has."""
     mesh: Mapping[str, int] = FrozenMapping({})
     """Devices that an update is divided over: ``{"data": 4}`` divides its windows, ``{"fsdp": 4}`` also weights and
-    optimizer state, ``{"data": 2, "fsdp": 4}`` does both; -1 is all devices that are left. Empty: one device."""
+    optimizer state, ``{"data": 2, "fsdp": 4}`` does both; -1 is all devices that are left. Empty: one device. In
+    ``train_many``, ``{"data": 4}`` divides the members."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 42
     """Seed of all randomness of the run: batches, sampling, dropout."""
     env_steps: Annotated[int, Ge(0)] = 0

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from worldloom.config import check, nearest
+from worldloom.devices import resolve_device
 from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.errors import NonFiniteError
 from worldloom.families import get_family
@@ -22,6 +22,7 @@ from worldloom.files import absolute_path, write_atomically
 from worldloom.report.curves import points, read_records
 from worldloom.report.many import seeds_curve
 from worldloom.report.score import bootstrap_interval, interquartile_mean
+from worldloom.sharding import resolve_mesh
 from worldloom.training.callbacks import EpisodesCallback
 from worldloom.training.callbacks.base import as_callback
 from worldloom.training.callbacks.runner import CallbackRunner
@@ -84,12 +85,15 @@ def train_many(
     resumed, evaluated and loaded alone. ``<folder>/summary.json`` and ``summary.png`` hold the interquartile mean over
     seeds with its 95 % bootstrap interval, for every setting.
 
+    ``mesh={"data": 4}`` divides the members over four devices: each trains a quarter of them, without any traffic.
+
     Args:
       name: preset, such as ``"tdmpc2:tiny"``.
       env: a spec of environments in JAX, or such an object.
       seeds: a seed for each member: of its weights, environments and draws.
       vary: values to try of ``learning_rate``, ``weight_decay``, ``grad_clip`` and ``train_ratio``; every combination.
-      config: None means the recipe of the preset in this environment.
+      config: None means the recipe of the preset in this environment. Its ``mesh`` is of all members together: that
+        of each is empty, so that they go on alone, without a mesh, or over another one.
       folder: None means ``runs/<env>-<preset>-many``.
       num_envs: environments of each member.
       env_options: further arguments of ``make_env``.
@@ -99,7 +103,9 @@ def train_many(
       **overrides: fields of ``config``.
 
     Raises:
-      ConfigError: the environment is not in JAX; a setting cannot be varied; members are at different updates.
+      ConfigError: the environment is not in JAX; a setting cannot be varied; members are at different updates; they
+        cannot be divided evenly over the devices of ``mesh``, or it divides weights (``fsdp``).
+      DeviceError: there are fewer devices than in ``mesh``.
       NonFiniteError, KeyboardInterrupt, SystemExit: see ``Trainer.train``; all members end together.
     """
     seeds, vary = [int(seed) for seed in seeds], {key: list(values) for key, values in (vary or {}).items()}
@@ -120,10 +126,12 @@ def train_many(
     plans = [
         (dict(zip(vary, chosen, strict=True)), seed) for chosen in itertools.product(*vary.values()) for seed in seeds
     ]
+    devices = _devices(len(plans), config or TrainingConfig(), overrides)
     worlds = [make_env(env, num_envs, seed=seed, **(env_options or {})) for _, seed in plans]
     runs, folders, runners = [], [], []
     for index, ((chosen, seed), world) in enumerate(zip(plans, worlds, strict=True)):
-        fixed = {**overrides, **chosen, "seed": seed}
+        # Each run is one of one device, as are its folder and its checkpoints: the mesh divides the members.
+        fixed = {**overrides, **chosen, "seed": seed, "mesh": {}}
         recommended = recipe(name, world, {**(model or {}), **(config.to_dict() if config else {}), **fixed})
         training = config or TrainingConfig(**recommended.training)
         training = training.replace(**fixed)
@@ -140,7 +148,7 @@ def train_many(
         folders.append(own)
         runners.append(runner)
     _check_together(runs)
-    _fit(runs, runners, vary, plans)
+    _fit(runs, runners, vary, plans, devices)
     members = [
         Member(own, seed, chosen, run.model, _returns(own, run))
         for own, run, (chosen, seed) in zip(folders, runs, plans, strict=True)
@@ -157,20 +165,22 @@ def _fit(
     runners: list[CallbackRunner],
     vary: Mapping[str, Sequence[float]],
     plans: Sequence[tuple[dict[str, float], int]],
+    devices: Sequence[jax.Device],
 ) -> None:
     first = runs[0]
     total = first.config.total_steps
     if first.config.env_steps:
         total = max(run.updates_for(run.config.env_steps) for run in runs)
     names = [name for name in vary if name != "train_ratio"]
-    settings = {name: jnp.asarray([chosen[name] for chosen, _ in plans], jnp.float32) for name in names}
+    settings = [{name: np.float32(chosen[name]) for name in names} for chosen, _ in plans] if names else None
     for run, runner in zip(runs, runners, strict=True):
         runner.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())
     with jax.default_device(first.device), Interrupts() as interrupts:
         try:
             if first.step < total:
                 make_update = functools.partial(_update_of, first, total) if names else None
-                fit_members(runs, total, runners, interrupts, make_update=make_update, settings=settings or None)
+                shared: dict[str, Any] = {"make_update": make_update, "settings": settings, "devices": devices}
+                fit_members(runs, total, runners, interrupts, **shared)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error} All members were stopped.") from None
         finally:
@@ -178,6 +188,38 @@ def _fit(
                 runner.close()
                 run.sync_model()
     interrupts.raise_received()
+
+
+def _devices(count: int, config: TrainingConfig, overrides: Mapping[str, Any]) -> list[jax.Device]:
+    """The devices that ``mesh`` divides ``count`` members over; none without a mesh.
+
+    Raises ``ConfigError`` or ``DeviceError`` if it cannot.
+    """
+    check(
+        jax.process_count() == 1,
+        f"train_many trains in one process, and there are {jax.process_count()}: give each its own seeds, without "
+        "worldloom.distributed.",
+    )
+    given = {name: overrides.get(name, getattr(config, name)) for name in ("mesh", "device")}
+    asked = TrainingConfig(**given)  # refuses what is no mesh
+    mesh = dict(asked.mesh)
+    if not mesh:
+        return []
+    check(
+        not asked.divides_weights,
+        f"mesh={mesh} divides weights (fsdp), and in train_many each device holds members whole; use mesh={{'data': "
+        "-1}, or train one run alone with fsdp.",
+    )
+    devices = jax.devices(resolve_device(asked.device).platform)
+    used, _ = resolve_mesh(mesh, len(devices))
+    fitting = max(n for n in range(1, used + 1) if count % n == 0)
+    check(
+        fitting == used,
+        f"{count} member{'s' if count > 1 else ''} (seeds × settings) cannot be divided evenly over the {used} devices "
+        f"of mesh={mesh}; use a multiple of {used}, or mesh={{'data': {fitting}}}.",
+    )
+    _log.info("%d members on %d devices, %d on each.", count, used, count // used)
+    return devices[:used]
 
 
 class _Varied:

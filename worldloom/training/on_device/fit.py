@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from worldloom.config import check
 from worldloom.errors import DataError
@@ -18,6 +18,7 @@ from worldloom.replay.ring import uniforms_of
 from worldloom.training.callbacks.runner import CallbackRunner
 from worldloom.training.collector import compiled_policy
 from worldloom.training.interrupts import Interrupts
+from worldloom.training.on_device.members import homes_of, member, mesh_of, stack
 from worldloom.training.on_device.program import FINE, Chunk, ChunkOutput, Loop, LoopState
 from worldloom.training.on_device.transfer import Transfer, why_on_host
 from worldloom.training.run_state import Run
@@ -62,7 +63,8 @@ def fit_members(
     *,
     members: bool = True,
     make_update: Callable[[Any], CompiledUpdate] | None = None,
-    settings: Any = None,
+    settings: Sequence[Any] | None = None,
+    devices: Sequence[jax.Device] = (),
 ) -> None:
     """:func:`fit_on_device` of several runs in one program; all end when one of them is stopped.
 
@@ -73,9 +75,10 @@ def fit_members(
       interrupts: see :func:`fit_on_device`.
       members: whether the arrays have an axis of members.
       make_update: settings of a member → its update; None for those that all share.
-      settings: arrays [members, ...], or None.
+      settings: of each member, pytrees of arrays; None for none.
+      devices: those that the members are divided over, as many on each; none for the device of the runs.
     """
-    device = Device(runs, total_steps, members, make_update, settings)
+    device = Device(runs, total_steps, members, make_update, settings, devices)
     stopped = lambda: bool(interrupts.received or any(each.stop_reason for each in callbacks))  # noqa: E731
     for run, each in zip(runs, callbacks, strict=True):
         each.on_train_begin(run)
@@ -102,7 +105,7 @@ class Device:
     """The arrays of one or several runs on the device, and the compiled calls that change them.
 
     Args:
-      runs, total_steps, members, make_update, settings: see :func:`fit_members`.
+      runs, total_steps, members, make_update, settings, devices: see :func:`fit_members`.
     """
 
     def __init__(
@@ -111,9 +114,12 @@ class Device:
         total_steps: int,
         members: bool,
         make_update: Callable[[Any], CompiledUpdate] | None = None,
-        settings: Any = None,
+        settings: Sequence[Any] | None = None,
+        devices: Sequence[jax.Device] = (),
     ):
-        self.runs, self.total, self._members, self._settings = list(runs), total_steps, members, settings
+        self.runs, self.total, self._members = list(runs), total_steps, members
+        self._mesh = mesh_of(devices)
+        self._settings = None if settings is None else self._stack(settings)
         updates = [run.begin(total_steps) for run in runs]
         for run in runs:
             assert run.collector is not None
@@ -140,8 +146,12 @@ class Device:
             transfer.keeps_latents,
             first.unrolled,
             members,
+            self._mesh,
         )
-        self.state: LoopState = self._stack([each.upload() for each in self._transfers])
+        homes = homes_of(len(self.runs), devices or [first.device])
+        self.state: LoopState = self._stack(
+            [each.upload(home) for each, home in zip(self._transfers, homes, strict=True)]
+        )
         self.learner: Learner = self._stack([run.learner for run in self.runs])
         self.give_learners()
         self._updated: list[Any] = []
@@ -298,19 +308,13 @@ class Device:
         return self._of(self.state.ring, self._transfers.index(transfer))
 
     def _each(self, values: Sequence[int]) -> Any:
-        return np.array(values, np.int32) if self._members else np.int32(values[0])
+        return self._stack([np.int32(value) for value in values])
 
     def _stack(self, trees: Sequence[Any]) -> Any:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if self._members else trees[0]
+        return stack(trees, self._mesh) if self._members else trees[0]
 
     def _of(self, tree: Any, index: int) -> Any:
-        return _cut(tree, index) if self._members else tree
-
-
-@jax.jit
-def _cut(tree: Any, index: Any) -> Any:
-    """Entry ``index`` of all arrays, in one call."""
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+        return member(tree, index, self._mesh) if self._members else tree
 
 
 def _before(run: Run) -> int:
@@ -336,7 +340,8 @@ def _compiled_loop(
     keeps_latents: bool,
     unrolled: bool,
     members: bool,
+    mesh: Mesh | None,
 ) -> Loop:
     """The :class:`Loop` of these arguments, cached: runs in one process share its compiled programs."""
     options: dict[str, Any] = {"group": group, "keeps_latents": keeps_latents, "unrolled": unrolled}
-    return Loop(env, limit, spec, act, update, names, **options, members=members)
+    return Loop(env, limit, spec, act, update, names, **options, members=members, mesh=mesh)

@@ -1,6 +1,7 @@
 """The loop on the device: act, step, store, draw and update as pure functions, between two looks of the host.
 
-One member is one run: :class:`Loop` is written for one, and lifted over many by ``vmap`` (``members``). It does what
+One member is one run: :class:`Loop` is written for one, and lifted over many by ``vmap`` (``members``), whom a mesh
+divides over devices. It does what
 :class:`~worldloom.training.collector.Collector` and :class:`~worldloom.training.batches.BatchSource` do on the host, in
 the same order and with the same keys, so that rows, batches and draws are the same.
 """
@@ -13,11 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from worldloom.envs.jax.batch import Arrival, advance
 from worldloom.ops.seed_sequence import spawned_state
 from worldloom.replay.index import FIRST, LAST, TERMINAL
 from worldloom.replay.ring import Array, Ring, RingSpec, add_rows, draw, take, write_latents
+from worldloom.training.on_device.members import MEMBERS
 from worldloom.training.update_loop import CompiledUpdate, Learner
 
 FINE, BAD_STEP, BAD_ACTION, NO_WINDOW = range(4)
@@ -114,6 +118,7 @@ class Loop:
       keeps_latents: whether updates write fresh latents back to replay.
       unrolled: a call does one update, without a loop around it; see ``xla_workarounds.needs_unrolled_updates``.
       members: whether all arrays have an axis of members first.
+      mesh: devices that the members are divided over, see :mod:`worldloom.training.on_device.members`; None for one.
     """
 
     def __init__(
@@ -129,17 +134,37 @@ class Loop:
         keeps_latents: bool,
         unrolled: bool,
         members: bool = False,
+        mesh: Mesh | None = None,
     ):
         self.env, self.limit, self.ring = env, limit, ring
         self._act, self._update, self._names = act, update, names
         self._group, self._keeps_latents, self._unrolled, self._members = group, keeps_latents, unrolled, members
-        self.train = jax.jit(self._train, donate_argnums=(0, 1))
-        self.collect = jax.jit(self._collect, donate_argnums=1)
-        self.collect_random = jax.jit(self._collect_random, donate_argnums=0)
-        self.choose = jax.jit(self._lift(self._choose))
+        self._mesh = mesh
+        each, same = P(MEMBERS), P()
+        chunk = Chunk(same, same, each, each)
+        self.train = jax.jit(self._divided(self._train, each, each, chunk, each), donate_argnums=(0, 1))
+        self.collect = jax.jit(self._divided(self._collect, each, each, each, same), donate_argnums=1)
+        random = self._divided(self._collect_random, each, each, each, each, same)
+        self.collect_random = jax.jit(random, donate_argnums=0)
+        self.choose = jax.jit(self._divided(self._lift(self._choose), each, each))
 
     def _lift(self, function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
         return jax.vmap(function, in_axes) if self._members else function
+
+    def _divided(self, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+        """``function`` as every device of the mesh calls it for its own members.
+
+        Members have nothing to tell each other. XLA, dividing the program by itself, would still let all devices ask
+        in every step whether any member waits; so each goes through its loops alone.
+
+        Args:
+          function: of arrays of members, to such arrays.
+          arguments: how each argument is divided.
+        """
+        if self._mesh is None:
+            return function
+        # Loops begin with constants, equal on all devices, and end with what is not: the check would refuse them.
+        return jax.shard_map(function, mesh=self._mesh, in_specs=arguments, out_specs=P(MEMBERS), check_vma=False)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 

@@ -130,12 +130,12 @@ class Transfer:
 
     # ---- to the device ----------------------------------------------------------------------------------------------
 
-    def upload(self) -> LoopState:
-        """The arrays of the run as it is on the host."""
+    def upload(self, device: jax.Device) -> LoopState:
+        """The arrays of the run as it is on the host, on ``device``."""
         state = LoopState(self._actor(), self._ring(), self._unwritten())
         self._synced = self.collector.replay.state_dict()["next_row"]
         self._dirty = [ids for pending in self.run.writeback.waiting for ids in pending.row_ids]
-        return jax.device_put(state, self.run.device)
+        return jax.device_put(state, device)
 
     def _obs_now(self) -> dict[str, np.ndarray]:
         return strip_prefix(self.env.state(), "obs/")
