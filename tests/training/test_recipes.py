@@ -48,15 +48,6 @@ def test_given_fields_take_precedence_and_others_are_derived_from_them():
         assert recipe("tdmpc2:tiny", env, {"episode_length": 500}).training["prefill"] == 2_500
 
 
-def test_random_actions_of_the_smallest_model_last_where_they_are_continuous():
-    with make_env("Pendulum-v1") as env:
-        assert recipe("tdmpc2:tiny", env).training["prefill_policy"] == "correlated"
-        assert recipe("tdmpc2:tiny", env, {"prefill_policy": "random"}).training["prefill_policy"] == "random"
-        assert "prefill_policy" not in recipe("tdmpc2:5m", env).training  # uniform, as the reference's
-    with make_env("CartPole-v1") as env:
-        assert "prefill_policy" not in recipe("tdmpc2:tiny", env).training
-
-
 def test_tdmpc2_has_its_own_settings_for_discrete_actions():
     with make_env("CartPole-v1") as env:
         model, training, reasons = recipe("tdmpc2:tiny", env, {"tau": 0.5})

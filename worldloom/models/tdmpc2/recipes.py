@@ -67,9 +67,6 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
         model |= _DISCRETE_MODEL
         training |= _DISCRETE_TRAINING
         reasons |= dict.fromkeys((*_DISCRETE_MODEL, *_DISCRETE_TRAINING), "discrete actions")
-    elif size == "tiny":
-        training["prefill_policy"] = "correlated"
-        reasons["prefill_policy"] = "random actions that last, so that bodies move"
     endless = never_terminates(env)
     model["episodic"] = not endless
     reasons["episodic"] = "only time limits end its episodes" if endless else "its episodes may terminate"
