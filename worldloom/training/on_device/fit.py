@@ -308,7 +308,7 @@ class Device:
         return self._of(self.state.ring, self._transfers.index(transfer))
 
     def _each(self, values: Sequence[int]) -> Any:
-        return self._stack([np.int32(value) for value in values])
+        return np.array(values, np.int32) if self._members else np.int32(values[0])
 
     def _stack(self, trees: Sequence[Any]) -> Any:
         return stack(trees, self._mesh) if self._members else trees[0]
