@@ -199,10 +199,10 @@ def main():
         if count:
             third = len(compiled)
             report[name] = measure(make, count) | {"programs_compiled": len(compiled) - third}
-    report["tensorstore_bytes"] = tensorstore_bytes()
-    report["right"] = all(report[name]["right"] for name in report if name != "tensorstore_bytes")
+    right = all(entry["right"] for entry in report.values())
+    report |= {"tensorstore_bytes": tensorstore_bytes(), "right": right}
     print(json.dumps(report, indent=1))
-    raise SystemExit(0 if report["right"] else 1)
+    raise SystemExit(0 if right else 1)
 
 
 if __name__ == "__main__":
