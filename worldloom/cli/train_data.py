@@ -29,7 +29,7 @@ INIT_FLAGS = [
     Flag("task_like", str, "With --init-from a multitask model: the task to begin with, its number or name."),
     Flag("reset", str, "With --init-from: parts that begin anew all the same, such as reward.", words="+"),
 ]
-_ENV_ONLY = ("prefill", "prefill_policy", "prefill_updates", "train_ratio", "env_steps")
+_ENV_ONLY = ("prefill", "prefill_updates", "train_ratio", "env_steps")
 """Fields of the training config that mean nothing without environments."""
 _RECORDED = ("data", "data_option", "held_out")
 
