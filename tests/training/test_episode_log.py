@@ -115,9 +115,9 @@ def test_numbers_of_a_worker_process_arrive_too():
     assert all(end.info["deep/steps"] == end.length for end in ends)
 
 
-def seen(prefill, since=(), returns=(), trained=False):
+def seen(prefill, since=(), returns=()):
     """The statistics of these rewards of the prefill, of those since, and of returns."""
-    found = RewardsSeen(trained=trained)
+    found = RewardsSeen()
     for reward in prefill:
         found.add_rewards(np.array([reward]), prefill=True)
     for reward in since:
@@ -135,7 +135,6 @@ COSTS = [-0.1, -0.05, -0.01, -1e-5]
     ("found", "said"),
     [
         (seen(COSTS, [0.0]), "No step since the prefill has paid more"),  # the agent has learned to do nothing
-        (seen(COSTS, [0.0], trained=True), None),  # it may have learned all that there is from recorded data
         (seen(COSTS, [0.0], [-33.0, *[-0.2, -0.1] * 6]), "No step since the prefill has paid more"),
         (seen([-16.0, -8.0, -1e-5], [0.0], [-1600.0, *[-1.0, -240.0] * 5]), None),  # a pendulum that begins anywhere
         (seen([-16.0, -8.0, -1e-5], [0.0], [-1.0, -240.0]), "No step since the prefill has paid more"),  # too few yet
@@ -191,11 +190,12 @@ class Inert(Walk):
         return obs, -float(self.steps), False, self.steps >= 5, info
 
 
-def test_the_log_says_so_once(tmp_path, caplog):
-    config = ONLINE_CONFIG.replace(prefill=20)
+@pytest.mark.parametrize(("offline_updates", "said"), [(0, 1), (5, 0)])
+def test_the_log_says_so_once_but_not_after_recorded_data(tmp_path, caplog, offline_updates, said):
+    config = ONLINE_CONFIG.replace(prefill=20, offline_updates=offline_updates)
     with caplog.at_level(logging.WARNING, "worldloom"):
         trainer = run(tmp_path, total=240, kind=Inert, num_envs=1, config=config)
-    assert caplog.text.count("No step since the prefill has paid more") == 1
+    assert caplog.text.count("No step since the prefill has paid more") == said
     found = trainer.run.collector.seen
     assert (found.low, found.high, found.since, found.worst, found.best) == (-5.0, -1.0, -1.0, -15.0, -15.0)
 

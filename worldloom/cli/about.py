@@ -340,7 +340,8 @@ def rewards_seen(run: RunFolder) -> Iterator[str]:
             newest = "" if when != "since" else f"; mean of the last {len(returns[-20:])}: {fmean(returns[-20:]):.6g}"
             yield f"  returns of {len(returns):,} episodes {when}: best {max(returns):.6g}{newest}"
     if seen.low is not None:
-        yield f"  {seen.nothing_new() or 'nothing conspicuous'}"
+        text = None if run.training_config().offline_updates else seen.nothing_new()
+        yield f"  {text or 'nothing conspicuous'}"
 
 
 def _number(value: float | None) -> str:

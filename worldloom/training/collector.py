@@ -109,7 +109,7 @@ class Collector:
         self.calls = self._moves = 0
         self.decisions = self.restarts = self.bad_steps = self.episodes = 0
         self.ends: list[EpisodeRecord] = []
-        self.seen = RewardsSeen(trained=config.offline_updates > 0)
+        self.seen = RewardsSeen()
         # Rows that are there before were not collected by this run.
         self.queue = OnlineQueue(_newest_row(replay))
 

@@ -31,7 +31,6 @@ class RewardsSeen:
       origin: number near the rewards of the prefill, from which deviations are summed: the first of them; None before.
       total: sum of their deviations from it, ``mean = origin + total / steps``.
       squares: sum of the squares of these deviations, ``spread = squares − total² / steps``.
-      trained: whether the weights had learned from recorded data before the prefill.
       recent: the newest returns.
     """
 
@@ -46,7 +45,6 @@ class RewardsSeen:
     origin: float | None = None
     total: float = 0.0
     squares: float = 0.0
-    trained: bool = False
     recent: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -89,12 +87,11 @@ class RewardsSeen:
         """A sentence if the run has met no reward that the prefill had not, else None.
 
         Nothing is said where the best reward of the prefill is a rare event: the goal has been met then. Where every
-        step pays the same, episodes must differ in length. Weights that had learned from recorded data may be as good
-        in the prefill as they ever get. And while returns differ from episode to episode, the agent has a task: a
-        pendulum that begins upright by chance meets the best reward at once. One that has learned to do nothing gets
-        the same again and again.
+        step pays the same, episodes must differ in length. While returns differ from episode to episode, the agent has
+        a task: a pendulum that begins upright by chance meets the best reward at once. One that has learned to do
+        nothing gets the same again and again.
         """
-        if self.trained or self.low is None or self.high is None or self.since is None:
+        if self.low is None or self.high is None or self.since is None:
             return None
         if self.low == self.high == self.since:
             if self.worst is None or self.worst != self.best:

@@ -45,17 +45,20 @@ class EpisodesCallback(Callback):
         """Publish if an episode ended, and clear the collector's list."""
         counts = self._counts()
         self.collector.ends = []
-        self._say_if_nothing_new(after=_LONG * info.config.prefill)
+        self._say_if_nothing_new(info, after=_LONG * info.config.prefill)
         return counts
 
     def on_train_end(self, info: StepInfo) -> CallbackResult:
         """Publish the last episodes. The list is kept, so a continued run has the records of an uninterrupted one."""
-        self._say_if_nothing_new(after=_SOON * info.config.prefill)
+        self._say_if_nothing_new(info, after=_SOON * info.config.prefill)
         return self._counts()
 
-    def _say_if_nothing_new(self, after: int) -> None:
-        """Log it once, if ``after`` decision steps were taken."""
-        text = self.collector.seen.nothing_new()
+    def _say_if_nothing_new(self, info: StepInfo, after: int) -> None:
+        """Log it once, if ``after`` decision steps were taken.
+
+        Weights that learned from recorded data first may be as good in the prefill as they ever get.
+        """
+        text = None if info.config.offline_updates else self.collector.seen.nothing_new()
         if text and not self._said and self.collector.decisions >= after:
             self._said = True
             _log.warning("%s", text)
