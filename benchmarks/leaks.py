@@ -1,15 +1,15 @@
 """What does a process keep of what it has closed? Prints JSON; ``python benchmarks/leaks.py``.
 
-Trainers, models and environments are made, used and closed many times in one process. After a warm-up of a third, what
-is kept may be 1 % of the memory that the process had then, and threads, open files, child processes and arrays may not
-grow at all; exit code 1 if not. What is kept is the growth of allocated memory: Python's own objects too, since the
-script starts itself again with ``PYTHONMALLOC=malloc``. Reported besides: the programs compiled, and the growth of
-resident memory, which also holds the free parts of pages that the allocator cannot give back; those vary by a tenth,
-up or down, with the threads that happened to allocate. Without glibc's count, resident memory is judged.
+Trainers, models and environments are made, used and closed many times in one process. After a warm-up of a third,
+allocated memory may grow by 1 %, and threads, open files, child processes and arrays not at all; exit code 1 if not.
+Python's own objects count too: the script starts itself again with ``PYTHONMALLOC=malloc``. Reported besides: the
+programs compiled, and the growth of resident memory, which also holds the free parts of pages that the allocator cannot
+give back; those vary by a tenth, up or down, with the threads that happened to allocate. Without glibc's count,
+resident memory is judged.
 
 One leak is not ours: TensorStore 0.1.72 to 0.1.86 keeps four strings at every ``KvStore.Spec.to_json``, which Orbax
 calls for each array that it saves. ``tensorstore_bytes`` is what one call keeps here, measured alone;
-``--without-tensorstore-leak`` keeps Orbax from calling it, to show what else is kept.
+with it the series of trainers is above the bound. ``--without-tensorstore-leak`` keeps Orbax from calling it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import jax
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "training"))
 
 MEMORY = ("allocated_mb", "resident_mb")
-"""The growth of the first of these that is known is judged, as a share of resident memory."""
+"""The first of these that is known is judged."""
 
 LOOK_EVERY = 20
 
@@ -134,7 +134,7 @@ def measure(make, count):
             before = counts()
     after = counts()
     grown = {name: after[name] - value for name, value in before.items() if value is not None}
-    percent = {name: round(100 * grown[name] / before["resident_mb"], 2) for name in MEMORY if name in grown}
+    percent = {name: round(100 * grown[name] / before[name], 2) for name in MEMORY if name in grown}
     kept = {name: value for name, value in grown.items() if value > 0 and name not in MEMORY}
     return {
         "count": count,
