@@ -3,9 +3,10 @@
     python benchmarks/learning.py --model tdmpc2:tiny --env Pendulum-v1 --steps 10000 --seeds 0 1 2 3 4
 
 Trains with the recipe of ``worldloom train``; ``--set field=value`` changes fields of either config. Each point of a
-curve is the mean return of 10 episodes in separate evaluation environments, with the seconds since the run began,
-including evaluation and compilation. With ``--test N`` the weights of the best point are then evaluated in N further
-episodes, which were not used to choose them. ``--plot picture.png file.json …`` plots saved curves instead of training.
+curve is the mean return of 10 episodes (``--episodes``) in separate evaluation environments, with the seconds since the
+run began, including evaluation and compilation. With ``--test N`` the weights of the best point are then evaluated in N
+further episodes, which were not used to choose them. ``--plot picture.png file.json …`` plots saved curves instead of
+training.
 """
 
 import argparse
@@ -28,8 +29,6 @@ from worldloom.training import Trainer, TrainingConfig
 from worldloom.training.callbacks import Callback, EvalCallback, StopTraining
 from worldloom.training.evaluation import play
 from worldloom.training.recipes import recipe
-
-EPISODES = 10
 
 
 class Curve(Callback):
@@ -69,7 +68,7 @@ def run(args, seed, changes):
     config = TrainingConfig(**{**training_fields, "env_steps": args.steps, "seed": seed})
     model = create_world_model(args.model, **model_fields, seed=seed)
     curve = Curve(args.stop_at)
-    evaluation = EvalCallback(env.another(EPISODES, seed + 10_000), episodes=EPISODES, seed=seed + 10_000)
+    evaluation = EvalCallback(env.another(args.episodes, seed + 10_000), episodes=args.episodes, seed=seed + 10_000)
     trainer = Trainer(model, config, [evaluation, curve])
     trainer.train(env)
     done = {
@@ -156,6 +155,7 @@ def main():
     parser.add_argument("--num-envs", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of either config")
+    parser.add_argument("--episodes", type=int, default=10, help="episodes of each evaluation")
     parser.add_argument("--target", type=float, help="return to reach, for the summary")
     parser.add_argument("--stop-at", type=float, default=float("inf"), help="end a run when an evaluation reaches this")
     parser.add_argument("--test", type=int, default=0, help="test episodes of the best weights at the end")
@@ -179,6 +179,7 @@ def main():
             "model": args.model,
             "env": args.env,
             "num_envs": args.num_envs,
+            "episodes": args.episodes,
             "target": args.target,
             **configs,
             "runs": runs,
