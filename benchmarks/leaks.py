@@ -7,9 +7,9 @@ programs compiled, and the growth of resident memory, which also holds the free 
 give back; those vary by a tenth, up or down, with the threads that happened to allocate. Without glibc's count,
 resident memory is judged.
 
-One leak is not ours: TensorStore 0.1.72 to 0.1.86 keeps four strings at every ``KvStore.Spec.to_json``, which Orbax
-calls for each array that it saves. ``tensorstore_bytes`` is what one call keeps here, measured alone;
-with it the series of trainers is above the bound. ``--without-tensorstore-leak`` keeps Orbax from calling it.
+TensorStore 0.1.72 to 0.1.86 keeps four strings at each ``KvStore.Spec.to_json``; ``tensorstore_bytes`` is what one call
+keeps here, measured alone. Orbax calls it for each array that it saves; ``worldloom.training.orbax_access`` keeps it to
+one call for each checkpoint.
 """
 
 import argparse
@@ -158,24 +158,6 @@ def tensorstore_bytes(calls=20_000):
     return None if before is None else round((allocated() - before) * 2**20 / calls)
 
 
-def stop_tensorstore_leak():
-    """Orbax then takes its specification of a folder of files as it is, which ``to_json`` would return unchanged."""
-    import orbax.checkpoint._src.serialization.tensorstore_utils as orbax_specs
-    import tensorstore
-
-    class Specification(dict):
-        def to_json(self):
-            return dict(self)
-
-    class Replaced:
-        KvStore = type("KvStore", (), {"Spec": Specification, "open": tensorstore.KvStore.open})
-
-        def __getattr__(self, name):
-            return getattr(tensorstore, name)
-
-    orbax_specs.ts = Replaced()
-
-
 def main():
     if os.environ.get("PYTHONMALLOC") != "malloc" and allocated() is not None:
         # Python's allocator of small objects takes its memory from the system directly, where glibc does not count it.
@@ -184,10 +166,7 @@ def main():
     parser.add_argument("--trainers", type=int, default=300)
     parser.add_argument("--models", type=int, default=2000)
     parser.add_argument("--environments", type=int, default=500)
-    parser.add_argument("--without-tensorstore-leak", action="store_true")
     options = parser.parse_args()
-    if options.without_tensorstore_leak:
-        stop_tensorstore_leak()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None

@@ -26,7 +26,7 @@ from worldloom.training.checkpoint_files import (
     complete_checkpoint,
     remove_tree,
 )
-from worldloom.training.orbax_access import full_disk_errors, orbax_warnings
+from worldloom.training.orbax_access import describe_folders_once, full_disk_errors, orbax_warnings
 
 
 class SharedWrite:
@@ -51,6 +51,7 @@ class SharedWrite:
         self._target, self._partial = target, target.with_name(f"{target.name}{PARTIAL}")
         self._snapshot, self._meeting = snapshot, meeting
         self._arrays = arrays_to_save(snapshot)
+        describe_folders_once()
         self._handler = ocp.PyTreeCheckpointHandler()
         self._open = contextlib.ExitStack()
         self._warned = self._open.enter_context(orbax_warnings())
