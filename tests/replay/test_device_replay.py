@@ -44,7 +44,7 @@ def test_a_batch_equals_that_of_the_buffer(kind):
         obs = {"eyes": episode(draw, steps, picture=True)[0], "joints": obs} if kind == "both" else obs
         obs = {"obs": obs} if kind == "dict of obs" else obs
         buffer.add_episode(obs, actions, rewards, terminated=True)
-    device = DeviceReplay(buffer, latents=False, device=jax.devices()[0], capacity=len(buffer))
+    device = DeviceReplay(buffer, latents=None, device=jax.devices()[0], capacity=len(buffer))
     device.copy_new_rows()
     assert_same(device, buffer, latents=False)
     images = [rows for rows in jax.tree.leaves(device.ring) if rows.ndim == 4]
@@ -68,7 +68,7 @@ def test_it_matches_the_buffer_after_any_changes(steps, capacity, room):
     """Rows are added and evicted, latents written, some twice, some for evicted rows; ``truth`` stays on the host."""
     draw = np.random.default_rng(len(steps))
     truth, buffer = (ReplayBuffer(capacity, latents={"deter": (DETER,)}) for _ in range(2))
-    device = DeviceReplay(buffer, latents=True, device=jax.devices()[0], capacity=room)
+    device = DeviceReplay(buffer, latents=np.float32, device=jax.devices()[0], capacity=room)
     old = []
     for number, (what, size) in enumerate([("add", 10), *steps, ("read", 0), ("back", 0)]):
         if what == "add":
@@ -105,7 +105,7 @@ def assert_same_latents(device, truth, update):
 def test_new_rows_are_written_in_place():
     draw, buffer = np.random.default_rng(0), ReplayBuffer(100)
     buffer.add_episode(*episode(draw, 9), terminated=True)
-    device = DeviceReplay(buffer, latents=False, device=jax.devices()[0], capacity=100)
+    device = DeviceReplay(buffer, latents=None, device=jax.devices()[0], capacity=100)
     device.copy_new_rows()
     before, address = device.ring["obs"], device.ring["obs"].unsafe_buffer_pointer()
     buffer.add_episode(*episode(draw, 9), terminated=True)
@@ -120,4 +120,4 @@ def test_a_buffer_that_overrides_sampling_stays_on_the_host():
             return super().draw(*args, **kwargs)
 
     with pytest.raises(ConfigError, match="a Prioritised stays on the host"):
-        DeviceReplay(Prioritised(), latents=False, device=jax.devices()[0], capacity=10)
+        DeviceReplay(Prioritised(), latents=None, device=jax.devices()[0], capacity=10)

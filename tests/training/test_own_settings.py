@@ -318,6 +318,7 @@ SOME = {
     "replay_capacity": 500,
     "remat": True,
     "replay_storage": "host",
+    "latent_dtype": "bfloat16",
     "loop": "host",
     "skip_nonfinite": True,
     "weight_decay": 0.2,

@@ -65,7 +65,8 @@ def compile_on_mesh(algorithm: Any, model_class: Any, config: Any, training: Tra
     assert placement.mesh is not None
     settings = training.of_update()
     update = algorithm.make_update(config, settings, model_class=model_class)
-    call = CompiledUpdate(update, algorithm.loss_terms, False, bool(batch.get("context")), True, placement)
+    keeps, dtype = bool(batch.get("context")), settings.latent_dtype
+    call = CompiledUpdate(update, algorithm.loss_terms, False, keeps, True, placement, dtype)
     state = jax.eval_shape(lambda key: algorithm.init_state(model_class(config), settings, key), jax.random.key(0))
     guard = jax.eval_shape(NonFiniteGuard.create)
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=placement.rows(1)), batch)

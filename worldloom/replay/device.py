@@ -36,7 +36,7 @@ class DeviceReplay:
 
     Args:
       buffer: holds the rows; :meth:`copy_new_rows` copies them.
-      latents: whether to keep its latents, too.
+      latents: dtype to keep its latents in, too; None without them.
       device: where to keep them.
       capacity: rows to allocate memory for at once. Grows by doubling if the buffer holds more, which triggers a
         recompilation of whatever reads the ring.
@@ -48,7 +48,7 @@ class DeviceReplay:
       ConfigError: ``buffer`` overrides a method of sampling or of writing latents.
     """
 
-    def __init__(self, buffer: ReplayBuffer, *, latents: bool, device: jax.Device, capacity: int):
+    def __init__(self, buffer: ReplayBuffer, *, latents: Any, device: jax.Device, capacity: int):
         if not supports_device_storage(buffer):
             raise ConfigError(
                 f"replay_storage='device' needs a ReplayBuffer that samples as ReplayBuffer does; a "
@@ -125,18 +125,23 @@ class DeviceReplay:
         for start in range(0, len(ids), 4096):
             part = ids[start : start + 4096]
             slots = jnp.asarray(self._slot_of(part), jnp.int32)
-            self._buffer.write_latents(part, {k: np.asarray(self.ring[name][slots]) for k, name in names.items()})
+            self._buffer.write_latents(part, {key: self._found(name, slots) for key, name in names.items()})
         self._dirty[:] = False
+
+    def _found(self, name: str, slots: jax.Array) -> np.ndarray:
+        """The latents ``name`` in ``slots``, as the buffer has them."""
+        return np.asarray(self.ring[name][slots]).astype(np.float32, copy=False)
 
     def _slot_of(self, ids: np.ndarray) -> np.ndarray:
         return ids % self._capacity
 
     def _columns(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """The rows ``ids`` [N] as in the ring: {name: [N, ...]}."""
-        found = self._buffer.take(ids[:, None], latents=self._latents)
+        found = self._buffer.take(ids[:, None], latents=self._latents is not None)
         obs, is_mapping = found["obs"], isinstance(found["obs"], Mapping)
         columns = {column_name("obs", key, is_mapping): value[:, 0] for key, value in named(obs, OBS).items()}
-        return columns | {latent_name(key): value for key, value in found.get("context", {}).items()}
+        context = found.get("context", {})
+        return columns | {latent_name(key): value.astype(self._latents, copy=False) for key, value in context.items()}
 
 
 def gather_rows(ring: Ring, batch: Batch) -> Batch:
@@ -168,7 +173,9 @@ def _write(ring: Ring, slots: jax.Array, values: Ring, good: jax.Array) -> Ring:
     capacity = next(iter(ring.values())).shape[0]
     slots = jnp.where(good, slots, capacity)
     written = {
-        name: ring[name].at[slots].set(value.reshape(len(slots), *ring[name].shape[1:]), mode="drop")
+        name: ring[name]
+        .at[slots]
+        .set(value.reshape(len(slots), *ring[name].shape[1:]).astype(ring[name].dtype), mode="drop")
         for name, value in values.items()
     }
     return ring | written

@@ -73,7 +73,7 @@ class Ring(NamedTuple):
       rewards: float32 [slots].
       flags: uint8 [slots], the bits of :mod:`worldloom.replay.index`.
       info: float32 [slots] by name.
-      latents: float32 [slots, ...] by name.
+      latents: float32 or bfloat16 [slots, ...] by name; what is written is rounded to it.
       episodes: see :class:`Episodes`.
       end: number of the next row, int32 [].
       oldest: rows numbered below are not held, whatever the capacity, int32 [].
@@ -113,7 +113,7 @@ def add_rows(spec: RingSpec, ring: Ring, row: dict[str, Any], enabled: Any = Tru
     Nothing is added unless ``enabled`` []; the large arrays are not copied for that.
     """
     slots = jnp.where(enabled, (ring.end + jnp.arange(spec.num_envs)) % spec.slots, spec.slots)
-    put = lambda column, value: column.at[slots].set(value, mode="drop")  # noqa: E731
+    put = lambda column, value: column.at[slots].set(value.astype(column.dtype), mode="drop")  # noqa: E731
     written = {name: jax.tree.map(put, getattr(ring, name), row[name]) for name in COLUMNS}
     position = ring.end // spec.num_envs
     ring = ring._replace(**written, end=ring.end + jnp.where(enabled, spec.num_envs, 0))
@@ -310,8 +310,9 @@ def write_latents(
     newest = jnp.append(ordered[1:] != ordered[:-1], True)
     kept = newest & (ordered >= first_row(spec, ring)) & enabled
     slots = jnp.where(kept, ordered % spec.slots, spec.slots)
+    rows = {name: value.reshape(-1, *value.shape[2:])[order] for name, value in latents.items()}
     written = {
-        name: ring.latents[name].at[slots].set(value.reshape(-1, *value.shape[2:])[order], mode="drop")
-        for name, value in latents.items()
+        name: ring.latents[name].at[slots].set(value.astype(ring.latents[name].dtype), mode="drop")
+        for name, value in rows.items()
     }
     return ring._replace(latents=ring.latents | written)

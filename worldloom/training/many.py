@@ -238,7 +238,7 @@ def _update_of(run: Run, total_steps: int, settings: Mapping[str, Any]) -> Compi
     training: Any = _Varied(run.config.of_update(total_steps), settings)
     update = run.model.algorithm.make_update(run.model.config, training, model_class=type(run.model))
     skip, keeps = run.config.skip_nonfinite, run.sampler.uses_latents
-    return CompiledUpdate(update, run.loss_terms, skip, keeps, run.unrolled)
+    return CompiledUpdate(update, run.loss_terms, skip, keeps, run.unrolled, latent_dtype=run.config.latent_dtype)
 
 
 def _new_model(name: str, fields: Mapping[str, Any], seed: int, device: str) -> Any:

@@ -28,6 +28,15 @@ def check_is_model(model: Any) -> None:
         raise TypeError(f"A Trainer trains a world model, such as create_world_model returns, not {what:.200}.")
 
 
+def check_latents(model: Any, config: TrainingConfig) -> None:
+    """Raise ``ConfigError`` if ``latent_dtype`` is set for a model whose algorithm stores no latents."""
+    if config.latent_dtype != "float32" and not model.algorithm.replay_spec(model.config, config).latents:
+        raise ConfigError(
+            f"latent_dtype='{config.latent_dtype}' is the precision of latents stored in replay, and "
+            f"{type(model).__name__} stores none; leave it at 'float32'."
+        )
+
+
 def check_fixed(before: TrainingConfig, after: TrainingConfig, *, begun: bool, online: bool) -> None:
     """Raise ``ConfigError`` for a change of a field that the state of a run depends on.
 

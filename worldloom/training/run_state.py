@@ -71,6 +71,7 @@ class Run:
         self.placement = Placement.of(config.mesh, self.device)
         self.placement.check_batch(config.batch_size, config.microbatches)
         model.check_trainable(self.device)
+        run_info.check_latents(model, config)
         self.capacity, self.unrolled = update_loop.call_capacity(model, config, self.device)
         self.run_id = uuid.uuid4().hex
         self.step = self.total_steps = self._skipped = 0
@@ -404,6 +405,7 @@ class Run:
         of an existing replay buffer, or the structure of the optimizer's state.
         """
         check(isinstance(config, TrainingConfig), f"config must be a TrainingConfig, not a {type(config).__name__}.")
+        run_info.check_latents(self.model, config)
         begun = self.learner is not None or self.step > 0
         run_info.check_fixed(self.config, config, begun=begun, online=self.collector is not None)
         if not begun:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from worldloom.config import check
 from worldloom.errors import DataError
 from worldloom.replay.device import SLOTS, DeviceReplay, Ring, supports_device_storage
 from worldloom.replay.online import OnlineQueue, has_finished_window
@@ -40,6 +42,7 @@ class SequenceSampler:
         writes latents back; None without one.
 
     Raises:
+      ConfigError: ``latent_dtype`` is set, but there are no stored latents.
       DataError: the buffer is empty or holds data that the model cannot train on.
       TypeError: ``buffer`` has no ``sample`` method.
     """
@@ -58,6 +61,12 @@ class SequenceSampler:
         spec = model.algorithm.replay_spec(model.config, config)
         stored = getattr(buffer, "latents", {})
         self.uses_latents = bool(spec.latents) and all(stored.get(k) == tuple(s) for k, s in spec.latents.items())
+        self._latent_dtype = jnp.dtype(config.latent_dtype)
+        check(
+            self.uses_latents or config.latent_dtype == "float32",
+            f"latent_dtype='{config.latent_dtype}' is the precision of latents stored in replay, and this buffer "
+            "stores none; leave it at 'float32'.",
+        )
         # Context rows precede the rows that gradients flow through; without stored latents there is no context.
         self.rows = spec.rows if self.uses_latents or not spec.latents else config.sequence_length
         self.buffer, self.batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes
@@ -153,7 +162,8 @@ class SequenceSampler:
             return math.inf
         # Images have three axes and stay uint8; everything else is float32.
         row_bytes = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in self._shapes)
-        row_bytes += sum(4 * math.prod(shape) for shape in self.buffer.latents.values()) if self.uses_latents else 0
+        latents = self.buffer.latents.values() if self.uses_latents else ()
+        row_bytes += sum(self._latent_dtype.itemsize * math.prod(shape) for shape in latents)
         return row_bytes * (self.buffer.capacity if growing else len(self.buffer))
 
     def choose_storage(self, storage: str, device: jax.Device, *, growing: bool) -> None:
@@ -173,4 +183,5 @@ class SequenceSampler:
           growing: whether rows will be added, up to the buffer's capacity.
         """
         capacity = self.buffer.capacity if growing else len(self.buffer)
-        self.on_device = DeviceReplay(self.buffer, latents=self.uses_latents, device=device, capacity=capacity)
+        latents = self._latent_dtype if self.uses_latents else None
+        self.on_device = DeviceReplay(self.buffer, latents=latents, device=device, capacity=capacity)

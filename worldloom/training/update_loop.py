@@ -77,6 +77,7 @@ class CompiledUpdate:
       keep_latents: return the fresh latents; if False, no memory is allocated for them.
       unrolled: K is 1 and there is no loop; see :func:`worldloom.xla_workarounds.needs_unrolled_updates`.
       placement: of the arrays; with a mesh, the update is divided over it. None is one device.
+      latent_dtype: see ``TrainingConfig.latent_dtype``.
     """
 
     def __init__(
@@ -87,9 +88,10 @@ class CompiledUpdate:
         keep_latents: bool,
         unrolled: bool,
         placement: Placement | None = None,
+        latent_dtype: str = "float32",
     ):
         # The inner jit caches the trace, which metric_names and the loop then share.
-        self._update = jax.jit(update)
+        self._update = jax.jit(update if latent_dtype == "float32" else _with_rounded_latents(update))
         self._loss_terms = loss_terms
         self._skip_nonfinite, self._keep_latents, self._unrolled = skip_nonfinite, keep_latents, unrolled
         self._placement = placement if placement and placement.mesh else None
@@ -254,7 +256,22 @@ def compiled_update(
     ``training`` is ``TrainingConfig.of_update()``, the part of the config that an update reads.
     """
     update = make_update(config, training, model_class=model_class)
-    return CompiledUpdate(update, loss_terms, skip_nonfinite, keep_latents, unrolled, placement)
+    return CompiledUpdate(update, loss_terms, skip_nonfinite, keep_latents, unrolled, placement, training.latent_dtype)
+
+
+def _with_rounded_latents(update: Update) -> Update:
+    """``update`` that reads stored latents, float32 or bfloat16, as float32 numbers rounded to bfloat16.
+
+    They are rounded here too, though a device keeps them rounded: so results do not depend on where replay is kept.
+    """
+
+    def rounded(state: TrainState, batch: Batch, key: jax.Array | None) -> tuple[TrainState, dict[str, Any]]:
+        # Not two casts, which XLA may leave out as excess precision.
+        bfloat16 = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+        context = jax.tree.map(lambda x: bfloat16(x.astype(jnp.float32)), batch["context"])
+        return update(state, {**batch, "context": context}, key)
+
+    return rounded
 
 
 @jax.jit

@@ -102,6 +102,7 @@ class Transfer:
         )
         self.keeps_latents = run.sampler.uses_latents
         # Shapes of a row, of a batch and of what an update returns.
+        latent_dtype = jnp.dtype(run.config.latent_dtype)
         obs = jax.eval_shape(lambda: {n: jnp.zeros(v.shape[1:], v.dtype) for n, v in self._obs_now().items()})
         single = not isinstance(self.env.obs_shape, Mapping)
         self._row = {
@@ -110,7 +111,7 @@ class Transfer:
             "rewards": jax.ShapeDtypeStruct((), jnp.float32),
             "flags": jax.ShapeDtypeStruct((), jnp.uint8),
             "info": self.backend.spec.info,
-            "latents": {n: jax.ShapeDtypeStruct(tuple(s), jnp.float32) for n, s in replay.latents.items()}
+            "latents": {n: jax.ShapeDtypeStruct(tuple(s), latent_dtype) for n, s in replay.latents.items()}
             if self.keeps_latents
             else {},
         }
@@ -252,7 +253,8 @@ class Transfer:
         ids = ids[ids >= replay.state_dict()["first_row"]]
         for begin in range(0, len(ids), self._piece):
             part = ids[begin : begin + self._piece]
-            replay.write_latents(part, _fetch(ring._asdict(), ("latents",), part % self.spec.slots)["latents"])
+            fetched = _fetch(ring._asdict(), ("latents",), part % self.spec.slots)["latents"]
+            replay.write_latents(part, _as_on_host(fetched))
         # Latents that wait for their turn will be written on the device later.
         self._dirty = [ids for pending in self.run.writeback.waiting for ids in pending.row_ids]
 
@@ -282,7 +284,7 @@ class Transfer:
                 is_last,
                 flags & TERMINAL > 0,
                 self.spec.num_envs,
-                latents=found["latents"],
+                latents=_as_on_host(found["latents"]),
             )
             pieces.append({name: found[name] for name in ("rewards", "flags", "info")})
         self._synced = end
@@ -414,6 +416,11 @@ def _of_episodes(
 
 def _put(slots: np.ndarray, column: np.ndarray, values: np.ndarray) -> None:
     column[slots] = values
+
+
+def _as_on_host(latents: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Latents as the buffer has them, float32."""
+    return {name: value.astype(np.float32, copy=False) for name, value in latents.items()}
 
 
 def _fetch(columns: Mapping[str, Any], names: tuple[str, ...], slots: np.ndarray) -> dict[str, Any]:
