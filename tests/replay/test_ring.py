@@ -41,7 +41,7 @@ def test_windows_are_those_of_a_buffer_with_the_same_rows(cross, open_episodes, 
     ring, buffer, queue = empty_ring(spec, SHAPES), ReplayBuffer(40, latents={"memory": (1,)}), OnlineQueue()
     over, drawn = np.ones(num_envs, bool), 0
     for step in range(60):
-        first, over = over, (rng.random(num_envs) < 0.15) & ~over
+        first, over = over, ((rng.random(num_envs) < 0.15) | (step == 50)) & ~over
         obs = rng.normal(size=(num_envs, 1)).astype(np.float32)
         flags = (first * 1 | over * 2 | over * 4).astype(np.uint8)
         zeros, reward = np.zeros((num_envs, 1), np.float32), np.zeros(num_envs, np.float32)
