@@ -33,19 +33,22 @@ def benchmarks(monkeypatch):
     return importlib.import_module
 
 
-def test_a_killed_smoke_run_goes_on_and_ends_complete(tmp_path):
-    """``kill -9`` in the middle; what was finished is not measured again, and in the end nothing is left."""
-    first = subprocess.Popen(
-        command("--smoke", "--out", tmp_path, "--minutes", 60), stdout=subprocess.DEVNULL, cwd=ROOT
-    )
-    speed = tmp_path / "speed.json"
-    while not (speed.exists() and len(json.loads(speed.read_text())) >= 2):
-        assert first.poll() is None, "it ended before it could be killed"
-        time.sleep(0.2)
-    first.kill()
-    first.wait()
-    before = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in ("exact", "speed")}
-    assert json.loads((tmp_path / "status.json").read_text())["left"]
+def test_a_smoke_run_killed_in_every_part_goes_on_and_ends_complete(tmp_path):
+    """``kill -9`` in each part; what was finished is not measured again, and in the end nothing is left."""
+    before = {}
+    for part, entries in {"exact": 1, "speed": 2, "flags": 1, "learn": 1}.items():
+        process = subprocess.Popen(
+            command("--smoke", "--out", tmp_path, "--minutes", 60), stdout=subprocess.DEVNULL, cwd=ROOT
+        )
+        figures = tmp_path / f"{part}.json"
+        while not (figures.exists() and len(json.loads(figures.read_text())) >= entries):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.2)
+        process.kill()
+        process.wait()
+        assert json.loads((tmp_path / "status.json").read_text())["left"]
+        assert_kept(before, tmp_path)
+        before[part] = json.loads(figures.read_text())
 
     again = run("--smoke", "--out", tmp_path, "--minutes", 60)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -53,14 +56,19 @@ def test_a_killed_smoke_run_goes_on_and_ends_complete(tmp_path):
     assert status["failed"] == {}
     assert status["left"] == list(status["left out"]) == ["peers/tdmpc2-update"]
     assert "no --peers DIR" in status["left out"]["peers/tdmpc2-update"]
-    for part, entries in before.items():
-        after = json.loads((tmp_path / f"{part}.json").read_text())
-        assert {name: after[name] for name in entries} == entries, "measured again"
+    assert_kept(before, tmp_path)
     figures = {
         part: json.loads((tmp_path / f"{part}.json").read_text()) for part in ("exact", "speed", "flags", "learn")
     }
     assert sum(map(len, figures.values())) == len(status["done"])
     check_figures(figures)
+
+
+def assert_kept(before, folder):
+    """Raise ``AssertionError`` unless the figures ``before`` are still the same in ``folder``."""
+    for part, entries in before.items():
+        after = json.loads((folder / f"{part}.json").read_text())
+        assert {name: after[name] for name in entries} == entries, "measured again"
 
 
 def check_figures(figures):
