@@ -1,5 +1,6 @@
 """The trainer: it learns, continues, calls callbacks in order, refuses invalid arguments, and ends its threads."""
 
+import shutil
 import threading
 
 import jax
@@ -222,6 +223,37 @@ def test_latents_are_written_back_in_a_fixed_order(config, tmp_path, capacity):
         pending.append((step, expected.sample(4, 6, seed=config.seed, update=step, latents=True)))
     assert np.abs(stored_memory(trained)).max() > 1
     np.testing.assert_allclose(stored_memory(trained), stored_memory(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("saved", "resumed", "in_effect"), [(3, 1, 1), (3, 6, 3), (4, 6, 2), (1, 4, 1)])
+def test_a_run_keeps_the_groups_of_its_latents_whatever_a_call_does_later(
+    config, tmp_path, caplog, saved, resumed, in_effect
+):
+    """They decide what batches see, and so what the latents become."""
+
+    def train(folder, capacity, buffer, **options):
+        callbacks = [CheckpointCallback(str(tmp_path / folder), save_every=5)]
+        trainer = Trainer(ToyWorldModel(ToyConfig(latents=True)), config.replace(updates_per_call=capacity), callbacks)
+        trainer.train(buffer, **options)
+        return trainer
+
+    whole, other, parts = (buffer_with_latents() for _ in range(3))
+    train("whole", saved, whole)
+    train("other", resumed, other)
+    assert not np.array_equal(stored_memory(whole), stored_memory(other)), "the groups do not matter here"
+    train("parts", saved, parts, total_steps=10)
+    trainer = train("parts", resumed, parts, resume=True)
+    np.testing.assert_array_equal(stored_memory(whole), stored_memory(parts))
+    assert trainer.run.capacity == in_effect
+    said = f"A call does {in_effect} in place of {resumed} updates (updates_per_call)"
+    assert (said in caplog.text) == (in_effect != resumed)
+    # What is saved from here on belongs to the same groups.
+    again = buffer_with_latents()
+    for path in (tmp_path / "parts").glob("*"):
+        if path.name.isdigit() and int(path.name) > 15:
+            shutil.rmtree(path)
+    train("parts", saved, again, resume=tmp_path / "parts" / "15")
+    np.testing.assert_array_equal(stored_memory(whole), stored_memory(again))
 
 
 def test_a_resumed_run_with_latents_equals_an_uninterrupted_one(config, tmp_path):

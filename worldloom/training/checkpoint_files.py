@@ -58,6 +58,8 @@ MAY_CHANGE = frozenset(
     }
 )
 """Fields of ``TrainingConfig`` that may change when a run is resumed: none of them affects the results."""
+_MAX_GROUP = 10_000
+"""Maximum number of updates whose latents are written back together; memory is allocated for them."""
 _EXTRA = "around/"
 """Prefix of the names of arrays other than the state's."""
 _MAX_EXTRA = 1 << 32
@@ -330,6 +332,9 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
     wrong = [name for name, kind in kinds.items() if name in record and not isinstance(record[name], kind)]
     if wrong or any(not is_integer(count) or not 0 <= int(count or 0) < 2**62 for count in counts):
         raise FileFormatError(f"The checkpoint {path} is damaged: its record has no valid {(wrong or ['step'])[0]}.")
+    group = record.get("latent_group")
+    if group is not None and (not is_integer(group) or not 1 <= group <= _MAX_GROUP):
+        raise FileFormatError(f"The checkpoint {path} is damaged: its record has no valid latent_group.")
     if "collector" in record and record.get("replay") is None:
         raise FileFormatError(f"The checkpoint {path} is damaged: it has a collector but no replay.")
 

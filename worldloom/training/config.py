@@ -83,9 +83,11 @@ class TrainingConfig(BaseConfig):
     """Share that ``mix`` changes to, linearly over ``mix_updates`` updates; None keeps it."""
     mix_updates: Annotated[int, Ge(1)] = 10_000
     """Online updates over which the share changes to ``mix_end``."""
-    updates_per_call: Annotated[int, Ge(0)] = 0
+    updates_per_call: Annotated[int, Between(0, 10_000)] = 0
     """Maximum number of updates per compiled call, which holds as many batches on the device; 0 is 1 on a CPU and 8
-    elsewhere. Image models do one on a CPU, where convolutions are slow in loops. Results do not depend on it."""
+    elsewhere. Image models do one on a CPU, where convolutions are slow in loops. Results do not depend on it,
+    unless the family stores latents (DreamerV3): batches see those of earlier groups of so many updates. A run that is
+    resumed keeps its groups."""
     microbatches: Annotated[int, Ge(1)] = 1
     """Number of parts of a batch whose gradients are accumulated before one optimizer step. Gradients are those of the
     whole batch, activation memory is that of ``batch_size / microbatches`` windows. Divides ``batch_size``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def resume_run(run: Run, callbacks: CallbackRunner, resume: bool | str | Path) -
     identity = run.identity()
     snapshot = checkpoints.restore(run.state, identity, step, exact=exact)
     _say_where(snapshot.record, run)
+    _keep_latent_group(snapshot.record, run)
     changes = [] if exact else _changes(snapshot.record, identity)
     changes += run.restore(snapshot, folder, exact=not changes and exact)
     callbacks.load_state_dict(snapshot.record["callbacks"], run.step)
@@ -60,6 +62,24 @@ def _say_where(record: Mapping[str, Any], run: Run) -> None:
         _log.warning(
             "The run goes on over %s, it was saved over %s: its results are equal up to rounding.",
             *(_devices_in_words(*each) for each in (now, before)),
+        )
+
+
+def _keep_latent_group(record: Mapping[str, Any], run: Run) -> None:
+    """Write latents back in the groups of updates of the saved run, so that the batches stay what they would be.
+
+    A call must then end with a group, so it may do fewer updates than here otherwise.
+    """
+    group = record.get("latent_group")  # None in early checkpoints, and without stored latents.
+    if not group or group == run.writeback.group:
+        return
+    before, run.capacity = run.capacity, math.gcd(group, run.capacity)
+    run.writeback.group = group
+    if run.capacity < before:
+        _log.warning(
+            "A call does %d in place of %d updates (updates_per_call): the run that goes on writes latents back to "
+            "replay in groups of %d.",
+            *(run.capacity, before, group),
         )
 
 

@@ -319,6 +319,7 @@ class Run:
             "replay_size": len(self.sampler.buffer),
             "data": data_identity(self.data),
             "processes": jax.process_count(),
+            "latent_group": self.writeback.group if self.sampler.uses_latents else None,
             **self.identity(),
             "callbacks": dict(callbacks),
             "versions": run_info.versions(),

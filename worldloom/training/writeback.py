@@ -54,11 +54,14 @@ class LatentWriteback:
     that is still running.
 
     Args:
-      group: K, the maximum number of updates per call.
+      group: K, the maximum number of updates per call, or a multiple of it.
+
+    Attributes:
+      group: K.
     """
 
     def __init__(self, group: int):
-        self._group = group
+        self.group = group
         self._queue: deque[PendingLatents] = deque()
         self._buffer: Any = None
         self._writes: list[Future[None]] = []
@@ -89,7 +92,7 @@ class LatentWriteback:
             the calling thread.
         """
         target = self._buffer if target is None else target
-        while self._queue and self._queue[0].step // self._group <= step // self._group - 2:
+        while self._queue and self._queue[0].step // self.group <= step // self.group - 2:
             pending = self._queue.popleft()
             if executor is None:
                 pending.write(target)

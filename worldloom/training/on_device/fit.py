@@ -142,7 +142,7 @@ class Device:
             _policy(first, transfer.keeps_latents),
             make_update or updates[0],
             transfer.names,
-            first.capacity,
+            first.writeback.group,
             transfer.keeps_latents,
             first.unrolled,
             members,

@@ -204,7 +204,7 @@ class Transfer:
         return Episodes(current, is_open, listed[0], listed[1], np.zeros_like(tail), tail)
 
     def _unwritten(self) -> Unwritten:
-        places = 2 * self.run.capacity
+        places = 2 * self.run.writeback.group
         length = next((leaf.shape[1] for leaf in self._fresh.values()), 1)
         ids = np.zeros((places, self.spec.batch_size, length), np.int32)
         latents = {name: np.zeros((places, *leaf.shape), leaf.dtype) for name, leaf in self._fresh.items()}
@@ -360,7 +360,7 @@ class Transfer:
         """What ``LatentWriteback.load_state_arrays`` takes: the latents of updates whose turn has not come."""
         if not self.keeps_latents:
             return {}
-        group, step = self.run.capacity, self.run.step
+        group, step = self.run.writeback.group, self.run.step
         arrays: dict[str, np.ndarray] = {}
         fetched = jax.device_get(unwritten)
         oldest = max(0, ((step - 1) // group - 1) * group)
