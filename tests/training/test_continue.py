@@ -1,5 +1,6 @@
 """``resume="continue"`` takes along what fits, lists what changed, and says that exactness is given up."""
 
+import json
 import logging
 
 import jax
@@ -14,6 +15,7 @@ from worldloom.errors import ConfigError
 from worldloom.replay import ReplayBuffer
 from worldloom.training import RunFolder, Trainer, collect
 from worldloom.training.callbacks import CheckpointCallback
+from worldloom.training.checkpoint_files import checksums
 
 
 def train(folder, steps, *, resume=False, kind=Glide, num_envs=2, config=ONLINE_CONFIG, latents=True):
@@ -41,6 +43,17 @@ def test_without_changes_it_is_an_exact_resume(saved, tmp_path, caplog):
     whole = train(tmp_path / "whole", 16)
     trainer = train(tmp_path / "run", 16, resume="continue")
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, whole.state.params)
+    assert "with changes" not in caplog.text
+
+
+def test_a_setting_that_the_saved_run_did_not_have_yet_is_no_change(saved, tmp_path, caplog):
+    for path in (tmp_path / "run").rglob("run.json"):
+        record = json.loads(path.read_text())
+        del record["training"]["latent_dtype"]
+        path.write_text(json.dumps(record))
+        manifest = {"files": dict(checksums(path.parent))}
+        (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    train(tmp_path / "run", 12, resume="continue")
     assert "with changes" not in caplog.text
 
 

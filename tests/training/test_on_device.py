@@ -26,7 +26,7 @@ from worldloom.envs import make_env
 from worldloom.errors import ConfigError, DataError
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, TrainingConfig, evaluation, offline_then_online
-from worldloom.training.callbacks import Callback, CheckpointCallback, StopTraining
+from worldloom.training.callbacks import Callback, CheckpointCallback, ProgressCallback, StopTraining
 from worldloom.training.on_device import fit as loop_module
 from worldloom.training.on_device.transfer import _of_episodes
 
@@ -250,3 +250,43 @@ def test_nan_in_an_evaluation_is_refused():
     env = make_env(Drift(bad_after=3), 3, seed=1)
     with pytest.raises(DataError, match="came back NaN or infinite"):
         evaluation.play(trainer_in(env, Plain, CONFIG).model, env, episodes=6)
+
+
+@pytest.mark.parametrize("how", ["reset", "stepped"])
+def test_environments_moved_in_between_begin_new_episodes_on_either_loop(how, caplog):
+    """Otherwise a row would join an observation with the action for another."""
+    left = {}
+    for loop in ("host", "device"):
+        world = make_env(DRIFT, 2, seed=3)
+        trainer = trainer_in(world, LikeDreamer, CONFIG.replace(loop=loop), latents=True)
+        trainer.train(world, total_steps=20)
+        if how == "reset":
+            world.reset()
+        else:
+            world.step(np.zeros((2, 1), np.float32))
+        caplog.clear()
+        trainer.train(world, total_steps=40)
+        assert "reset or stepped outside of training" in caplog.text
+        left[loop] = content(trainer)
+    assert_same(left["host"], left["device"])
+
+
+def test_a_progress_bar_costs_the_loop_no_calls(monkeypatch):
+    downloads = []
+    download = loop_module.Device.download
+    monkeypatch.setattr(loop_module.Device, "download", lambda self: downloads.append(1) or download(self))
+    counts = []
+    for callbacks in ([], [ProgressCallback()]):
+        downloads.clear()
+        trained(LikeTDMPC2, "device", callbacks=callbacks, log_interval=20)
+        counts.append(len(downloads))
+    assert counts[0] == counts[1]
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path):
+    save = lambda: [CheckpointCallback(str(tmp_path))]  # noqa: E731
+    end = trained(LikeDreamer, "device", latents=True, callbacks=save()).replay.state_dict()["next_row"]
+    env = make_env(DRIFT, 2, seed=3)
+    again = trainer_in(env, LikeDreamer, CONFIG.replace(loop="device"), latents=True, callbacks=save())
+    again.train(env, resume=True)
+    assert again.replay.state_dict()["next_row"] == end

@@ -95,3 +95,20 @@ def test_what_one_program_cannot_do_is_refused(options, text):
     arguments = {"env": DRIFT, "seeds": [0], "config": CONFIG} | options
     with pytest.raises(ConfigError, match=text):
         train_many("toy", **arguments)
+
+
+def test_callbacks_of_every_member_are_called_when_they_are_due(family, tmp_path):
+    seen = {1: [], 2: []}
+    own = lambda index: [(10, lambda info: seen[index + 1].append(info.step))] if index else []  # noqa: E731
+    (tmp_path / "seed1").mkdir()
+    (tmp_path / "seed1" / "metrics.jsonl").write_text('{"step": 1, "eval/return": 1e6}\n')
+    options = {"num_envs": 2, "model": LATENTS, "config": CONFIG, "eval_interval": 0, "log_interval": 25}
+    found = train_many("toy", DRIFT, [1, 2], folder=tmp_path, callbacks=own, **options)
+    assert seen == {1: [], 2: [10, 20, 30, 40]}
+    assert all(member.returns < 1e6 for member in found), "read from the folder of another run"
+
+
+def test_members_of_other_ratios_need_a_number_of_updates(family, tmp_path):
+    options = {"num_envs": 2, "model": LATENTS, "config": CONFIG, "folder": tmp_path}
+    with pytest.raises(ConfigError, match="give total_steps in place of env_steps"):
+        train_many("toy", DRIFT, [1], {"train_ratio": [4.0, 8.0]}, env_steps=200, **options)

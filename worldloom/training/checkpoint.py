@@ -336,7 +336,8 @@ def find_checkpoint(folder: str | Path, step: int | str = "latest") -> Path:
         records = {s: read_summary(folder / str(s)) for s in steps}
         newest = records[steps[-1]]
         values = {s: _value(record, newest.get("monitor")) for s, record in records.items()}
-        step = _best(values, str(newest.get("mode") or "min")) or steps[-1]
+        best = _best(values, str(newest.get("mode") or "min"))
+        step = steps[-1] if best is None else best
     number = steps[-1] if step == "latest" else step
     if number not in steps:
         raise CheckpointError(f"There is no checkpoint of step {number} in {folder}; there are {steps}.")

@@ -14,20 +14,25 @@ from worldloom.training.config import TrainingConfig
 def check_config(
     path: Path, kind: str, saved: Any, given: Mapping[str, Any], may_change: frozenset[str] = frozenset()
 ) -> None:
-    """Raise ``ConfigError`` naming the first field outside ``may_change`` in which the saved config differs.
+    """Raise ``ConfigError`` naming the first field outside ``may_change`` in which the saved config differs."""
+    for name, (before, now) in differences(kind, saved, given).items():
+        if name not in may_change:
+            raise ConfigError(
+                f"{path} was saved with {kind} config {name}={before!r}; this run has {now!r}. Resume with "
+                "the saved value, or go on inexactly by resume='continue' (--resume continue), or begin a new run from "
+                "its weights: worldloom.training.checkpoint.load_weights."
+            )
+
+
+def differences(kind: str, saved: Any, given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields of a config, of the ``model`` or of ``training``, that differ: name → (saved, given).
 
     Fields that the version which saved it did not have count as at their defaults.
     """
     family = find_family(given["model_type"]) if kind == "model" else None
     cls = TrainingConfig if kind == "training" else family.config_class if family else None
     saved = {**(cls.defaults() if cls else {}), **(saved if isinstance(saved, Mapping) else {})}
-    for name, value in given.items():
-        if name not in may_change and saved.get(name) != value:
-            raise ConfigError(
-                f"{path} was saved with {kind} config {name}={saved.get(name)!r}; this run has {value!r}. Resume with "
-                "the saved value, or go on inexactly by resume='continue' (--resume continue), or begin a new run from "
-                "its weights: worldloom.training.checkpoint.load_weights."
-            )
+    return {name: (saved.get(name), value) for name, value in given.items() if saved.get(name) != value}
 
 
 def check_class(path: Path, saved: Any, given: str) -> None:

@@ -128,10 +128,15 @@ class Collector:
         """Decision steps of the prefill."""
         return self._prefill
 
+    def begin(self, state: TrainState) -> None:
+        """Take the first step, unless the environments go on from where training left them."""
+        if self._pending is None or self._moved_outside:
+            self.step(state)
+
     @property
-    def ready(self) -> bool:
-        """Whether the environments have begun, so that :meth:`state_dict` holds them."""
-        return self._pending is not None
+    def _moved_outside(self) -> bool:
+        """Whether the environments were reset or stepped by something else since."""
+        return self._time_step is not None and self.env.moves != self._moves
 
     def updates_due(self, ratio: TrainRatio) -> int:
         """Total number of updates due by now, including those before the first step."""
@@ -144,7 +149,7 @@ class Collector:
 
     def step(self, state: TrainState) -> None:
         """Execute the pending actions, add their rows to replay, and start choosing the next actions with ``state``."""
-        if self._time_step is not None and self.env.moves != self._moves:
+        if self._moved_outside:
             _log.warning("The environments were reset or stepped outside of training: all of them begin new episodes.")
             self._time_step = self._pending = None
         executed = None

@@ -32,6 +32,7 @@ def fit(run: Run, total_steps: int, callbacks: CallbackRunner, interrupts: Inter
             run.writeback.submit(chunk.step, chunk.row_ids[: chunk.updates], output)  # latents return to replay
             run.metrics.add(chunk.step, chunk.updates, output.metrics)
             run.step += chunk.updates
+            callbacks.on_call(run)
             if chunk.callbacks_due:
                 callbacks.on_step(run)
         run.sync()  # a non-finite update in the last calls raises here

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import logging
@@ -147,11 +146,11 @@ def train_many(
         runs.append(run)
         folders.append(own)
         runners.append(runner)
-    _check_together(runs)
+    _check_together(runs, vary)
     _fit(runs, runners, vary, plans, devices)
     members = [
-        Member(own, seed, chosen, run.model, _returns(own, run))
-        for own, run, (chosen, seed) in zip(folders, runs, plans, strict=True)
+        Member(own, seed, chosen, run.model, _returns(run, runner, own if callbacks is None else None))
+        for own, run, runner, (chosen, seed) in zip(folders, runs, runners, plans, strict=True)
     ]
     for world in worlds:
         world.close()
@@ -174,11 +173,11 @@ def _fit(
     names = [name for name in vary if name != "train_ratio"]
     settings = [{name: np.float32(chosen[name]) for name in names} for chosen, _ in plans] if names else None
     for run, runner in zip(runs, runners, strict=True):
-        runner.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())
+        runner.start(run.config, run.new_metrics())
     with jax.default_device(first.device), Interrupts() as interrupts:
         try:
             if first.step < total:
-                make_update = functools.partial(_update_of, first, total) if names else None
+                make_update = _VariedUpdate.of(first, total) if names else None
                 shared: dict[str, Any] = {"make_update": make_update, "settings": settings, "devices": devices}
                 fit_members(runs, total, runners, interrupts, **shared)
         except NonFiniteError as error:
@@ -232,13 +231,32 @@ class _Varied:
         return self._values[name] if name in self._values else getattr(self._config, name)
 
 
-def _update_of(run: Run, total_steps: int, settings: Mapping[str, Any]) -> CompiledUpdate:
-    """The update of a member with ``settings``, in traced code."""
-    assert run.sampler is not None
-    training: Any = _Varied(run.config.of_update(total_steps), settings)
-    update = run.model.algorithm.make_update(run.model.config, training, model_class=type(run.model))
-    skip, keeps = run.config.skip_nonfinite, run.sampler.uses_latents
-    return CompiledUpdate(update, run.loss_terms, skip, keeps, run.unrolled, latent_dtype=run.config.latent_dtype)
+class _VariedUpdate(NamedTuple):
+    """Makes the update of a member from its settings. Equal ones share their compiled program, which holds no run."""
+
+    config: Any
+    training: TrainingConfig
+    model_class: type[Any]
+    version: Any
+    loss_terms: tuple[str, ...]
+    skip_nonfinite: bool
+    keeps_latents: bool
+    unrolled: bool
+
+    @classmethod
+    def of(cls, run: Run, total_steps: int) -> _VariedUpdate:
+        """That of ``run``, whose learning rate's schedule ends at ``total_steps`` updates."""
+        assert run.sampler is not None
+        model, training = run.model, run.config.of_update(total_steps)
+        skip, keeps = run.config.skip_nonfinite, run.sampler.uses_latents
+        return cls(model.config, training, type(model), model.version(), run.loss_terms, skip, keeps, run.unrolled)
+
+    def __call__(self, settings: Mapping[str, Any]) -> CompiledUpdate:
+        """The update of a member with ``settings``, in traced code."""
+        training: Any = _Varied(self.training, settings)
+        update = self.model_class.algorithm.make_update(self.config, training, model_class=self.model_class)
+        parts = self.loss_terms, self.skip_nonfinite, self.keeps_latents, self.unrolled
+        return CompiledUpdate(update, *parts, latent_dtype=self.training.latent_dtype)
 
 
 def _new_model(name: str, fields: Mapping[str, Any], seed: int, device: str) -> Any:
@@ -249,7 +267,12 @@ def _new_model(name: str, fields: Mapping[str, Any], seed: int, device: str) -> 
     return family.model_class(config, seed=seed, device=device)
 
 
-def _check_together(runs: Sequence[Run]) -> None:
+def _check_together(runs: Sequence[Run], vary: Mapping[str, Any]) -> None:
+    check(
+        not runs[0].config.env_steps or len(set(vary.get("train_ratio", [0]))) == 1,
+        f"Members of different train_ratio do different numbers of updates in env_steps={runs[0].config.env_steps}, "
+        "and all members of one program do as many: give total_steps in place of env_steps.",
+    )
     steps = {run.step for run in runs}
     check(
         len(steps) == 1,
@@ -258,9 +281,12 @@ def _check_together(runs: Sequence[Run]) -> None:
     )
 
 
-def _returns(own: RunFolder, run: Run) -> float:
-    log = own.path / "metrics.jsonl"
-    if log.is_file():
+def _returns(run: Run, runner: CallbackRunner, own: RunFolder | None) -> float:
+    """The newest mean return: of an evaluation, else of training episodes. Without a folder, of what was measured."""
+    if own is None and "eval/return" in runner.measurements:
+        return runner.measurements["eval/return"]
+    log = own.path / "metrics.jsonl" if own else None
+    if log and log.is_file():
         for name in ("eval/return", "collect/return"):
             _, found = points(read_records(log), name)
             if len(found):

@@ -14,6 +14,7 @@ from worldloom.training.callbacks import CheckpointCallback
 from worldloom.training.callbacks.runner import CallbackRunner
 from worldloom.training.checkpoint import Checkpointer, locate_checkpoint
 from worldloom.training.checkpoint_files import MAY_CHANGE
+from worldloom.training.checkpoint_identity import differences
 from worldloom.training.run_state import Run
 
 _log = logging.getLogger("worldloom")
@@ -101,14 +102,9 @@ def _begin_again(run: Run, callbacks: CallbackRunner) -> None:
 def _changes(record: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
     """How the configs and the class of a saved run differ from those that go on, other than without effect."""
     found = []
-    for part in ("config", "training"):
-        saved = record.get(part)
-        saved = saved if isinstance(saved, Mapping) else {}
-        found += [
-            f"{name} {saved.get(name)!r} → {value!r}"
-            for name, value in identity[part].items()
-            if name not in MAY_CHANGE and saved.get(name) != value
-        ]
+    for part, kind in (("config", "model"), ("training", "training")):
+        changed = differences(kind, record.get(part), identity[part])
+        found += [f"{name} {old!r} → {new!r}" for name, (old, new) in changed.items() if name not in MAY_CHANGE]
     if record.get("model_class") != identity["model_class"]:
         found.append(f"model {record.get('model_class')} → {identity['model_class']}")
     return found

@@ -116,6 +116,8 @@ class Run:
     def use_data(self, buffer: Any) -> None:
         """Train on recorded episodes."""
         self.sampler, self.collector = SequenceSampler(buffer, self.model, self.config), None
+        if self.config.latent_dtype != "float32" and not self.sampler.uses_latents:
+            _log.warning("latent_dtype='%s' has no effect here: the data store no latents.", self.config.latent_dtype)
         self.writeback.switch_buffer(buffer)
 
     def use_env(self, env: VectorEnv, replay: Any = None) -> bool:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldloom.config import check
 from worldloom.errors import DataError
 from worldloom.replay.device import SLOTS, DeviceReplay, Ring, supports_device_storage
 from worldloom.replay.online import OnlineQueue, has_finished_window
@@ -42,7 +41,6 @@ class SequenceSampler:
         writes latents back; None without one.
 
     Raises:
-      ConfigError: ``latent_dtype`` is set, but there are no stored latents.
       DataError: the buffer is empty or holds data that the model cannot train on.
       TypeError: ``buffer`` has no ``sample`` method.
     """
@@ -62,11 +60,6 @@ class SequenceSampler:
         stored = getattr(buffer, "latents", {})
         self.uses_latents = bool(spec.latents) and all(stored.get(k) == tuple(s) for k, s in spec.latents.items())
         self._latent_dtype = jnp.dtype(config.latent_dtype)
-        check(
-            self.uses_latents or config.latent_dtype == "float32",
-            f"latent_dtype='{config.latent_dtype}' is the precision of latents stored in replay, and this buffer "
-            "stores none; leave it at 'float32'.",
-        )
         # Context rows precede the rows that gradients flow through; without stored latents there is no context.
         self.rows = spec.rows if self.uses_latents or not spec.latents else config.sequence_length
         self.buffer, self.batch_size, self._cross_episodes = buffer, config.batch_size, spec.cross_episodes

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from worldloom.algorithm import TrainState
-from worldloom.config import as_integer
+from worldloom.config import as_integer, check
 from worldloom.distributed import check_processes, has_left, leaving_on_error
 from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.envs.across_processes import across_processes
@@ -128,6 +128,7 @@ class Trainer:
         if is_env(source):
             self._use_env(self._env(source), replay)
         else:
+            check(replay is None, "replay= is a buffer to collect into; recorded data are trained on as they are.")
             run.use_data(source)
         if resume:
             resume_run(run, self._callbacks, resume)
@@ -138,7 +139,7 @@ class Trainer:
             # A run that was killed at its end may lack the files that callbacks write there.
             if not resume or run.step > total:
                 return run.state
-        self._callbacks.start(run.config.replace(updates_per_call=run.capacity), run.new_metrics())  # K in effect
+        self._callbacks.start(run.config, run.new_metrics())
         with jax.default_device(run.device), Interrupts() as interrupts:  # precision="auto" reads the default device
             try:
                 with leaving_on_error():

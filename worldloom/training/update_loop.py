@@ -266,6 +266,8 @@ def _with_rounded_latents(update: Update) -> Update:
     """
 
     def rounded(state: TrainState, batch: Batch, key: jax.Array | None) -> tuple[TrainState, dict[str, Any]]:
+        if "context" not in batch:  # recorded data without latents
+            return update(state, batch, key)
         # Not two casts, which XLA may leave out as excess precision.
         bfloat16 = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
         context = jax.tree.map(lambda x: bfloat16(x.astype(jnp.float32)), batch["context"])

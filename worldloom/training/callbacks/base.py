@@ -96,12 +96,15 @@ class Callback:
       measures: whether the callback publishes measurements.
       in_every_process: whether every process of a distributed run calls it, and not only the first. All must have the
         same callbacks in any case: they determine where compiled calls end.
+      after_every_call: whether :meth:`on_step` is called after every compiled call too, wherever that ends. Where the
+        loop runs on the device, ``env_steps`` and ``replay_size`` are then those of the last other callback.
     """
 
     every: int | None = None
     order: int = 0
     measures: bool = False
     in_every_process: bool = False
+    after_every_call: bool = False
 
     def interval(self, config: TrainingConfig) -> int:
         """Updates between two calls of :meth:`on_step` in a run with ``config``; 0 means never."""

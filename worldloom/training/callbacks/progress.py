@@ -34,9 +34,11 @@ class ProgressCallback(Callback):
         self._read_at = 0.0
         self._loss = ""
 
+    after_every_call = True
+
     def interval(self, config: TrainingConfig) -> int:
-        """Once per compiled call, which costs no additional calls."""
-        return max(1, config.updates_per_call)
+        """Never: the bar moves after every call, however many updates that does."""
+        return 0
 
     def on_train_begin(self, info: StepInfo) -> CallbackResult:
         """Say what happens before the first update."""

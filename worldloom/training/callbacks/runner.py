@@ -71,11 +71,17 @@ class CallbackRunner:
             if self.names[index] in cut_off:
                 self._call(index, run, callback.on_step, self._partial(index, run.step))
 
+    def on_call(self, run: Run) -> None:
+        """Call ``on_step`` of the callbacks that follow every compiled call."""
+        self._on_steps(run, [index for index, callback in enumerate(self.callbacks) if callback.after_every_call])
+
     def on_step(self, run: Run) -> None:
         """Call ``on_step`` of the callbacks that are due."""
-        due = [index for index, every in enumerate(self._every) if every and run.step % every == 0]
-        finished = {}
         run.collect_state()
+        self._on_steps(run, [index for index, every in enumerate(self._every) if every and run.step % every == 0])
+
+    def _on_steps(self, run: Run, due: Sequence[int]) -> None:
+        finished = {}
         # Replace all accumulators before any callback runs: a checkpoint must save them as they are after this step.
         for index in due:
             finished[index] = self._accumulators[index]

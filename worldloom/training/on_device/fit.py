@@ -83,11 +83,13 @@ def fit_members(
     for run, each in zip(runs, callbacks, strict=True):
         each.on_train_begin(run)
     try:
-        if not stopped():
+        if runs[0].step < total_steps and not stopped():
             device.collect_until_due(stopped)
         while runs[0].step < total_steps and not stopped():
-            end = min(callbacks[0].next_step(runs[0].step) or total_steps, total_steps)
+            end = min([total_steps, *filter(None, (each.next_step(runs[0].step) for each in callbacks))])
             device.train(end)
+            for run, each in zip(runs, callbacks, strict=True):
+                each.on_call(run)
             if runs[0].step == end:
                 device.download()
                 device.give_learners()
@@ -123,8 +125,7 @@ class Device:
         updates = [run.begin(total_steps) for run in runs]
         for run in runs:
             assert run.collector is not None
-            if not run.collector.ready:  # the first rows, and the first actions
-                run.collector.step(run.state)
+            run.collector.begin(run.state)  # the first rows, and the first actions
         ends = [run.ratio.decisions(max(0, total_steps - _before(run))) for run in runs]
         # Rows that one call may collect: each step adds one of every environment.
         self._room = 2 * _MOST_STEPS * self._num_envs
@@ -154,7 +155,6 @@ class Device:
         )
         self.learner: Learner = self._stack([run.learner for run in self.runs])
         self.give_learners()
-        self._updated: list[Any] = []
         self._most = 1 if first.unrolled else min(8, _MOST_UPDATES)
         self._speed = 0.0
         for run, each in zip(self.runs, self._transfers, strict=True):
@@ -203,7 +203,10 @@ class Device:
         self.learner, self.state, output = self._loop.train(self.learner, self.state, chunk, self._settings)
         trouble = np.atleast_1d(np.asarray(self.state.actor.trouble))
         self._time(count, time.perf_counter() - started)
-        self._updated.append((output.ids, count))
+        if self._transfers[0].keeps_latents:
+            ids = np.asarray(output.ids)
+            for index, transfer in enumerate(self._transfers):
+                transfer.note_updated((ids[index] if self._members else ids)[:count])
         if (trouble != FINE).any():
             self.give_learners()
         for index, run in enumerate(self.runs):
@@ -217,11 +220,8 @@ class Device:
 
     def download(self) -> None:
         """Bring all runs up to date on the host. Raises what went wrong in the environments."""
-        updated = [(np.asarray(ids), count) for ids, count in self._updated]
-        self._updated = []
         for index, transfer in enumerate(self._transfers):
-            ids = [(part[index] if self._members else part)[:count] for part, count in updated]
-            transfer.download(self._of(self.state, index), ids if transfer.keeps_latents else [])
+            transfer.download(self._of(self.state, index))
 
     def finish(self) -> None:
         """Leave all runs on the host as after a call of ``fit``."""

@@ -126,7 +126,7 @@ class Transfer:
         self._piece = max(1, _PIECE_BYTES // row_bytes)
         self._synced = end
         self._returns: np.ndarray | None = None
-        self._dirty: list[np.ndarray] = []
+        self._dirty = np.zeros(0, bool)
         self._ring_now: Callable[[], Ring] | None = None
 
     # ---- to the device ----------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Transfer:
         """The arrays of the run as it is on the host, on ``device``."""
         state = LoopState(self._actor(), self._ring(), self._unwritten())
         self._synced = self.collector.replay.state_dict()["next_row"]
-        self._dirty = [ids for pending in self.run.writeback.waiting for ids in pending.row_ids]
+        self._only_waiting_is_dirty()
         return jax.device_put(state, device)
 
     def _obs_now(self) -> dict[str, np.ndarray]:
@@ -221,15 +221,25 @@ class Transfer:
 
     # ---- to the host ------------------------------------------------------------------------------------------------
 
-    def download(self, state: LoopState, updated: list[np.ndarray]) -> None:
-        """Bring the objects of the host up to date; ``updated`` are the rows of the batches since the last call.
+    def note_updated(self, row_ids: np.ndarray) -> None:
+        """Note that the latents of these rows are, or will be, rewritten on the device."""
+        self._dirty[row_ids.ravel() % self.spec.slots] = True
+
+    def _only_waiting_is_dirty(self) -> None:
+        """The buffer has all latents but those that wait for their turn, which the device will write later."""
+        self._dirty = np.zeros(self.spec.slots, bool)  # by slot
+        for pending in self.run.writeback.waiting:
+            for ids in pending.row_ids:
+                self.note_updated(ids)
+
+    def download(self, state: LoopState) -> None:
+        """Bring the objects of the host up to date.
 
         Raises ``DataError`` or ``ConfigError`` for what the host would have raised while it stepped the environments.
         """
         actor: Actor = jax.device_get(state.actor._replace(envs=()))
         ring = state.ring
         rows = self._new_rows(ring, int(jax.device_get(ring.end)))
-        self._dirty += updated
         self._note_arrivals(rows, actor)
         self.collector.queue.drawn = int(jax.device_get(ring.drawn))
         if int(actor.trouble) != FINE:
@@ -246,17 +256,18 @@ class Transfer:
 
     def write_back(self) -> None:
         """Copy the latents that were rewritten on the device to the buffer."""
-        if not self._dirty or not self.keeps_latents or self._ring_now is None:
+        if not self._dirty.any() or not self.keeps_latents or self._ring_now is None:
             return
         replay, ring = self.collector.replay, self._ring_now()
-        ids = np.unique(np.concatenate([each.ravel() for each in self._dirty]))
+        # The newest row in each of these slots.
+        newest = self._synced - 1
+        ids = np.sort(newest - (newest - np.flatnonzero(self._dirty)) % self.spec.slots)
         ids = ids[ids >= replay.state_dict()["first_row"]]
         for begin in range(0, len(ids), self._piece):
             part = ids[begin : begin + self._piece]
             fetched = _fetch(ring._asdict(), ("latents",), part % self.spec.slots)["latents"]
             replay.write_latents(part, _as_on_host(fetched))
-        # Latents that wait for their turn will be written on the device later.
-        self._dirty = [ids for pending in self.run.writeback.waiting for ids in pending.row_ids]
+        self._only_waiting_is_dirty()
 
     @property
     def synced(self) -> int:
