@@ -226,6 +226,17 @@ def test_info_counts_parameters_and_memory(run_command):
     assert f"  optimizer        {2 * weights:>10,.1f} MB" in out
 
 
+def test_info_shows_the_flags_of_models_and_takes_them_in_any_order(run_command, capsys):
+    with pytest.raises(SystemExit):
+        run_command("info", "--help")
+    assert "--exact" in capsys.readouterr().out
+    before, after = (run_command("info", *words) for words in (
+        ("--env", "Pendulum-v1", "tdmpc2:tiny"), ("tdmpc2:tiny", "--env", "Pendulum-v1")
+    ))  # fmt: skip
+    assert before == after
+    assert before[0] == 0
+
+
 def test_info_reports_activations_in_proportion_to_the_batch(run_command):
     def activations(batch):
         out = run_command("info", "dreamerv3:tiny", "--obs-shape", "4", "--batch-size", batch, "--sequence-length", 8)[

@@ -53,8 +53,13 @@ def test_a_run_from_data_alone_is_resumed_with_the_same_data(pendulum, tmp_path,
     )
     report = cli_train._new_run(given, "tdmpc2:tiny").model.init_report
     assert {name.partition(".")[0] for name in report.reset} == {"reward", "scale"}
-    assert main(["train", "--run", run, "--resume", "--init-from", run]) == 2
-    assert "is for a new run" in capsys.readouterr().err
+    for words, message in (
+        (["--init-from", run], "is for a new run"),
+        (["--env", "Pendulum-v1"], "--env: for an environment, and"),
+        (["--num-envs", "2", "--steps", "10"], "was begun with recorded data alone"),
+    ):
+        assert main(["train", "--run", run, "--resume", *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_data_first_and_an_environment_later(pendulum, tmp_path, capsys):
@@ -66,6 +71,8 @@ def test_data_first_and_an_environment_later(pendulum, tmp_path, capsys):
     assert "2 updates on" in out
     records = [json.loads(line) for line in (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()]
     assert records
+    assert main(["train", "--run", run, "--resume", "--then-env", "Pendulum-v1"]) == 2
+    assert "--then-env: for a new run" in capsys.readouterr().err
 
 
 def test_flags_that_do_not_go_together_are_refused(pendulum, capsys):
@@ -74,6 +81,12 @@ def test_flags_that_do_not_go_together_are_refused(pendulum, capsys):
         (["--env", "Pendulum-v1", "--offline-updates", "3"], "add --data"),
         (["--env", "Pendulum-v1", "--held-out", "0.2"], "add --data"),
         (["--data", "x", "--mix", "0.2"], "add --then-env"),
+        (["--env", "Pendulum-v1", "--mix", "0.3"], "--mix: for recorded data; add --data"),
+        (["--data", "x", "--steps", "50", "--num-envs", "2"], "--steps and --num-envs: for an environment"),
+        (["--data", "x", "--train-ratio", "2"], "--total-steps sets the end"),
+        (["--data", "x", "--env-option", "a=1"], "--env-option: for an environment"),
+        (["--data", "x", "--then-env", "Pendulum-v1", "--held-out", "0.2"], "--held-out is for runs from data alone"),
+        (["--data", "x", "--then-env", "Pendulum-v1", "--protocol", "tdmpc2/mt30"], "no published experiment has both"),
         (["--data", str(pendulum), "--held-out", "1"], "--held-out is a share"),
         (["--data", str(pendulum), "--protocol", "tdmpc2/dmc"], "run in an environment"),
     ):
@@ -133,3 +146,14 @@ def test_the_tasks_of_a_model_are_those_of_the_published_sets():
     assert tasks[0].score(650.0) == 65.0
     assert task_env("pendulum-spin") is None
     assert TDMPC2WorldModel.algorithm.tasks(TDMPC2Config(obs_shape=(24,), action_dim=6, num_tasks=30)) == []
+
+
+def test_flags_that_tasks_do_not_read_are_refused(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = TDMPC2Config(obs_shape=(3,), action_dim=1, num_tasks=2)
+    settings = {"format": 1, "run_id": "1", "model": config.to_dict(), "training": {}, "env": None}
+    (run / "config.json").write_text(json.dumps(settings))
+    for words in (["--greedy"], ["--max-steps", "5"], ["--num-envs", "2"]):
+        assert main(["eval", str(run), *words]) == 2
+        assert f"{words[0]} is for runs in one environment" in capsys.readouterr().err

@@ -103,10 +103,12 @@ def _list_protocols(words: Sequence[str]) -> int:
 
 def info(words: Sequence[str]) -> int:
     """Print parameters of a model, and memory for training it."""
-    name = next((word for word in words if not word.startswith("-")), "")
-    if absolute_path(name).is_dir() and not find_family(name.partition(":")[0]):
-        return _info_of_folder(words)
+    # Flags depend on what is asked for, so find it first: values of flags are words too.
+    plain = [word for word in words if not word.startswith("-")]
+    name = next((word for word in plain if find_family(word.partition(":")[0])), "")
     family = find_family(name.partition(":")[0]) if name else None
+    if not family and any(absolute_path(word).is_dir() for word in plain):
+        return _info_of_folder(words)
     about = "Parameters of a model, and memory for training it. No weights are allocated."
     flags = FlagParser("info", about, argument="name", argument_help="preset, as worldloom list shows them, or folder")
     flags.group(

@@ -71,12 +71,15 @@ def budget(plan: Plan) -> str:
     spec = algorithm.replay_spec(plan.model.config, config)
     ratio = TrainRatio.of(config, spec.rows - bool(spec.latents))
     repeat = plan.env.action_repeat
+    offline = config.offline_updates if plan.source else 0
+    first = f"{offline:,} updates on {plan.source.headline()}, then " if plan.source else ""
+    rate = f"{ratio.ratio / ratio.rows:.3g} updates per decision step"
     if config.env_steps:
         updates = ratio.updates(config.env_steps // repeat)
-        first = f"{config.offline_updates:,} updates on {plan.source.headline()}, then " if plan.source else ""
-        return f"{first}ends after {config.env_steps:,} environment steps, {updates:,} updates"
-    steps = ratio.decisions(config.total_steps) * repeat
-    return f"ends after {config.total_steps:,} updates, {steps:,} environment steps (--steps sets another end)"
+        return f"{first}ends after {config.env_steps:,} environment steps, {updates:,} updates; {rate}"
+    steps = ratio.decisions(max(0, config.total_steps - offline)) * repeat
+    end = f"{config.total_steps:,} updates{' in all' if offline else ''}"
+    return f"{first}ends after {end}, {steps:,} environment steps (--steps sets another end); {rate}"
 
 
 def as_flag(name: str, value: Any, reason: str) -> str:

@@ -36,7 +36,7 @@ _FLAGS = [
     Flag("env", str, "Another environment with the same shapes."),
     *(flag for flag in ENV_FLAGS if flag.name in _TRANSLATION),
     Flag("trust", bool, "Import the module of the run's environment (module:Id), which runs its code."),
-    Flag("max_steps", int, "Decision steps at which an episode is cut, if the environment has no limit itself."),
+    Flag("max_steps", int, "Decision steps at which an episode is cut; by default the environment's own limit."),
     Flag("device", str, "auto, cpu, cuda, gpu or tpu, or a numbered one such as cuda:1.", "auto"),
     FAMILY_FLAG,
 ]
@@ -70,6 +70,12 @@ def evaluate(words: Sequence[str]) -> int:
 
 def _evaluate_tasks(given: Mapping[str, Any], episodes: int, seed: int) -> int:
     """Print the returns and scores of a multitask model by task."""
+    for name in ("explore", "greedy", "num_envs", "max_steps", *_TRANSLATION):
+        if name in given:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for runs in one environment; the tasks of a multitask model are played "
+                "as their benchmark does."
+            )
     checkpoint = _parse_checkpoint(given.get("checkpoint", "latest"))
     model, step = load_run_model(RunFolder(given["folder"]), checkpoint, given.get("device", "auto"))
     scores = []

@@ -27,7 +27,14 @@ from worldloom.cli.plan import (
     shown_path,
     slug,
 )
-from worldloom.cli.train_data import DATA_FLAGS, INIT_FLAGS, DataSource, check_data_flags, init_options
+from worldloom.cli.train_data import (
+    DATA_FLAGS,
+    INIT_FLAGS,
+    DataSource,
+    check_data_flags,
+    check_resumed_flags,
+    init_options,
+)
 from worldloom.config import check
 from worldloom.devices import keep_freed_memory
 from worldloom.distributed import is_primary
@@ -220,7 +227,7 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
     if run and run.exists and not given.get("resume"):
         raise ConfigError(f"{run.path} holds a run; add --resume to continue it, or choose another folder by --run.")
     experiment = protocol(given["protocol"], given.get("env")) if "protocol" in given and "data" not in given else None
-    check_data_flags(given)
+    check_data_flags(given, [flag.name for flag in ENV_FLAGS])
     spec = experiment.env if experiment else given.get("then_env", given.get("env"))
     if name is None or (spec is None and "data" not in given):
         if run and given.get("resume"):
@@ -326,6 +333,8 @@ def _resumed_run(run: RunFolder, given: Mapping[str, Any]) -> Plan:
     settings = run.settings()
     for name in init_options(given):
         raise ConfigError(f"--{name.replace('_', '-')} is for a new run; {run.path} goes on with its own weights.")
+    kinds = {"has_env": settings.get("env") is not None, "has_data": bool(settings.get("data"))}
+    check_resumed_flags(given, run.path, [flag.name for flag in ENV_FLAGS], **kinds)
     model_given, training_given, env_given = _split_given(given)
     if "env" in given:
         env_given["spec"] = given["env"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ INIT_FLAGS = [
 ]
 _ENV_ONLY = ("prefill", "prefill_updates", "train_ratio", "env_steps")
 """Fields of the training config that mean nothing without environments."""
+_WITH_BOTH = ("offline_updates", "mix", "mix_end", "mix_updates")
+_WITH_ENV = (*_ENV_ONLY, "prefill_policy", "replay_capacity", *_WITH_BOTH)
+_WITH_DATA = ("data", "then_env", "held_out", "data_option", "download", *_WITH_BOTH)
 _RECORDED = ("data", "data_option", "held_out")
 
 
@@ -105,19 +109,43 @@ def init_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {flag.name: given[flag.name] for flag in INIT_FLAGS if flag.name in given}
 
 
-def check_data_flags(given: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` for flags that do not go together."""
-    if "data" in given:
-        if "env" in given:
-            raise ConfigError("--data with --env: say --then-env to go on in an environment after the data.")
-        if "then_env" not in given:
-            for name in ("offline_updates", "mix", "mix_end", "mix_updates"):
-                if name in given:
-                    raise ConfigError(f"--{name.replace('_', '-')} is for data with an environment; add --then-env.")
+def check_data_flags(given: Mapping[str, Any], env_flags: Sequence[str]) -> None:
+    """Raise ``ConfigError`` for flags of a new run that do not go together; ``env_flags`` are those of ``make_env``."""
+    if "data" not in given:
+        if unread := _flags_among(given, _WITH_DATA):
+            raise ConfigError(f"{unread}: for recorded data; add --data.")
         return
-    for name in ("then_env", "held_out", "data_option", "download", "offline_updates"):
-        if given.get(name):
-            raise ConfigError(f"--{name.replace('_', '-')} is for recorded data; add --data.")
+    if "env" in given:
+        raise ConfigError("--data with --env: say --then-env to go on in an environment after the data.")
+    if "then_env" not in given:
+        if unread := _flags_among(given, (*_WITH_ENV, "env_option", *env_flags)):
+            raise ConfigError(
+                f"{unread}: for an environment, and there is none beside the data; add --then-env, or leave it out. "
+                "--total-steps sets the end of a run from data alone."
+            )
+        return
+    if "held_out" in given:
+        raise ConfigError("--held-out is for runs from data alone; with --then-env, the environment is evaluated in.")
+    if "protocol" in given:
+        raise ConfigError("--protocol with --data and --then-env: no published experiment has both.")
+
+
+def check_resumed_flags(
+    given: Mapping[str, Any], folder: Path, env_flags: Sequence[str], *, has_env: bool, has_data: bool
+) -> None:
+    """Raise ``ConfigError`` for flags that the run in ``folder`` does not read when it goes on."""
+    if not has_env and (unread := _flags_among(given, ("env", "then_env", *_WITH_ENV, "env_option", *env_flags))):
+        raise ConfigError(f"{unread}: for an environment, and {folder} was begun with recorded data alone.")
+    if not has_data and (unread := _flags_among(given, _WITH_DATA)):
+        raise ConfigError(f"{unread}: for recorded data, and {folder} was begun without.")
+    if has_env and (unread := _flags_among(given, ("then_env", "held_out"))):
+        raise ConfigError(f"{unread}: for a new run; {folder} goes on in its environment, or in another by --env.")
+
+
+def _flags_among(given: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Those of ``names`` that were given, as flags; "" for none."""
+    found = [name for name in dict.fromkeys(names) if name in given]
+    return " and ".join("--steps" if name == "env_steps" else f"--{name.replace('_', '-')}" for name in found)
 
 
 class _Shapes:
