@@ -5,6 +5,7 @@ from pathlib import Path
 
 import worldloom
 from worldloom.cli.train import _flags
+from worldloom.envs import EnvSpaces
 from worldloom.families import get_family
 
 ROOT = Path(worldloom.__file__).parents[1]
@@ -27,6 +28,18 @@ def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert namespace["action"].shape == (4, 2)
     assert (tmp_path / "my-model" / "config.json").is_file()
     assert "loss" in capsys.readouterr().out
+
+
+def test_a_trained_policy_acts_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"latent_dim": 16, "hidden_dim": 16, "num_samples": 8, "num_elites": 4, "num_pi_trajs": 2}
+    model = worldloom.create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1, device="cpu", **small)
+    with worldloom.make_env("Pendulum-v1") as env:
+        model.remember_env_spaces(EnvSpaces.underneath(env).to_json())
+    model.save_pretrained("runs/pendulum")
+    namespace: dict = {}
+    exec(compile(next(text for text in EXAMPLES if "load_policy" in text), "README.md", "exec"), namespace)
+    assert namespace["env"].action_space.contains(namespace["policy"](namespace["obs"]))
 
 
 def test_links_lead_somewhere():

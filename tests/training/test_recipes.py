@@ -6,6 +6,8 @@ import pytest
 
 from worldloom import create_world_model, list_models
 from worldloom.envs import make_env
+from worldloom.envs.make import JAX_SUITES
+from worldloom.models.tdmpc2 import recipes as tdmpc2_recipes
 from worldloom.models.tdmpc2.recipes import never_terminates
 from worldloom.training import TrainingConfig
 from worldloom.training.recipes import recipe
@@ -73,3 +75,30 @@ def test_each_of_many_environments_collects_a_window_before_the_first_update():
         assert many["prefill"] == many["prefill_updates"] == 64 * 22
     with make_env("CartPole-v1", 4) as env:
         assert recipe("dreamerv3:tiny", env).training["prefill"] == 1_000
+
+
+class Shapes:
+    """The attributes of environments that recipes read."""
+
+    num_envs, action_repeat, episode_length, action_dim, action_type = 1, 1, 100, 2, "continuous"
+
+    def __init__(self, obs_shape, **settings):
+        self.obs_shape, self.settings = obs_shape, settings
+
+
+@pytest.mark.parametrize(
+    ("env", "warns"),
+    [
+        (Shapes((3, 64, 64), spec="atari:pong"), True),
+        (Shapes((96, 96, 3), spec="CarRacing-v3"), True),
+        (Shapes({"eyes": (64, 64, 3), "joints": (4,)}, spec="robot:Arm-v0"), True),
+        (Shapes((9, 64, 64), spec="atari:pong", frame_stack=3), False),
+        (Shapes((64, 64, 3), spec=None), False),
+        (Shapes((10, 5, 1), spec="jax:Catch"), False),
+        (Shapes((4,), spec="CartPole-v1"), False),
+    ],
+)
+def test_tdmpc2_warns_of_single_images_whatever_their_size(env, warns, caplog):
+    recipe("tdmpc2:tiny", env)
+    assert ("shows no velocities" in caplog.text) == warns
+    assert set(tdmpc2_recipes.JAX_SUITES) == set(JAX_SUITES)

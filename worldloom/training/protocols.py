@@ -15,7 +15,8 @@ from worldloom.training.config import TrainingConfig
 from worldloom.training.recipes import recipe
 
 _FREE_TRAINING = frozenset(
-    {"seed", "device", "log_interval", "save_interval", "updates_per_call", "microbatches", "remat", "replay_storage"}
+    {"seed", "device", "mesh", "loop", "log_interval", "save_interval"}
+    | {"updates_per_call", "microbatches", "remat", "replay_storage"}
 )
 """Fields of ``TrainingConfig`` that say where and how a run is computed, not what."""
 _EVALUATION = frozenset({"eval_interval", "eval_episodes", "eval_at_start", "eval_at_end", "eval_greedy"})

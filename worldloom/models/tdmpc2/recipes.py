@@ -51,6 +51,8 @@ _REFERENCE_LATENT = 512
 _PREFILL_EPISODES, _LEAST_PREFILL = 5, 1_000
 """The reference begins with five whole episodes of random actions and as many updates; here at least 1,000 steps."""
 
+JAX_SUITES = ("jax", "gymnax", "craftax", "brax", "playground", "navix", "jumanji")
+"""Prefixes of environments in JAX, whose images ``make_env`` does not stack."""
 _ONLY_TIME_LIMITS = ("dmc:", "dmc_vision:")
 _ONLY_TIME_LIMIT_IDS = ("Pendulum", "HalfCheetah", "Swimmer", "Reacher", "Pusher")
 """Environments whose episodes never terminate. Spaces do not say so; everywhere else terminations are learned."""
@@ -73,13 +75,7 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     if reference_latent := _reference_latent(env.obs_shape):
         model["latent_dim"] = reference_latent
         reasons["latent_dim"] = "where the image encoder ends"
-        if not env.settings.get("frame_stack"):
-            _log.warning(
-                "TD-MPC2 sees one image at a time, which shows no velocities; the reference stacks %d: "
-                "make_env(…, frame_stack=%d).",
-                FRAME_STACK,
-                FRAME_STACK,
-            )
+    _warn_of_single_images(env)
     if env.episode_length:
         model["episode_length"] = env.episode_length
         reasons["episode_length"] = "of the environment, in decision steps"
@@ -96,6 +92,20 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     reasons |= window_prefill(training, env, given)
     training["prefill_updates"] = given.get("prefill", training["prefill"])
     return Recipe(model, training, reasons).override(given)
+
+
+def _warn_of_single_images(env: Any) -> None:
+    """Say that one image shows no velocities. Recorded data, and environments in JAX, cannot be stacked here."""
+    spec = env.settings.get("spec")
+    stackable = spec.partition(":")[0] not in JAX_SUITES if isinstance(spec, str) else callable(spec)
+    images = any(len(shape) == 3 for shape in named(env.obs_shape, OBS).values())
+    if images and stackable and not env.settings.get("frame_stack"):
+        _log.warning(
+            "TD-MPC2 sees one image at a time, which shows no velocities; the reference stacks %d: "
+            "make_env(…, frame_stack=%d).",
+            FRAME_STACK,
+            FRAME_STACK,
+        )
 
 
 def _reference_latent(obs_shape: Any) -> int | None:
