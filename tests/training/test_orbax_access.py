@@ -32,7 +32,7 @@ def test_a_description_belongs_to_who_asked_for_it(describe, tmp_path):
     assert remembered(str(tmp_path), "a") == original(str(tmp_path), "a")
 
 
-def test_tensorstore_is_asked_once_for_each_folder(describe, tmp_path, monkeypatch):
+def test_tensorstore_is_asked_at_most_once_for_each_folder(describe, tmp_path, monkeypatch):
     asked = []
     spec = tensorstore.KvStore.Spec
 
@@ -46,4 +46,4 @@ def test_tensorstore_is_asked_once_for_each_folder(describe, tmp_path, monkeypat
     monkeypatch.setattr(tensorstore_utils, "ts", Counted)
     for number in range(20):
         describe[1](str(tmp_path / "300"), f"array{number}")
-    assert len(asked) == 1
+    assert len(asked) <= 1  # Orbax before 0.11.40 does not ask.
