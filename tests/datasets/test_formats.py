@@ -198,6 +198,32 @@ def test_the_replay_of_a_run_is_read_from_its_chunk_files(tmp_path):
         assert_same(*drawn)
 
 
+def test_chunk_files_that_begin_with_evicted_rows_overlap(tmp_path):
+    """A checkpoint writes the block in progress again, from the first row that is still held."""
+    buffer, store = ReplayBuffer(60), ReplayStore(tmp_path / "replay")
+    for number in range(10):
+        rewards = np.arange(10.0) + 10 * number
+        buffer.add_episode(np.zeros((11, 2)), np.zeros((10, 1)), rewards, truncated=True)
+        if number in (4, 7, 9):
+            store.write(buffer)
+    dataset = worldloom.data.open(tmp_path)
+    assert dataset.num_episodes == 10
+    rewards = np.concatenate([episode["rewards"] for episode in dataset.episodes()])
+    np.testing.assert_array_equal(np.sort(np.unique(rewards)), np.arange(100.0))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int8"])
+def test_discrete_actions_of_any_integer_type_are_read(tmp_path, dtype):
+    terminals = np.zeros(10, bool)
+    terminals[[4, 9]] = True
+    arrays = {"observations": np.zeros((10, 2), np.float32), "rewards": np.ones(10, np.float32)}
+    arrays |= {"next_observations": arrays["observations"], "terminals": terminals}
+    np.savez(tmp_path / "data.npz", actions=(np.arange(10) % 4).astype(dtype), **arrays)
+    dataset = worldloom.data.open(tmp_path / "data.npz")
+    assert sum(len(episode["rewards"]) for episode in dataset.episodes()) == len(dataset)
+    assert dataset.action_dim == 4
+
+
 def test_a_saved_buffer_is_read(tmp_path):
     buffer = buffer_of(recorded(), tasks=[0, 1, 0, 1, 0, 1])
     buffer.save(tmp_path / "saved.npz")

@@ -179,6 +179,21 @@ def test_activations_can_be_bfloat16(tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=0.1)
 
 
+@pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
+@pytest.mark.parametrize(("own", "asked"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_everything_in_a_file_is_of_its_precision(tmp_path, family, own, asked):
+    model, spaces = small(family, precision=own), EnvSpaces.of_env(Arm())
+    path = export_policy(model, tmp_path / "policy", env=spaces, platforms="cpu", precision=asked)
+    policy, full = load_policy(path, mode="greedy"), small(family, precision="float32").policy(spaces, mode="greedy")
+    for ours, theirs in play(full, policy, spaces.observation, 3, 1):
+        np.testing.assert_allclose(ours, theirs, atol=0.1)
+    latents = policy.encode(spaces.observation.sample())
+    dream = policy.imagine(latents, np.zeros((3, 1, model.config.action_dim), np.float32))
+    for name, value in dream["latents"].items():
+        assert value.dtype == latents[name].dtype == asked
+    assert np.isfinite(dream["rewards"]).all()
+
+
 def test_a_smaller_plan_can_be_exported(tmp_path):
     path = export_policy(
         small("tdmpc2"), tmp_path / "small", env=EnvSpaces.of_env(Arm()), planner={"mpc": False}, platforms="cpu"

@@ -95,6 +95,25 @@ def test_open_loop_pictures_of_vectors_and_images(shape, tmp_path):
     assert is_picture(draw_open_loop(report, tmp_path / "open_loop.png", title="a model"))
 
 
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_images_that_are_not_square_are_shown_upright(channels_first, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda self, picture, **_: shown.append(picture))
+    truth = np.random.default_rng(0).uniform(size=(1, 2, 32, 40, 3)).astype(np.float32)
+    given = np.moveaxis(truth, -1, 2) if channels_first else truth
+    report = OpenLoop({"obs": given}, {"obs": given}, observed=1)
+    draw_open_loop(report, tmp_path / "open_loop.png", title="a model")
+    np.testing.assert_array_equal(shown[0][:32, :40], truth[0, 0])
+    line = report.strip().shape[0] - 3 * 32
+    np.testing.assert_array_equal(report.strip()[line : line + 32, :40], np.round(truth[0, 0] * 255))
+
+
+def test_stacked_channels_first_images_show_their_first_channel():
+    truth = np.random.default_rng(0).uniform(size=(1, 2, 4, 64, 64)).astype(np.float32)
+    strip = OpenLoop({"obs": truth}, {"obs": truth}, observed=1).strip()
+    assert strip.shape[1] == 2 * 64
+
+
 def test_traces_show_truth_and_prediction(tmp_path, drawn):
     truth = np.arange(12.0).reshape(1, 6, 2)
     draw_open_loop(OpenLoop({"obs": truth + 0.5}, {"obs": truth}, observed=2), tmp_path / "open_loop.png")

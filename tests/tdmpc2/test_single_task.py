@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worldloom import create_world_model
 from worldloom.errors import ConfigError
 from worldloom.models.params import flatten, unflatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
@@ -119,3 +120,12 @@ def test_a_plan_of_a_single_task_is_the_multitask_models(multitask, singles):
     _, ours = single.act(carry[0], obs, None)
     _, theirs = multitask.act(carry[1], padded(obs, 7), None, task=jnp.ones(1, int))
     np.testing.assert_allclose(jax.device_get(ours), jax.device_get(theirs)[:, :4], atol=1e-4)
+
+
+def test_an_intrinsic_reward_is_left_out():
+    fields = {"obs_shape": (3,), "action_dim": 2, "num_tasks": 2, "action_dims": (1, 2), "explore": "disagreement"}
+    small = {"latent_dim": 16, "hidden_dim": 16, "encoder_dim": 16, "task_dim": 4, "num_samples": 8, "num_elites": 4}
+    model = create_world_model("tdmpc2:tiny", **fields, **small, num_pi_trajs=2, device="cpu")
+    single = model.single_task(0)
+    assert single.config.explore == "none"
+    assert not any("explorer" in name for name in single.params)

@@ -90,8 +90,11 @@ class DataSource:
         dataset, found = self.training, {"episodic": self.training.has_terminals}
         if dataset.has_task and "num_tasks" not in known:
             _log.warning("The data are of several tasks, which this model does not tell apart.")
-        if dataset.has_task:
-            found["num_tasks"] = 1 + max(int(task) for task in _tasks(dataset))
+        tasks = 1 + max(int(task) for task in _tasks(dataset)) if dataset.has_task else 0
+        if tasks > 1:
+            found["num_tasks"] = tasks
+            if found.pop("episodic"):
+                _log.warning("The data hold terminations, which models of several tasks do not learn.")
         return {name: value for name, value in found.items() if name in known and name not in given}
 
     def headline(self) -> str:

@@ -265,7 +265,7 @@ class Dataset:
         if given.ndim == 2 and given.shape[1] == 1 and action.kind == DISCRETE and given.dtype.kind in "iu":
             given = given[:, 0]
         if action.kind == DISCRETE and given.ndim == 1:
-            given = np.where(last, -1, given) if given.dtype.kind in "iu" else given
+            given = np.where(last, -1, given.astype(np.int64)) if given.dtype.kind in "iu" else given
         values, _ = convert_actions(given, action, last, "actions")
         out = {
             "actions": values if action.kind == CONTINUOUS else one_hot(values, action.dim),

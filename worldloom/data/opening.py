@@ -70,13 +70,14 @@ def open(
     """
     text = os.fspath(spec)
     kind, place = _split(text)
-    check_action_bounds(action_bounds)
+    action_bounds = check_action_bounds(action_bounds)
     bar = _bar if progress else iter
     described = {"obs_shape": obs_shape, "action_dim": action_dim, "action_type": action_type}
     options = {"action_bounds": action_bounds, "drop_keys": drop_keys, "join_actions": join_actions}
     allowed = {"minari": _MINARI_OPTIONS, "lerobot": ("action_bounds",)}.get(kind, ())
     for name, value in options.items():
         check(not value or name in allowed, f"{name} is not for {KINDS[kind]}.")
+    check(not download or kind == "minari", f"download is not for {KINDS[kind]}, which are read where they are.")
     if kind == "minari":
         from worldloom.data.minari_files import minari_parts, open_minari
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,19 @@ def replay_folder(path: Path) -> Path | None:
 def chunk_parts(folder: Path) -> list[Part]:
     """The episodes in the chunk files of rows in ``folder``, read row by row: one part for each environment.
 
-    Where files overlap, the one with more rows counts. Checksums are not verified.
+    Files may overlap: the older checkpoints of a run name files that begin with rows evicted since. Checksums are not
+    verified.
 
     Raises ``FileFormatError`` if a file is damaged, and ``DataError`` if the files do not hold the same columns.
     """
     files = [each for path in sorted(folder.iterdir()) if (each := _Rows.named(path))]
     files.sort(key=lambda each: (each.first, -each.rows))
     chosen: list[_Rows] = []
+    end = 0
     for each in files:
-        if not chosen or each.first >= chosen[-1].first + chosen[-1].rows:
+        if not chosen or each.first + each.rows > end:
+            each.skipped = max(0, end - each.first) if chosen else 0
+            end = each.first + each.rows
             chosen.append(each)
     if not chosen:
         raise DataError(f"{folder} holds no chunk files of rows.")
@@ -55,10 +60,10 @@ def chunk_parts(folder: Path) -> list[Part]:
 
 
 class _Rows:
-    """A chunk file of rows."""
+    """A chunk file of rows, of which the first ``skipped`` are not read."""
 
     def __init__(self, path: Path, first: int, rows: int):
-        self.path, self.first, self.rows = path, first, rows
+        self.path, self.first, self.rows, self.skipped = path, first, rows, 0
         self.columns: dict[str, tuple[tuple[int, ...], str]] = {}
         self.arrays: dict[str, FileRows] = {}
 
@@ -92,12 +97,13 @@ class _Rows:
         if layout.size != size:
             raise FileFormatError(f"{self.path} has {size} bytes where {layout.size} are expected; it is damaged.")
         for name, column in columns.items():
-            shape = (self.rows, *column.shape)
-            self.arrays[name] = FileRows(self.path, column.dtype, shape, layout.offsets[name], name)
+            shape = (self.rows - self.skipped, *column.shape)
+            begin = layout.offsets[name] + self.skipped * column.dtype.itemsize * math.prod(column.shape)
+            self.arrays[name] = FileRows(self.path, column.dtype, shape, begin, name)
 
 
 def _parts(folder: Path, files: list[_Rows]) -> list[Part]:
-    sizes, first = [each.rows for each in files], files[0]
+    sizes, first = [each.rows - each.skipped for each in files], files[0]
 
     def column(name: str) -> Joined:
         return Joined([each.arrays[name] for each in files])
@@ -114,7 +120,7 @@ def _parts(folder: Path, files: list[_Rows]) -> list[Part]:
     # A gap between files is where rows were evicted, or a file is missing: what follows is not the same episode.
     gaps = np.zeros(len(flags), bool)
     ends = np.cumsum(sizes)[:-1]
-    gaps[ends] = [a.first + a.rows != b.first for a, b in itertools.pairwise(files)]
+    gaps[ends] = [a.first + a.rows != b.first + b.skipped for a, b in itertools.pairwise(files)]
     generation = np.cumsum(gaps)
     found = []
     for number in np.unique(streams).tolist():

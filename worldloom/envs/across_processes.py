@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from gymnasium.spaces import Space
 
+from worldloom.config import check
 from worldloom.distributed import Exchange
-from worldloom.envs.backends.base import Backend, BatchedStepResult
+from worldloom.envs.backends.base import Backend, BatchedStepResult, StatefulBackend
 from worldloom.envs.time_step import WorkerRestart
 from worldloom.envs.vector import VectorEnv
 from worldloom.errors import EnvError
@@ -83,10 +84,15 @@ def across_processes(env: VectorEnv) -> VectorEnv:
     """``env`` and those of all other processes as one; ``env`` itself without other processes.
 
     Every process calls this, with as many environments of the same kind and the same seed. ``env`` is used up by it;
-    given again, it returns the same as before.
+    given again, it returns the same as before. Raises ``ConfigError`` for environments in JAX.
     """
     if jax.process_count() == 1 or isinstance(env._backend, ProcessesBackend):
         return env
+    check(
+        not isinstance(env._backend, StatefulBackend),
+        f"Environments in JAX are stepped in one process, and there are {jax.process_count()}: train in one, or take "
+        "environments of Gymnasium.",
+    )
     if env not in _joined:
         backend = ProcessesBackend(env._backend)
         _joined[env] = VectorEnv(

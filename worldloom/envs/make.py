@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 
-from worldloom.config import as_integer, check, nearest
+from worldloom.config import as_integer, check, is_number, nearest
 from worldloom.envs.backends.base import Backend
 from worldloom.envs.backends.gym_vector import GymVectorBackend
 from worldloom.envs.backends.sync import SyncBackend
@@ -117,6 +117,10 @@ def make_env(
     action_repeat, time_limit, image_size, frame_stack = (
         None if value is None else as_integer(name, value)
         for name, value in zip(_COUNTS, (action_repeat, time_limit, image_size, frame_stack), strict=True)
+    )
+    check(
+        is_number(worker_timeout) and worker_timeout > 0,
+        f"worker_timeout must be seconds above 0, not {worker_timeout!r}.",
     )
     check(on_bad_step in (None, "stop", "restart"), f"on_bad_step must be 'stop' or 'restart', not {on_bad_step!r}.")
     bounds, dropped = check_action_bounds(action_bounds), check_drop_keys(drop_keys)
@@ -361,6 +365,8 @@ def _gym_spec(name: str) -> Any:
 
 
 def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym.Env[Any, Any]:
+    check("max_episode_steps" not in options, "max_episode_steps is called time_limit here.")
+    check("disable_env_checker" not in options, "disable_env_checker is always on here; leave it out.")
     # Gymnasium's checker warns of float64 observations and the like, which are converted here.
     try:
         return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **options)

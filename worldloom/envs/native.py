@@ -156,6 +156,9 @@ def _example(space: spaces.Space[Any], count: int) -> Any:
         return {name: _example(inner, count) for name, inner in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
         return tuple(_example(inner, count) for inner in space.spaces)
+    if isinstance(space, spaces.Box):
+        nearest_to_zero = np.clip(0, space.low, space.high).astype(space.dtype)
+        return np.broadcast_to(nearest_to_zero, (count, *space.shape)).copy()
     zeros = np.zeros((count, *(space.shape or ())), space.dtype)
     return zeros + space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else zeros
 

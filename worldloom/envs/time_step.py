@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from worldloom.config import is_number
 from worldloom.spaces.leaves import Arrays
 
 
@@ -18,8 +20,8 @@ class EpisodeEnd(NamedTuple):
       episode_return: sum of the episode's rewards.
       length: decision steps of the episode (its actions; one less than its rows).
       terminated: whether the environment itself ended the episode; false for a time limit.
-      crashed: whether it was cut because its worker had to be restarted, or because it returned NaN; its return is
-        then incomplete.
+      crashed: whether it was cut because its worker had to be restarted; its return is then incomplete. An episode that
+        is cut at a NaN (``on_bad_step="restart"``) counts as one that a time limit has cut.
       info: the numbers in the ``info`` of the last step, see :func:`scalars`; empty where there are none.
     """
 
@@ -86,13 +88,13 @@ class TimeStep(NamedTuple):
 def scalars(info: Mapping[str, Any]) -> dict[str, float]:
     """The numbers and booleans in an ``info``, as floats; those in dicts under ``outer/inner``.
 
-    Arrays, texts, NaN and infinities are left out.
+    Arrays, texts, NaN, infinities, and integers too large for a float are left out.
     """
     found: dict[str, float] = {}
     for name, value in info.items():
         if isinstance(value, Mapping):
             found |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
-        elif isinstance(value, bool | int | float | np.number | np.bool_) and np.isfinite(value):
+        elif isinstance(value, bool | np.bool_) or (is_number(value) and math.isfinite(value)):
             found[str(name)] = float(value)
     return found
 

@@ -87,8 +87,10 @@ def export_policy(
     check(precision in (None, "float32", "bfloat16"), f"precision must be 'float32' or 'bfloat16', not {precision!r}.")
     # A policy checks the environment, the model and the plan; compiling one is cheap beside the lowering below.
     policy = Policy(model, env, num_envs=num_envs or 1, planner=planner)
-    config = model.config.replace(**policy.plan)
     dtype = model.dtype if precision is None else compute_dtype(precision, jax.devices()[0])
+    config = model.config.replace(**policy.plan)
+    if dtype != model.dtype:
+        config = config.replace(precision=jnp.dtype(dtype).name)  # carry and latents are of it too
     live, arrays = live_weights(model)
     weights = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     programs, carries = _programs(model, config, dtype, live.treedef, weights, policy.spaces)
@@ -231,7 +233,7 @@ def _programs(
         (struct(first.shape, later.dtype), _axis_of_environments(first.shape, more.shape))
         for first, later, more in zip(before, after, jax.tree.leaves(three), strict=True)
     ]
-    example = jax.eval_shape(model.encode, unnamed(dict(zip(shapes, obs_group(2), strict=True)), is_dict))
+    example = jax.eval_shape(lambda weights, obs: rebuild(weights).encode(read_obs(obs)), weights, obs_group(2))
     latents, latent_tree = jax.tree.flatten(example)
     programs = {
         "sample": _Program(sample, act_groups),

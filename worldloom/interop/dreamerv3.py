@@ -6,7 +6,7 @@ Its weights have flat names such as ``dyn/dyngru/kernel``, after the modules of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ def load_official_dreamerv3(
     _check_shapes(config, arrays)
     model = DreamerV3WorldModel(config)
     own = flatten(model.params)
-    model.load_params(unflatten({name: arrays[official_name(name)] for name in own}))
+    official = _official_names(own)
+    model.load_params(unflatten({name: arrays[official[name]] if name in official else own[name] for name in own}))
     return model
 
 
@@ -108,18 +109,26 @@ def to_official_dreamerv3(model: DreamerV3WorldModel | TrainState) -> dict[str, 
     """All weights by the reference program's flat names, including slow critic, its update counter and return range.
 
     Names, shapes and values are those that :func:`load_official_dreamerv3` reads. The counter is the step of a
-    ``TrainState``, and 0 for a model.
+    ``TrainState``, and 0 for a model. Networks of ``explore="disagreement"``, which the reference does not have, are
+    left out; ``WeightsError`` for other parts of that kind.
     """
     weights = flatten(jax.device_get(model.params))
-    named = {official_name(name): np.array(value) for name, value in weights.items()}
+    named = {theirs: np.array(weights[ours]) for ours, theirs in _official_names(weights).items()}
     step = model.step if isinstance(model, TrainState) else 0
     return named | {"slowval_count/value": np.asarray(step, np.int32)}
+
+
+def _official_names(names: Iterable[str]) -> dict[str, str]:
+    """Ours → theirs, of the weights that the reference has: it has nothing like ``explore="disagreement"``."""
+    return {name: official_name(name) for name in names if not name.startswith("explorer.")}
 
 
 def official_name(name: str) -> str:
     """The reference program's name of our weight ``name`` (``rssm.core.gates.kernel`` → ``dyn/dyngru/kernel``)."""
     matches = ((re.match(pattern + r"(?=\.|$)", name), layer) for pattern, layer in _LAYERS)
-    found, layer = next((match, layer) for match, layer in matches if match)
+    found, layer = next(((match, layer) for match, layer in matches if match), (None, ""))
+    if found is None:
+        raise WeightsError(f"The reference program has no part like {name}, so its weights cannot hold it.")
     layer, rest = name_of_attribute(found.expand(layer)), name[found.end() :]
     in_mlp = re.fullmatch(r"\.mlp\.layers\.(\d+)\.(linear|norm)\.(\w+)", rest)
     if in_mlp:
@@ -188,7 +197,7 @@ def _infer_categories(stoch_dim: int) -> int:
 def _check_shapes(config: DreamerV3Config, arrays: Mapping[str, Any]) -> None:
     """Raise ``WeightsError`` naming the arrays that are missing, unexpected or of another shape."""
     own = flatten(abstract_params(DreamerV3WorldModel, config))
-    expected = {official_name(name): tuple(leaf.shape) for name, leaf in own.items()}
+    expected = {theirs: tuple(own[ours].shape) for ours, theirs in _official_names(own).items()}
     problems = [f"{name} is missing" for name in expected if name not in arrays]
     problems += [f"{name} is unexpected" for name in arrays if name not in expected]
     problems += [

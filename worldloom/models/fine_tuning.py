@@ -92,6 +92,8 @@ def take_weights(
             fresh[name] = "the other model has none"
         elif name not in fresh and given[name].shape != array.shape:
             fresh[name] = f"of another shape, {given[name].shape} → {array.shape}"
+    # The schedule of an intrinsic reward is that of the new run.
+    fresh |= {name: "of the new run" for name in own if name == "explorer.weight" and name not in fresh}
     fresh |= _with_copies(fresh, own)
     taken = {name: given[name].astype(own[name].dtype) for name in own if name not in fresh}
     refused = {name: "the new model has none" for name in given if name not in own}
@@ -126,6 +128,9 @@ def _with_copies(fresh: Mapping[str, str], own: Mapping[str, Any]) -> dict[str, 
         follows = next((part.removeprefix(copy) for copy in _COPIES if part.startswith(copy)), None)
         if name not in fresh and follows is not None and f"{follows}.{rest}" in fresh:
             found[name] = f"follows {follows}"
+    if any(name.startswith("explorer.networks.") for name in fresh):
+        scales = [name for name in own if name.startswith("explorer.scale") and name not in fresh]
+        found |= dict.fromkeys(scales, "a statistic of the networks before")
     values = [name for name in fresh if re.match(r"(reward|q|critic)\.", name) and re.search(r"(head|output)\.", name)]
     if values:
         statistics = [name for name in own if re.match(r"(scale|return_range)\.", name) and name not in fresh]

@@ -15,7 +15,7 @@ from worldloom.ops.keys import step_keys
 
 def task_argument(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """``{"task": [B]}`` if ``batch`` has tasks and the methods of ``model`` take them, else an empty dict."""
-    takes_task = "task" in inspect.signature(model.encode).parameters
+    takes_task = "task" in inspect.signature(model.encode).parameters and getattr(model.config, "multitask", True)
     return {"task": np.asarray(batch["task"])} if takes_task and "task" in batch else {}
 
 

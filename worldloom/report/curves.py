@@ -32,13 +32,16 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def points(records: Iterable[Record], name: str) -> Points:
-    """x and y of a metric, [N] each: x is environment steps online and updates offline; non-finite y are NaN.
+    """x and y of a metric, [N] each; non-finite y are NaN.
 
-    Of several records at one x, as in the burst of updates after the prefill, the last one counts.
+    x is environment steps in a run that takes any, 0 as long as it learns from data first, and else updates. Of several
+    records at one x, as in the burst of updates after the prefill, the last one counts.
     """
     # LoggingCallback writes null for NaN and infinities, which JSON lacks.
+    records = list(records)
+    axis = "env_steps" if any(record.get("env_steps") for record in records) else "step"
     found = {
-        record.get("env_steps") or record["step"]: np.nan if record[name] is None else record[name]
+        record.get(axis, record["step"]): np.nan if record[name] is None else record[name]
         for record in records
         if name in record
     }

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.errors import DataError
+from worldloom.models.pictures import picture_layout
 from worldloom.models.rollout import task_argument
 from worldloom.models.trust import HorizonErrors, check_methods, horizon_errors
 from worldloom.replay import ReplayBuffer
@@ -198,6 +199,6 @@ def plot_horizon_errors(errors: HorizonErrors, axes: NDArray[Any]) -> None:
 
 def _channels_last(images: NDArray[Any]) -> NDArray[Any]:
     """Images [B, T, ...] as [B, T, H, W, 1 or 3]; other numbers of channels (stacked frames) keep the first only."""
-    if images.shape[2] < images.shape[3]:
+    if picture_layout(images.shape[2:]).channels_first:
         images = np.moveaxis(images, 2, -1)
     return images if images.shape[-1] in (1, 3) else images[..., :1]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from worldloom.errors import DataError
 from worldloom.models.base import WorldModel, compiled
+from worldloom.models.pictures import picture_layout
 from worldloom.models.rollout import observe_sequence, task_argument
 from worldloom.ops.keys import split_key
 
@@ -55,8 +56,7 @@ class OpenLoop(NamedTuple):
         truth, prediction = self.truth[name][:sequences], self.prediction[name][:sequences]
         if truth.ndim != 5:
             truth, prediction = _vectors_as_images(truth, prediction)
-        elif truth.shape[-1] not in (1, 3) and truth.shape[2] in (1, 3):
-            # Channel-first images.
+        elif picture_layout(truth.shape[2:]).channels_first:
             truth, prediction = np.moveaxis(truth, 2, -1), np.moveaxis(prediction, 2, -1)
         bands = np.stack([truth, prediction, (prediction - truth + 1) / 2], 1)  # [B, 3, T, H, W, C]
         colours = np.where(np.arange(truth.shape[1])[:, None] < self.observed, _GREEN, _RED)

@@ -85,8 +85,8 @@ def _evaluation_score(records: Sequence[Record], end: int, name: str) -> Score:
     found = [line for line in records if line.get(name) is not None and line.get("env_steps", 0) <= end]
     if not found:
         raise DataError(f"No evaluation ({name}) up to {end:,} environment steps is in its metrics.jsonl.")
-    newest = max(found, key=lambda line: line["env_steps"])
-    steps = newest["env_steps"]
+    newest = max(found, key=lambda line: (line.get("env_steps", 0), line.get("step", 0)))
+    steps = newest.get("env_steps", 0)
     return Score(newest[name], steps, 0, f"{name} of the evaluation after {steps:,} environment steps")
 
 

@@ -67,6 +67,7 @@ class SequenceSampler:
         self._chooses_rows = allow_empty and (mixed or supports_device_storage(buffer))
         self._finished, self._fresh_first = not spec.open_episodes, spec.fresh_first
         self._checked = False
+        self._tasks = model.config.num_tasks if getattr(model.config, "multitask", False) else 0
         self.on_device: Any = None
         shapes = model.config.obs_shape
         self._shapes = list(shapes.values()) if isinstance(shapes, Mapping) else [shapes]
@@ -105,12 +106,20 @@ class SequenceSampler:
             taken = ids if windows is None else ids[windows]
             batch = self.buffer.take(taken, observations=on_host, latents=self.uses_latents and on_host)
             del batch["row_ids"]
+            self._check_tasks(batch)
             return batch, ids
         batch = self.buffer.sample(self.batch_size, self.rows, **options, latents=self.uses_latents)
         if "is_terminal" in batch:
             batch.pop("continues", None)  # It says the same.
         ids = batch.pop("row_ids", None)
+        self._check_tasks(batch)
         return batch if windows is None else jax.tree.map(lambda x: x[windows], batch), ids
+
+    def _check_tasks(self, batch: Mapping[str, Any]) -> None:
+        """Raise ``DataError`` for a task that the model does not have: compiled code would take its last one."""
+        if self._tasks and "task" in batch and not 0 <= np.min(batch["task"]) <= np.max(batch["task"]) < self._tasks:
+            wrong = next(int(task) for task in np.ravel(batch["task"]) if not 0 <= task < self._tasks)
+            raise DataError(f"The data hold task {wrong}; the model has the tasks 0 … {self._tasks - 1} (num_tasks).")
 
     @property
     def _collected(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ class JaxBackend:
         render: bool = False,
     ):
         # Programs are kept by environment; an object that compares by value need not be hashable.
-        self.env: Any = env if isinstance(env, Hashable) else _ByIdentity(env)
+        self.env: Any = env if is_hashable(env) else _ByIdentity(env)
         self.num_envs = num_envs
         self.spec = check_jax_env(env)
         obs = jax.eval_shape(observations, self.spec.obs)
@@ -113,6 +113,15 @@ class JaxBackend:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def is_hashable(env: Any) -> bool:
+    """Whether ``env`` has a hash; frozen dataclasses of arrays only look as if they had."""
+    try:
+        hash(env)
+    except TypeError:
+        return False
+    return True
 
 
 class _ByIdentity:

@@ -220,6 +220,7 @@ class TDMPC2Config(BaseConfig):
         check(bool(self.vector_keys) or not self.symlog_obs, "symlog_obs is for vector observations.")
 
     def _check_tasks(self) -> None:
+        check(not (self.multitask and self.episodic), "A multitask model has no terminations; leave episodic=False.")
         if not (self.action_dims or self.episode_lengths or self.num_tasks > 1):
             return
         for name in ("action_dims", "episode_lengths"):
@@ -242,7 +243,6 @@ class TDMPC2Config(BaseConfig):
             self.multitask or not self.action_dims or self.action_dims == (self.action_dim,),
             f"action_dims={self.action_dims} needs num_tasks; a single-task model uses all of action_dim.",
         )
-        check(not (self.multitask and self.episodic), "A multitask model has no terminations; leave episodic=False.")
 
     @property
     def multitask(self) -> bool:

@@ -26,7 +26,8 @@ def single_task_weights(
     """Config and weights of a single-task model that computes what a multitask one does for ``task``.
 
     Every network reads the task's embedding beside its other inputs. As it is the same for all of them, its product
-    with the first layer's kernel is a constant, which is added to that layer's bias.
+    with the first layer's kernel is a constant, which is added to that layer's bias. An intrinsic reward (``explore``)
+    is left out.
 
     Args:
       config: of the multitask model.
@@ -44,7 +45,8 @@ def single_task_weights(
     obs_dim, actions = width if obs_dim is None else obs_dim, valid if action_dim is None else action_dim
     check(1 <= obs_dim <= width, f"obs_dim={obs_dim} must lie in 1 … {width}, the multitask model's.")
     check(1 <= actions <= config.action_dim, f"action_dim={actions} must lie in 1 … {config.action_dim}.")
-    flat = {name: np.asarray(array) for name, array in flatten(params).items()}
+    # What explores reads the embedding too, and is of use in training only.
+    flat = {name: np.asarray(array) for name, array in flatten(params).items() if not name.startswith("explorer.")}
     row = flat.pop("task_embedding.table")[number].astype(np.float64)
     norm = np.sqrt(np.sum(row**2))
     row = row / (norm + 1e-7) if norm > 1 else row  # as ``TaskEmbedding`` looks it up
@@ -73,6 +75,7 @@ def single_task_weights(
         episode_length=lengths[number],
         action_dim=actions,
         obs_shape=(obs_dim,),
+        explore="none",
     )
     return single, unflatten(flat)
 

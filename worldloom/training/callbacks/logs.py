@@ -154,8 +154,8 @@ class LoggingCallback(Callback):
 
 
 def _x_axis(info: StepInfo) -> int:
-    """Position of a record on TensorBoard's x-axis."""
-    return info.env_steps or info.step
+    """Position of a record on TensorBoard's x-axis: updates where recorded data come first, else environment steps."""
+    return info.step if info.config.offline_updates else info.env_steps or info.step
 
 
 def _console_items(record: Mapping[str, float]) -> list[str]:
