@@ -288,6 +288,25 @@ def test_multitask_models_imagine_one_task():
     assert rewards[0] != rewards[1]
     with pytest.raises(DataError, match="give task="):
         ImaginedEnv(model, obs)
+    with pytest.raises(ConfigError, match="There is no task 2; the model has the tasks 0 … 1"):
+        ImaginedEnv(model, obs, task=2)
+    with pytest.raises(ConfigError, match=r"task must be an integer ≥ 0, not 0\.5"):
+        ImaginedEnv(model, obs, task=0.5)
+
+
+def test_episodes_of_a_task_start_where_that_task_was_recorded():
+    shapes = {"obs_shape": (3,), "action_dim": 2, "num_tasks": 3, "device": "cpu"}
+    model = create_world_model("tdmpc2:tiny", **shapes, **TINY_TDMPC2)
+    replay = ReplayBuffer(1000)
+    for task in (0, 1):
+        replay.add_episode(np.full((9, 3), task), np.zeros((8, 2)), np.zeros(8), truncated=True, task=task)
+    world = ImaginedWorld(model, replay, task=1, num_starts=32)
+    expected = model.encode(np.ones((1, 3), np.float32), task=jnp.array([1]))
+    assert 4 < world.num_starts < 28
+    for start, own in zip(*map(jax.tree.leaves, (world.params.starts, expected)), strict=True):
+        np.testing.assert_allclose(start, np.broadcast_to(own, start.shape), atol=1e-5)
+    with pytest.raises(DataError, match="of 32 windows none is of task 2"):
+        ImaginedWorld(model, replay, task=2, num_starts=32)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import worldloom.data
 from worldloom import DataError, create_world_model
 from worldloom.envs import EnvSpaces, make_env
+from worldloom.envs.jax import make as jax_make
 from worldloom.envs.time_step import scalars
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop import load_official_dreamerv3, to_official_dreamerv3
@@ -131,3 +132,11 @@ def test_environments_in_jax_need_no_hash(repeat):
         step = env.step(np.ones((2, 1), np.float32))
     np.testing.assert_array_equal(step.obs, np.full((2, 1), repeat))
     np.testing.assert_array_equal(step.reward, np.full(2, repeat))
+
+
+def test_a_suite_that_cuts_its_own_episodes_refuses_a_longer_limit(monkeypatch):
+    monkeypatch.setattr(jax_make, "make_jax_env", lambda spec, **options: Line(jnp.zeros(1)))
+    options = {"action_repeat": 1, "render": False, "options": {}}
+    assert jax_make.make_backend("gymnax:Line", 1, time_limit=3, **options).time_limit == 3
+    with pytest.raises(ConfigError, match="after 6 steps itself, so time_limit=9 cannot lengthen them"):
+        jax_make.make_backend("gymnax:Line", 1, time_limit=9, **options)

@@ -102,7 +102,7 @@ class ImaginedWorld:
         floats from 0 to 1 (clipped). ``"latent"`` for the flat features of the model's state. ``"auto"`` decodes if the
         model can.
       sample: see above.
-      task: task of a multitask model.
+      task: task of a multitask model; of a ``ReplayBuffer`` with tasks, only windows of this one are starts.
       context: rows of a window before the start, itself included; at most those of the longest episode are used. Models
         with memory need them.
       num_starts: windows drawn from a ``ReplayBuffer``. Those that end in a terminal row are left out.
@@ -133,12 +133,12 @@ class ImaginedWorld:
         num_starts: int = 256,
         seed: int = 0,
     ):
-        _check_arguments(model, horizon, observation, context, num_starts)
+        _check_arguments(model, horizon, observation, context, num_starts, task)
         self.model = model
         model_class: Any = type(model)
         self._observe_windows = _observe_windows(model_class, model.config, model.dtype)
         self._task = task
-        self._windows, self._starts = _read_start(model, start, context, num_starts, seed)
+        self._windows, self._starts = _read_start(model, start, context, num_starts, seed, task)
         self._params: ImaginedParams | None = None
         self.num_starts = len(jax.tree.leaves(self.params.starts)[0])
 
@@ -168,7 +168,7 @@ class ImaginedWorld:
     def _start_states(self) -> Any:
         if self._windows is None:
             return self._starts
-        count = len(jax.tree.leaves(self._windows)[0][0])
+        count = len(jax.tree.leaves(self._windows)[0])
         task = _task(self._task, count)
         return self._observe_windows(self.model.params, *self._windows, task)
 
@@ -264,10 +264,10 @@ def _task(task: int | None, count: int) -> dict[str, jax.Array]:
 # ---- starts --------------------------------------------------------------------------------------------------------
 
 
-def _read_start(model: Any, start: Any, context: int, num_starts: int, seed: int) -> tuple[Any, Any]:
+def _read_start(model: Any, start: Any, context: int, num_starts: int, seed: int, task: int | None) -> tuple[Any, Any]:
     """Windows to observe, (obs [K, T, ...], actions [K, T − 1, ...]) or None, and states [K, ...] or None."""
     if isinstance(start, ReplayBuffer):
-        return _sample_windows(start, context, num_starts, seed), None
+        return _sample_windows(start, context, num_starts, seed, task), None
     leaves = jax.tree.leaves(start)
     if not leaves or any(not np.shape(leaf) or not len(leaf) for leaf in leaves):
         raise DataError("There is nowhere to start: give a ReplayBuffer, observations [K, ...] or states [K, ...].")
@@ -291,7 +291,9 @@ def _read_start(model: Any, start: Any, context: int, num_starts: int, seed: int
     return (obs, unnamed(actions, isinstance(model.config.action_dim, Mapping))), None
 
 
-def _sample_windows(replay: ReplayBuffer, context: int, num_starts: int, seed: int) -> tuple[Any, Any]:
+def _sample_windows(
+    replay: ReplayBuffer, context: int, num_starts: int, seed: int, task: int | None
+) -> tuple[Any, Any]:
     longest = int(max(replay.episode_lengths, default=0))
     if longest == 0:
         raise DataError("There is nowhere to start: the replay buffer is empty.")
@@ -303,6 +305,10 @@ def _sample_windows(replay: ReplayBuffer, context: int, num_starts: int, seed: i
             f"There is nowhere to start: all windows of {min(context, longest)} rows end in a terminal row. Give a "
             "smaller context."
         )
+    if task is not None and "task" in windows:
+        lasts &= np.asarray(windows["task"]) == task
+        if not lasts.any():
+            raise DataError(f"There is nowhere to start: of {num_starts} windows none is of task {task}. Draw more.")
     actions = jax.tree.map(lambda x: x[lasts, :-1], windows["actions"])
     return jax.tree.map(lambda x: x[lasts], windows["obs"]), actions
 
@@ -339,7 +345,9 @@ def _same_arrays(one: Params, other: Params) -> bool:
     return all(a is b for a, b in pairs)
 
 
-def _check_arguments(model: Any, horizon: int, observation: str, context: int, num_starts: int) -> None:
+def _check_arguments(
+    model: Any, horizon: int, observation: str, context: int, num_starts: int, task: int | None
+) -> None:
     if not isinstance(model, WorldModel):
         raise TypeError(f"An imagined environment needs a WorldModel, not a {type(model).__name__}.")
     missing = [name for name in ("encode", "observe", "imagine", "decode") if not hasattr(model, name)]
@@ -347,5 +355,8 @@ def _check_arguments(model: Any, horizon: int, observation: str, context: int, n
         raise TypeError(f"{type(model).__name__} is no environment: it has no method {' or '.join(missing)}.")
     for name, value in {"horizon": horizon, "context": context, "num_starts": num_starts}.items():
         as_integer(name, value)
+    tasks = getattr(model.config, "num_tasks", 0)
+    if task is not None and tasks and not 0 <= as_integer("task", task, least=0) < tasks:
+        raise ConfigError(f"There is no task {task}; the model has the tasks 0 … {tasks - 1}.")
     if observation not in ("auto", "decoded", "latent"):
         raise ConfigError(f"observation must be 'auto', 'decoded' or 'latent', not {observation!r}.")

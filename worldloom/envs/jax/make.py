@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from worldloom.config import nearest
+from worldloom.config import check, nearest
 from worldloom.envs.jax import adapters
 from worldloom.envs.jax.backend import JaxBackend, is_hashable
 from worldloom.envs.jax.catch import Catch
@@ -34,6 +34,10 @@ _ADAPTERS: dict[str, Callable[..., JaxEnv]] = {
     "navix": adapters.make_navix,
     "jumanji": adapters.make_jumanji,
 }
+
+
+_TRUNCATE_THEMSELVES = ("gymnax", "craftax", "navix", "jumanji")
+"""Suites whose environments end an episode at their own limit, whatever limit is given here."""
 
 
 def make_jax_env(spec: str, **options: Any) -> JaxEnv:
@@ -76,6 +80,11 @@ def make_backend(
     """The backend of ``make_env`` for a spec or an object, with its arguments of the same names."""
     env: Any = make_jax_env(spec, **options) if isinstance(spec, str) else spec
     limit = env.time_limit if time_limit is None else time_limit
+    own = env.time_limit if isinstance(spec, str) and spec.partition(":")[0] in _TRUNCATE_THEMSELVES else None
+    check(
+        own is None or limit is None or limit <= own,
+        f"{spec} ends its episodes after {own} steps itself, so time_limit={limit} cannot lengthen them.",
+    )
     if not isinstance(spec, str) and env.time_limit is not None and limit is not None:
         limit = min(limit, env.time_limit)
     if action_repeat > 1:
