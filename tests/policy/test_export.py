@@ -190,7 +190,8 @@ def test_everything_in_a_file_is_of_its_precision(tmp_path, family, own, asked):
     latents = policy.encode(spaces.observation.sample())
     dream = policy.imagine(latents, np.zeros((3, 1, model.config.action_dim), np.float32))
     for name, value in dream["latents"].items():
-        assert value.dtype == latents[name].dtype == asked
+        # Latents of TD-MPC2 are float32 whatever it computes in.
+        assert value.dtype == latents[name].dtype == (asked if family == "dreamerv3" else "float32")
     assert np.isfinite(dream["rewards"]).all()
 
 

@@ -382,6 +382,8 @@ def wandb_records(path):
             position += left  # A block ends with padding where no header fits.
             continue
         _, size, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + size > len(data):
+            return  # It is still being written.
         parts += data[position + 7 : position + 7 + size]
         position += 7 + size
         if kind in (1, 4):  # A whole record, or its last part.
@@ -389,6 +391,17 @@ def wandb_records(path):
             record.ParseFromString(parts)
             parts = b""
             yield record
+
+
+def history(file):
+    """The rows that were logged, and the run's settings."""
+    found, settings = [], {}
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            found.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
+        if record.WhichOneof("record_type") == "run":
+            settings = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    return found, settings
 
 
 @pytest.mark.parametrize("own_run", [False, True])
@@ -403,14 +416,14 @@ def test_records_go_to_wandb_in_its_offline_mode(model, buffer, config, tmp_path
     if begun is not None:
         begun.finish()
     assert wandb.run is None
-    (file,) = tmp_path.rglob("*.wandb")
-    found, settings = [], {}
-    for record in wandb_records(file):
-        if record.WhichOneof("record_type") == "history":
-            found.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
-        if record.WhichOneof("record_type") == "run":
-            settings = {item.key: json.loads(item.value_json) for item in record.run.config.update}
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (file,) = tmp_path.rglob("*.wandb")
+    # The file is written by a process of wandb's own, on a busy machine after ``finish`` has returned.
+    end = time.monotonic() + 60
+    found, settings = history(file)
+    while len(found) < len(written) and time.monotonic() < end:
+        time.sleep(0.2)
+        found, settings = history(file)
     assert [row["step"] for row in found] == [line["step"] for line in written] == [4, 8, 12, 16, 20]
     assert [row["train/loss"] for row in found] == [line["train/loss"] for line in written]
     if not own_run:
