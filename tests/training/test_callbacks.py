@@ -435,3 +435,19 @@ def test_wandb_that_is_not_installed_is_named_before_training(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"worldloom\[wandb\]"):
         LoggingCallback(log_to_wandb=True)
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_a_callback_that_follows_every_call_is_called_once_at_each(model, buffer, config, every):
+    class Follower(Callback):
+        after_every_call = True
+
+        def __init__(self):
+            self.every, self.steps = every, []
+
+        def on_step(self, info):
+            self.steps.append(info.step)
+
+    follower = Follower()
+    Trainer(model, config.replace(updates_per_call=5), [follower]).train(buffer)
+    assert follower.steps == ([5, 10, 15, 20] if every == 0 else [4, 5, 8, 10, 12, 15, 16, 20])

@@ -77,8 +77,10 @@ class CallbackRunner:
 
     def on_step(self, run: Run) -> None:
         """Call ``on_step`` of the callbacks that are due."""
+        due = [index for index, every in enumerate(self._every) if every and run.step % every == 0]
         run.collect_state()
-        self._on_steps(run, [index for index, every in enumerate(self._every) if every and run.step % every == 0])
+        # Those that follow every call have just been called.
+        self._on_steps(run, [index for index in due if not self.callbacks[index].after_every_call])
 
     def _on_steps(self, run: Run, due: Sequence[int]) -> None:
         finished = {}
