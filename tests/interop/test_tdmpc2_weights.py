@@ -244,3 +244,13 @@ def test_a_state_of_many_tasks_needs_the_config_for_their_actions(golden, caplog
     assert "config=model.config" in caplog.text
     for name, value in whole.items():
         np.testing.assert_array_equal(with_config[name], value)
+
+
+def test_explorers_start_anew_and_are_not_exported(golden):
+    official = weights_of(golden("tdmpc2-single-s0"))
+    model = load_official_tdmpc2(official, explore="disagreement")
+    assert any(name.startswith("explorer.") for name in flatten(model.params))
+    exported = to_official_tdmpc2(model)
+    assert set(exported) == set(official)
+    for name, value in official.items():
+        np.testing.assert_array_equal(exported[name], value, err_msg=name)

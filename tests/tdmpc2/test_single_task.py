@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldloom import create_world_model
-from worldloom.errors import ConfigError
+from worldloom.errors import ConfigError, DataError
 from worldloom.models.params import flatten, unflatten
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 from worldloom.ops.symlog import symlog
@@ -111,6 +111,28 @@ def test_tasks_and_sizes_that_are_not_there_are_refused(multitask, singles):
         multitask.single_task(0, obs_dim=8)
     with pytest.raises(ConfigError, match="single task already"):
         singles[1].single_task(0)
+
+
+@pytest.mark.parametrize("method", ["encode", "act", "decode", "imagine"])
+def test_tasks_that_are_not_there_never_give_the_last_ones_numbers(method, multitask):
+    def call(task):
+        latent = multitask.initial_state(2)
+        arguments = {
+            "encode": (np.zeros((2, 7), np.float32),),
+            "act": (None, np.zeros((2, 7), np.float32)),
+            "decode": (latent,),
+            "imagine": (latent, np.zeros((3, 2, 4), np.float32)),
+        }
+        return getattr(multitask, method)(*arguments[method], task=task)
+
+    for wrong in (np.array([0, 3]), np.array([2, -1]), np.array([0.0, 1.0]), jnp.array([3, 3])):
+        with pytest.raises(DataError, match=r"no task|must hold integers"):
+            call(wrong)
+
+
+def test_tasks_that_are_not_there_are_nan_in_compiled_code(multitask):
+    encode = jax.jit(lambda task: multitask.encode(jnp.zeros((3, 7)), task=task).z)
+    assert jnp.isnan(encode(jnp.array([0, 3, -1]))).all(-1).tolist() == [False, True, True]
 
 
 def test_a_plan_of_a_single_task_is_the_multitask_models(multitask, singles):

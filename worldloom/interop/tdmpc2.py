@@ -60,7 +60,7 @@ def load_official_tdmpc2(
       task: the task that the weights were trained on, by the reference's name: a single one such as ``"walker-run"``
         or ``"mw-assembly"``, or ``"mt30"`` or ``"mt80"``. It determines what cannot be inferred from the arrays:
         episode lengths, and thereby the discount, and the action dimensions of each task.
-      **overrides: further config fields.
+      **overrides: further config fields. The networks of ``explore="disagreement"`` are new ones.
 
     Raises:
       FileFormatError: the file is damaged or holds more than tensors and plain containers.
@@ -82,7 +82,8 @@ def load_official_tdmpc2(
     own = flatten(model.params)
     names = dict(_weight_names(_Layout.of_weights(own)))
     _check_shapes(names, own, arrays, file)
-    weights = {ours: _from_pytorch(arrays[official], ours) for official, ours in names.items()}
+    weights = {name: own[name] for name in own if _is_explorers(name)}
+    weights |= {ours: _from_pytorch(arrays[official], ours) for official, ours in names.items()}
     model.load_params(unflatten({**weights, "scale.value": np.ones((), np.float32)}))
     return model
 
@@ -109,7 +110,8 @@ def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState, *, config: TDMPC2Co
         ``log_std_max`` take their defaults, the reference program's.
 
     The state of a multitask model does not say which actions its tasks have: without ``config``, ``_action_masks`` is
-    left out, and a warning is logged. Vectors by name become one ``state`` encoder, in the config's order.
+    left out, and a warning is logged. Vectors by name become one ``state`` encoder, in the config's order. The networks
+    of ``explore="disagreement"``, which the reference does not have, are left out.
 
     Raises ``ConfigError`` for encoders that the reference does not have: of images together with others, or of another
     size than 64×64 pixels with a latent of 512.
@@ -196,6 +198,11 @@ class _FileNames(NamedTuple):
         if layer[1] != "_dynamics":
             return f"{layer[1]}.{index}.{layer[4]}"
         return f"_dynamics.1.{layer[4]}" if index == 7 else f"_dynamics.0.{index}.{layer[4]}"
+
+
+def _is_explorers(name: str) -> bool:
+    """Whether a weight is of ``explore="disagreement"``, of which the reference has nothing."""
+    return name.startswith("explorer.")
 
 
 def _weight_names(layout: _Layout) -> Iterator[tuple[str, str]]:

@@ -37,7 +37,8 @@ def compiled(method: F) -> F:
     :mod:`worldloom.models.live_weights`.
 
     Numbers on the host are refused with ``DataError`` where they are NaN or infinite, as environments and replay refuse
-    them. Arrays on devices are not read: that would wait for them.
+    them. Arrays on devices are not read: that would wait for them. A ``task`` that the model does not have is refused
+    wherever it lies, as it is a few integers; in a trace it is not known, and its embedding is NaN.
     """
 
     @functools.wraps(method)
@@ -50,6 +51,8 @@ def compiled(method: F) -> F:
             return method(self, *args, **kwargs)
         if not all(map(_is_finite, leaves)):
             raise DataError(_where_not_finite(method, self, args, kwargs))
+        if kwargs.get("task") is not None:
+            _check_tasks(kwargs["task"], getattr(self.config, "num_tasks", 0))
         cls, version = self.__class__, class_version(self.__class__)
         jitted = weights.calls.get((method, version))
         if jitted is None:
@@ -65,6 +68,18 @@ def _is_finite(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind != "f" or bool(np.isfinite(leaf).all())
     return not isinstance(leaf, float) or math.isfinite(leaf)
+
+
+def _check_tasks(task: Any, num_tasks: int) -> None:
+    """Raise ``DataError`` for a task that there is not; a model of one task says itself that it has one."""
+    if not num_tasks or (isinstance(task, jax.Array) and not task.is_fully_addressable):
+        return
+    numbers = np.asarray(task)
+    if numbers.dtype.kind not in "iu":
+        raise DataError(f"task must hold integers, the numbers of tasks; its dtype is {numbers.dtype}.")
+    wrong = numbers[(numbers < 0) | (numbers >= num_tasks)]
+    if wrong.size:
+        raise DataError(f"There is no task {wrong.flat[0]}; the model has the tasks 0 … {num_tasks - 1}.")
 
 
 def _where_not_finite(method: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> str:

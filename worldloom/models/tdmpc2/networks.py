@@ -37,8 +37,8 @@ class TaskEmbedding(nnx.Module):
         self.table = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -0.02, 0.02))
 
     def __call__(self, task: jax.Array) -> jax.Array:
-        """Integers [...] → [..., E]."""
-        rows = self.table[...][task]
+        """Integers [...] → [..., E]; NaN for a task that there is not, in place of the last one's."""
+        rows = self.table[...].at[task].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows * jax.lax.stop_gradient(_unit_ball_factor(rows))
 
 

@@ -22,7 +22,7 @@ from worldloom.models.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.ops.keys import split_key
 from worldloom.optim import clip_by_norm, decay_kernels, learning_rate_schedule
 
-_OWN_PARTS = frozenset({*TDMPC2WorldModel.__annotations__} - {"config", "loss_terms"})
+_OWN_PARTS = frozenset({*TDMPC2WorldModel.__annotations__, "policy"} - {"config", "loss_terms"})
 """Names of the parts that the family itself has."""
 
 
@@ -118,7 +118,7 @@ def make_update(
         of_policy = _policy_part(model_class, pi_grads)
         steps, policy_opt = optimizer.update(of_policy, state.opt_state["policy"], before)
         after = optax.apply_updates(before, steps)
-        params |= after if _added_parts(model_class, params) else {"policy": after}
+        params |= after
         params["scale"] = {"value": pi_metrics["pi_scale"]}
 
         if config.explore == "disagreement":
@@ -221,9 +221,8 @@ def _added_parts(cls: type[Any], params: Params) -> Params:
 
 
 def _policy_part(cls: type[Any], params: Params) -> Params:
-    """What the policy's optimizer moves: the policy's weights alone, or a dict with those of the parts added."""
-    added = _added_parts(cls, params)
-    return {"policy": params["policy"], **added} if added else params["policy"]
+    """What the policy's optimizer moves: the policy and the parts added."""
+    return {"policy": params["policy"], **_added_parts(cls, params)}
 
 
 def _tasks(params: Params) -> Params:

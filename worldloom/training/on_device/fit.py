@@ -1,4 +1,4 @@
-"""The training loop where environments, replay and updates are on the device: the host looks at it between calls."""
+"""The training loop where environments, replay and updates are on the device; the host acts between its calls."""
 
 from __future__ import annotations
 

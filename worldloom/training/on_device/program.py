@@ -1,4 +1,4 @@
-"""The loop on the device: act, step, store, draw and update as pure functions, between two looks of the host.
+"""The loop on the device: act, step, store, draw and update as pure functions, in one call of the host.
 
 One member is one run: :class:`Loop` is written for one, and lifted over many by ``vmap`` (``members``), whom a mesh
 divides over devices. It does what
@@ -58,7 +58,7 @@ class Actor(NamedTuple):
     trouble: Array
 
 
-class Unwritten(NamedTuple):
+class WaitingLatents(NamedTuple):
     """Fresh latents that are not in replay yet: those of update n are in place n mod 2K, see ``LatentWriteback``.
 
     Attributes:
@@ -77,7 +77,7 @@ class LoopState(NamedTuple):
 
     actor: Actor
     ring: Ring
-    unwritten: Unwritten
+    waiting: WaitingLatents
 
 
 class Chunk(NamedTuple):
@@ -297,9 +297,9 @@ class Loop:
         self, learner: Learner, state: LoopState, uniforms: jax.Array, number: jax.Array, settings: Any
     ) -> tuple[Learner, LoopState, ChunkOutput]:
         """Update number ``number`` with the windows that it draws."""
-        ring, unwritten = state.ring, state.unwritten
+        ring, waiting = state.ring, state.waiting
         if self._keeps_latents:
-            ring = self._write_due(ring, unwritten, number)
+            ring = self._write_due(ring, waiting, number)
         ring, ids, found = draw(self.ring, ring, uniforms)
         actor = state.actor
         actor = actor._replace(trouble=jnp.where(found | (actor.trouble > FINE), actor.trouble, NO_WINDOW))
@@ -309,20 +309,20 @@ class Loop:
         learner, row, latents, applied = update.apply(learner, batch, self._names, enabled=fine)
         if self._keeps_latents:
             place, length = number % (2 * self._group), next(iter(latents.values())).shape[1]
-            unwritten = Unwritten(
-                unwritten.ids.at[place].set(ids[:, -length:]),
-                {name: unwritten.latents[name].at[place].set(value) for name, value in latents.items()},
-                unwritten.applied.at[place].set(applied),
+            waiting = WaitingLatents(
+                waiting.ids.at[place].set(ids[:, -length:]),
+                {name: waiting.latents[name].at[place].set(value) for name, value in latents.items()},
+                waiting.applied.at[place].set(applied),
             )
-        return learner, LoopState(actor, ring, unwritten), ChunkOutput(row, applied, ids)
+        return learner, LoopState(actor, ring, waiting), ChunkOutput(row, applied, ids)
 
-    def _write_due(self, ring: Ring, unwritten: Unwritten, number: jax.Array) -> Ring:
+    def _write_due(self, ring: Ring, waiting: WaitingLatents, number: jax.Array) -> Ring:
         """Write the latents that batch ``number`` must see: those of the group before the previous one."""
 
         def write(i: Any, ring: Ring) -> Ring:
             place = (number + i) % (2 * self._group)
-            latents = {name: value[place] for name, value in unwritten.latents.items()}
-            return write_latents(self.ring, ring, unwritten.ids[place], latents, unwritten.applied[place])
+            latents = {name: value[place] for name, value in waiting.latents.items()}
+            return write_latents(self.ring, ring, waiting.ids[place], latents, waiting.applied[place])
 
         if self._group == 1:
             return write(0, ring)

@@ -1,4 +1,4 @@
-"""One run between host and device: its objects become arrays before the loop, and arrays become them at every look.
+"""One run between host and device: its objects become arrays before the loop, and arrays become them after every call.
 
 On the host a run is what it always is (collector, replay, latents to be written back), so callbacks, checkpoints and a
 later call of ``train`` on the host know nothing of the loop on the device.
@@ -27,7 +27,7 @@ from worldloom.replay.online import add_steps, is_interleaved
 from worldloom.replay.ring import COLUMNS, Episodes, Ring, RingSpec, empty_ring, take
 from worldloom.spaces import ACTION, OBS, named
 from worldloom.training.collector import EpisodeRecord
-from worldloom.training.on_device.program import BAD_ACTION, FINE, NO_WINDOW, Actor, LoopState, Unwritten
+from worldloom.training.on_device.program import BAD_ACTION, FINE, NO_WINDOW, Actor, LoopState, WaitingLatents
 from worldloom.training.run_state import Run
 from worldloom.training.update_loop import CompiledUpdate
 from worldloom.training.writeback import strip_prefix
@@ -133,7 +133,7 @@ class Transfer:
 
     def upload(self, device: jax.Device) -> LoopState:
         """The arrays of the run as it is on the host, on ``device``."""
-        state = LoopState(self._actor(), self._ring(), self._unwritten())
+        state = LoopState(self._actor(), self._ring(), self._waiting_on_device())
         self._synced = self.collector.replay.state_dict()["next_row"]
         self._only_waiting_is_dirty()
         return jax.device_put(state, device)
@@ -203,7 +203,7 @@ class Transfer:
         is_open = np.array([index.in_progress(int(stream)) for stream in streams])
         return Episodes(current, is_open, listed[0], listed[1], np.zeros_like(tail), tail)
 
-    def _unwritten(self) -> Unwritten:
+    def _waiting_on_device(self) -> WaitingLatents:
         places = 2 * self.run.writeback.group
         length = next((leaf.shape[1] for leaf in self._fresh.values()), 1)
         ids = np.zeros((places, self.spec.batch_size, length), np.int32)
@@ -217,7 +217,7 @@ class Transfer:
                 for name, value in strip_prefix(entry, "latents/").items():
                     latents[name][place] = value[i]
             number += 1
-        return Unwritten(ids, latents, applied)
+        return WaitingLatents(ids, latents, applied)
 
     # ---- to the host ------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class Transfer:
             self._raise_trouble(int(actor.trouble), actor)
         self.collector.calls = int(actor.calls)
         self.collector.load_arrays(self._collector_arrays(state, actor))
-        self.run.writeback.load_state_arrays(self._waiting_latents(state.unwritten))
+        self.run.writeback.load_state_arrays(self._waiting_latents(state.waiting))
 
     def write_back_from(self, ring: Callable[[], Ring] | None) -> None:
         """Where :meth:`write_back` finds the rows; the run's sampler calls it before the buffer is saved or read."""
@@ -367,13 +367,13 @@ class Transfer:
         arrays |= {f"latents/{name}": value for name, value in actor.latents.items()}
         return arrays | {f"actions/{ACTION}": actor.actions}
 
-    def _waiting_latents(self, unwritten: Unwritten) -> dict[str, np.ndarray]:
+    def _waiting_latents(self, waiting: WaitingLatents) -> dict[str, np.ndarray]:
         """What ``LatentWriteback.load_state_arrays`` takes: the latents of updates whose turn has not come."""
         if not self.keeps_latents:
             return {}
         group, step = self.run.writeback.group, self.run.step
         arrays: dict[str, np.ndarray] = {}
-        fetched = jax.device_get(unwritten)
+        fetched = jax.device_get(waiting)
         oldest = max(0, ((step - 1) // group - 1) * group)
         numbers = [n for n in range(oldest, step) if fetched.applied[n % (2 * group)]]
         for i, number in enumerate(numbers):
