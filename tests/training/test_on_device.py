@@ -271,6 +271,16 @@ def test_environments_moved_in_between_begin_new_episodes_on_either_loop(how, ca
     assert_same(left["host"], left["device"])
 
 
+def test_a_run_that_is_continued_compiles_nothing_anew():
+    env = make_env(DRIFT, 2, seed=3)
+    trainer = trainer_in(env, LikeTDMPC2, CONFIG.replace(loop="device"))
+    trainer.train(env)
+    compiled = loop_module._compiled_loop.cache_info().misses
+    for more in (1, 5):
+        trainer.train(env, total_steps=trainer.step + more)
+    assert loop_module._compiled_loop.cache_info().misses == compiled
+
+
 def test_a_progress_bar_costs_the_loop_no_calls(monkeypatch):
     downloads = []
     download = loop_module.Device.download

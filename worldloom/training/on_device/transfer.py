@@ -88,7 +88,8 @@ class Transfer:
         coming = 2 * max(0, decisions - self.collector.decisions) + 4 * num_envs
         if end + coming > _MOST_ROWS:
             raise ConfigError(f"Rows after number {_MOST_ROWS:,} cannot be collected on the device; use loop='host'.")
-        slots = 1 << (held + coming - 1).bit_length()
+        # As many as from the beginning on: with fewer, a run that is continued would be compiled anew.
+        slots = 1 << (max(held + coming, 2 * decisions + 4 * num_envs) - 1).bit_length()
         self.spec = RingSpec(
             # Rows of a call are copied to the host afterwards: there is room for them beside those that are held.
             slots=min(slots, replay.capacity + room),
