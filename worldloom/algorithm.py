@@ -99,7 +99,10 @@ class Recipe(NamedTuple):
     reasons: dict[str, str]
 
     def override(self, given: Mapping[str, Any]) -> Recipe:
-        """A copy with the values of ``given`` and without reasons for them."""
+        """A copy with the values of ``given`` for its own fields, and without reasons for them.
+
+        Other fields that were given are added by :func:`worldloom.training.recipe`, which knows whose they are.
+        """
         return Recipe(
             {field: given.get(field, value) for field, value in self.model.items()},
             {field: given.get(field, value) for field, value in self.training.items()},

@@ -7,6 +7,7 @@ import pytest
 from worldloom import create_world_model, list_models
 from worldloom.envs import make_env
 from worldloom.envs.make import JAX_SUITES
+from worldloom.errors import UnknownFieldError
 from worldloom.models.tdmpc2 import recipes as tdmpc2_recipes
 from worldloom.models.tdmpc2.recipes import never_terminates
 from worldloom.training import TrainingConfig
@@ -48,6 +49,35 @@ def test_given_fields_take_precedence_and_others_are_derived_from_them():
         assert not {"prefill", "episodic"} & reasons.keys()
         assert recipe("tdmpc2:tiny", env).training["prefill"] == 1_000
         assert recipe("tdmpc2:tiny", env, {"episode_length": 500}).training["prefill"] == 2_500
+
+
+@pytest.mark.parametrize("name", ["tdmpc2:tiny", "dreamerv3:tiny"])
+@pytest.mark.parametrize("spec", ["Pendulum-v1", None])
+def test_given_fields_that_no_recipe_chooses_are_in_the_config_that_has_them(name, spec):
+    env = None if spec is None else make_env(spec)
+    of_model = {"tdmpc2:tiny": {"horizon": 5}, "dreamerv3:tiny": {"imagination_horizon": 5}}[name]
+    of_training = {"seed": 7, "lr_schedule": "cosine", "total_steps": 300, "batch_size": 7}
+    model, training, reasons = recipe(name, env, {**of_model, **of_training})
+    assert {**model, **of_model} == model
+    assert {**training, **of_training} == training
+    assert not {*of_model} & {*training}
+    assert not {*of_training} & {*model}
+    assert not {*of_model, *of_training} & {*reasons}
+    TrainingConfig(**training)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"nonsense": 1}, "Neither TDMPC2Config nor TrainingConfig has a field 'nonsense'"),
+        ({"batch_sise": 1}, "Did you mean 'batch_size'"),
+        ({"horizons": 1}, "Did you mean 'horizon'"),
+        ({3: 1}, "has a field '3'"),
+    ],
+)
+def test_a_given_field_of_neither_config_is_refused_with_the_nearest_name(given, message):
+    with pytest.raises(UnknownFieldError, match=message):
+        recipe("tdmpc2:tiny", None, given)
 
 
 def test_tdmpc2_has_its_own_settings_for_discrete_actions():

@@ -75,6 +75,8 @@ class DataSource:
             found = find_protocol(protocol)
             if not found.data:
                 raise ConfigError(f"The protocol '{protocol}' is run in an environment, not on recorded data.")
+            if protocol.partition("/")[0] != split_name(name)[0].name:
+                raise ConfigError(f"The protocol '{protocol}' is of another family than the model '{name}'.")
             fixed = {**found.model_fields, **found.data_fields, **found.training}
         known = self._fields(fields, {**fixed, **model_given})
         recommended = recipe(name, _Shapes(self.training), {**fixed, **known, **model_given, **training_given})
