@@ -137,6 +137,9 @@ class ExperimentProtocol:
       env_options: arguments of ``make_env``, options of the suite included.
       model_fields: fields of the model's config that differ from the preset.
       training: fields of ``TrainingConfig``; ``env_steps`` is the budget.
+      derived: fields whose values follow from the environment by the family's recipe → the rule in words.
+      action_type: kind of the actions in ``envs``; empty if there are several. Recipes may depend on it, and the
+        environment of a run may have another one.
       curve: name of the published curves, see :attr:`Algorithm.published_curve`; empty for none.
       data: for an experiment with recorded episodes, what they are; empty for one in environments.
       data_fields: fields of the model's config that follow from these episodes.
@@ -148,6 +151,8 @@ class ExperimentProtocol:
     env_options: FrozenMapping = _NOTHING
     model_fields: FrozenMapping = _NOTHING
     training: FrozenMapping = _NOTHING
+    derived: FrozenMapping = _NOTHING
+    action_type: str = ""
     curve: str = ""
     data: str = ""
     data_fields: FrozenMapping = _NOTHING

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,8 @@ from worldloom.algorithm import ScoreRule
 from worldloom.cli.train import _flags
 from worldloom.config import FrozenMapping
 from worldloom.envs import make_env
-from worldloom.errors import ConfigError
+from worldloom.envs.make import SUITES, _Suite
+from worldloom.errors import ConfigError, UnknownFieldError
 from worldloom.families import get_family
 from worldloom.models.dreamer import recipes as dreamer_recipes
 from worldloom.models.registry import get_config
@@ -56,7 +59,12 @@ def test_a_protocol_has_the_transcribed_settings(name):
     options = {"num_envs": entry["num_envs"], "action_repeat": entry["action_repeat"], **entry.get("env_options", {})}
     options |= {"frame_stack": entry["frame_stack"]} if "frame_stack" in entry else {}
     assert dict(found.env_options) == options
-    assert dict(found.model_fields) == entry.get("model_fields", {})
+    # What the config has by default need not be transcribed.
+    default = get_config(f"{family}:{found.size}", obs_shape=(3,), action_dim=2)
+    assert dict(found.model_fields) == {
+        **{field: getattr(default, field) for field in found.model_fields},
+        **entry.get("model_fields", {}),
+    }
     # What depends on the length of an episode is the recipe's; how often to evaluate is ours where nothing is said.
     own = {"eval_interval", "eval_at_start", "eval_episodes"}
     expected = {field: value for field, value in entry["training"].items() if not isinstance(value, str)}
@@ -127,6 +135,10 @@ def test_published_curves_belong_to_their_environments():
         ("atari100k", None, "There is no protocol 'atari100k'"),
         ("dreamerv3/atari100k", None, r"needs an environment: atari100k:\*"),
         ("tdmpc2/gym", None, "needs an environment: Walker2d-v5 or"),
+        (3, "Pendulum-v1", r"named by text such as 'tdmpc2/dmc', not 3\.$"),
+        (None, None, r"named by text such as 'tdmpc2/dmc', not None\.$"),
+        ("dreamerv3/atari", 5, r"env must be the name of an environment, such as 'dmc:walker_walk', not 5\.$"),
+        ("dreamerv3/crafter", gym.Env, "env must be the name of an environment"),
     ],
 )
 def test_a_protocol_that_cannot_be_is_refused(name, env, message):
@@ -190,9 +202,112 @@ def test_what_is_given_wins_and_is_told():
         "batch_size": [256, 8],
         "rho": [0.7, 0.5],
         "num_envs": [1, 2],
-        "time_limit": [None, 50],
+        "time_limit": [200, 50],
     }
     assert "learning_rate" not in found  # given, and equal to the protocol's
+
+
+def test_a_number_of_updates_replaces_the_budget_of_environment_steps():
+    experiment = protocol("tdmpc2/gym", "Pendulum-v1")
+    with experiment.make_env() as env:
+        training = experiment.recipe(env, {"total_steps": 300}).training
+        assert (training["total_steps"], training["env_steps"]) == (300, 0)
+        both = experiment.recipe(env, {"total_steps": 300, "env_steps": 20_000}).training
+        assert (both["total_steps"], both["env_steps"]) == (300, 20_000)
+    # One update per decision step, and as many as prefill steps at once: 4,000,000 in all.
+    assert changes({"total_steps": 300})["total_steps"] == [4_000_000, 300]
+    assert set(changes({"total_steps": 4_000_000})) == {"env"}
+    assert "env_steps" not in changes({"total_steps": 300})
+    # It has no effect beside environment steps.
+    assert set(changes({"total_steps": 300, "env_steps": 4_000_000})) == {"env"}
+    assert changes({"env_steps": 7_000})["env_steps"] == [4_000_000, 7_000]
+
+
+def test_given_fields_are_in_the_config_that_has_them_or_are_refused():
+    experiment = protocol("tdmpc2/gym", "Pendulum-v1")
+    with experiment.make_env() as env:
+        model, training, reasons = experiment.recipe(env, {"horizon": 5, "seed": 7, "rho": 0.6})
+        assert (model["horizon"], model["rho"], training["seed"]) == (5, 0.6, 7)
+        assert not {"horizon", "rho", "seed"} & {*reasons}
+        with pytest.raises(UnknownFieldError, match="Did you mean 'horizon'"):
+            experiment.recipe(env, {"horizont": 5})
+
+
+def test_outside_its_environments_published_values_are_still_those_of_the_protocol():
+    found = changes(name="tdmpc2/dmc", env="CartPole-v1")
+    assert found.pop("env") == ["dmc:*", "CartPole-v1"]
+    # What the reference has no settings for: discrete actions, and episodes that end.
+    assert found == {
+        "entropy_coef": [1e-4, 1e-3],
+        "tau": [0.01, 0.03],
+        "value_coef": [0.1, 1.0],
+        "consistency_coef": [20.0, 4.0],
+        "encoder_lr_scale": [0.3, 1.0],
+        "episodic": [False, True],
+    }
+    # A suite's own values go wherever its protocol goes.
+    assert set(changes(name="tdmpc2/dmc", env="MountainCarContinuous-v0")) == {"env", "episodic"}
+    assert changes({"rho": 0.7}, name="tdmpc2/dmc", env="Pendulum-v1")["rho"] == [0.5, 0.7]
+
+
+def test_more_environments_change_nothing_but_their_number_and_what_it_takes():
+    found = changes(env_fields={"num_envs": 300})
+    assert found["num_envs"] == [1, 300]
+    assert found["prefill"] == [1_000, 300 * 6]  # a window in each
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "given", "told"),
+    [
+        ("tdmpc2/gym", "Pendulum-v1", {"time_limit": 200}, set()),
+        ("tdmpc2/gym", "Pendulum-v1", {"time_limit": 100}, {"time_limit"}),
+        ("tdmpc2/gym", "Pendulum-v1", {"num_envs": 1, "action_repeat": 1, "on_bad_step": "stop"}, set()),
+        ("tdmpc2/gym", "Pendulum-v1", {"join_actions": False, "g": 9.5}, {"g"}),
+        ("tdmpc2/gym", "stroll:left", {"wind": 0.0, "stormy": False, "time_limit": 9}, set()),
+        ("tdmpc2/gym", "stroll:left", {"wind": 1.0, "stormy": True, "time_limit": 8}, {"wind", "stormy", "time_limit"}),
+    ],
+)
+def test_giving_an_environment_what_it_has_anyway_is_no_change(name, env, given, told, monkeypatch):
+    monkeypatch.setitem(SUITES, "stroll", _Suite("test_protocols:make_stroll", "gymnasium", 1))
+    assert set(changes(env_fields=given, name=name, env=env)) - {"env"} == told
+
+
+class Suite(gym.Env):
+    """A suite's task with a time limit of its own."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, time_limit):
+        self.time_limit = 9 if time_limit is None else time_limit
+
+
+def make_stroll(task, *, wind=0.0, stormy=False, action_repeat=1, time_limit=None):
+    return Suite(time_limit)
+
+
+USUAL = {"stroll": {"wind": 0.0, "stormy": False}}
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "tiny"),
+    [("dreamerv3/crafter", "CartPole-v1", "dreamerv3:tiny"), ("tdmpc2/gym", "CartPole-v1", "tdmpc2:tiny")],
+)
+def test_a_smaller_model_changes_sizes_alone(name, env, tiny):
+    experiment = protocol(name, env)
+    with experiment.make_env() as made:
+        model, training, _ = experiment._replace(model=tiny).recipe(made)
+        assert (model, training) == experiment.recipe(made)[:2]
+        sizes = {
+            field
+            for field, value in vars(get_config(tiny, **model)).items()
+            if value != getattr(get_config(experiment.model, **model), field)
+        }
+        found = experiment.changes(get_config(tiny, **model), TrainingConfig(**training), made)
+        published = experiment.changes(get_config(experiment.model, **model), TrainingConfig(**training), made)
+        assert set(found) == sizes | set(published)
+        assert not {"kl_free", "slow_critic_rate", "lr_schedule", "learning_rate", "rho", "prefill"} & set(found)
+        assert sizes > {"hidden_dim"}
 
 
 def test_evaluations_count_only_where_they_are_what_is_scored():

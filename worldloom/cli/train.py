@@ -256,7 +256,7 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
     env, env_chosen = _make_env(spec, split_name(name)[0], {**env_fixed, **env_given}, seed)
     try:
         fixed = {**model_given, **training_given}
-        recommended = experiment._replace(model=name).recipe(env, fixed) if experiment else recipe(name, env, fixed)
+        recommended = experiment.recipe(env, fixed) if experiment else recipe(name, env, fixed)
         config = TrainingConfig(**{**recommended.training, **training_given})
         values = {**recommended.model, **model_given}
         model = create_world_model(name, **values, seed=seed, device=config.device, **init_options(given))

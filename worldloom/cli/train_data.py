@@ -78,6 +78,8 @@ class DataSource:
             if protocol.partition("/")[0] != split_name(name)[0].name:
                 raise ConfigError(f"The protocol '{protocol}' is of another family than the model '{name}'.")
             fixed = {**found.model_fields, **found.data_fields, **found.training}
+            # A model of another size differs in the fields of its preset alone.
+            name = f"{protocol.partition('/')[0]}:{found.size}"
         known = self._fields(fields, {**fixed, **model_given})
         recommended = recipe(name, _Shapes(self.training), {**fixed, **known, **model_given, **training_given})
         model = {**recommended.model, **{n: v for n, v in {**fixed, **known}.items() if n in fields}, **model_given}

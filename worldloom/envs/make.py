@@ -212,6 +212,15 @@ def effective_defaults(env: VectorEnv) -> dict[str, Any]:
     return {name: value for name, value in found.items() if env.settings.get(name) is None and value is not None}
 
 
+@functools.cache
+def usual_time_limit(spec: str) -> int | None:
+    """Environment steps after which an episode of ``spec`` is truncated unless another limit is given, or None."""
+    if spec.partition(":")[0] not in {**SUITES, **JAX_SUITES}:
+        return _gym_spec(spec).max_episode_steps
+    with make_env(spec) as env:  # Suites say so once the task is made.
+        return env.time_limit
+
+
 def is_env(value: Any) -> bool:
     """Whether ``value`` can be given to :func:`make_env` as ``spec``, or is a :class:`VectorEnv` already."""
     return isinstance(value, str | gym.Env | gym.vector.VectorEnv | VectorEnv) or callable(value) or is_jax_env(value)

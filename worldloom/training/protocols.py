@@ -6,19 +6,22 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from worldloom.algorithm import ExperimentProtocol, Recipe
-from worldloom.config import nearest, thaw
+from worldloom.algorithm import ExperimentProtocol, Recipe, env_shapes
+from worldloom.config import nearest, shown, thaw
 from worldloom.envs import VectorEnv, make_env
+from worldloom.envs.make import usual_options, usual_time_limit
 from worldloom.errors import ConfigError
 from worldloom.families import family_names, get_family
 from worldloom.training.config import TrainingConfig
 from worldloom.training.recipes import recipe
+from worldloom.training.train_ratio import TrainRatio
 
 _FREE_TRAINING = frozenset(
     {"seed", "device", "mesh", "loop", "log_interval", "save_interval"}
     | {"updates_per_call", "microbatches", "remat", "replay_storage"}
+    | {"env_steps", "total_steps"}
 )
-"""Fields of ``TrainingConfig`` that say where and how a run is computed, not what."""
+"""Fields of ``TrainingConfig`` that say where and how a run is computed, not what; and its end, compared as a whole."""
 _EVALUATION = frozenset({"eval_interval", "eval_episodes", "eval_at_start", "eval_at_end", "eval_greedy"})
 _FREE_ENV = frozenset({"spec", "seed", "parallel", "worker_timeout"})
 
@@ -48,39 +51,91 @@ class Experiment(NamedTuple):
         return make_env(self.env, **{**self.protocol.env_options, **changes})
 
     def recipe(self, env: VectorEnv, given: Mapping[str, Any] | None = None) -> Recipe:
-        """All settings: the family's recipe with the protocol's values, and those ``given``, in place of its own."""
-        fixed = {**self.protocol.model_fields, **self.protocol.training, **(given or {})}
-        found = recipe(self.model, env, fixed)
-        model = {**found.model, **self.protocol.model_fields}
-        training = {**found.training, **self.protocol.training}
-        reasons = {**found.reasons, **dict.fromkeys([*self.protocol.model_fields, *self.protocol.training], "protocol")}
-        return Recipe(model, training, reasons).override(given or {})
+        """All settings: the family's recipe with the protocol's values, and those ``given``, in place of its own.
+
+        They are those of the published size: a model of another size differs in the fields of its preset alone. A given
+        ``total_steps`` replaces the protocol's budget of environment steps.
+
+        Raises ``UnknownFieldError`` if a given field is one of neither config.
+        """
+        given = dict(given or {})
+        own = {**self.protocol.model_fields, **self.protocol.training}
+        reasons = dict.fromkeys(own, "protocol")
+        if "total_steps" in given and "env_steps" in own:
+            own["env_steps"], reasons["env_steps"] = 0, "total_steps is given"
+        found = recipe(f"{self.name.partition('/')[0]}:{self.protocol.size}", env, {**own, **given})
+        reasons = {field: reason for field, reason in {**found.reasons, **reasons}.items() if field not in given}
+        return found._replace(reasons=reasons)
 
     def changes(self, config: Any, training: TrainingConfig, env: VectorEnv) -> dict[str, list[Any]]:
         """What of a run differs from the protocol: name → [value of the protocol, value of the run].
 
         Seed, device and what else leaves the experiment the same are not compared, and evaluations only where they are
-        what is scored.
+        what is scored. An argument of the environments that was left out is what it came to.
 
         Args:
           config: the config of the run's model.
           training: the run's training config.
           env: the run's environments.
         """
-        expected = self.recipe(env)
-        free = _FREE_TRAINING | (frozenset() if self.protocol.score.source == "evaluation" else _EVALUATION)
-        pairs: dict[str, tuple[Any, Any]] = {}
-        model = type(config).from_size(self.protocol.size, **expected.model)
-        pairs |= {name: (value, getattr(config, name, None)) for name, value in vars(model).items()}
-        of_training = vars(TrainingConfig(**expected.training))
-        pairs |= {name: (value, getattr(training, name)) for name, value in of_training.items() if name not in free}
-        options = {name: value for name, value in env.settings.items() if name not in _FREE_ENV and value is not None}
-        options = {"action_repeat": env.action_repeat, "num_envs": env.num_envs, **options}
-        fixed = self.protocol.env_options
-        pairs |= {name: (fixed.get(name), options.get(name)) for name in {**fixed, **options}}
+        published: Any = _PublishedEnv(env, self)
+        expected = self.recipe(published)
+        # Shapes are those of the run: that the environment is another one is said by its name.
+        model = type(config).from_size(self.protocol.size, **{**expected.model, **env_shapes(env)})
+        pairs = {name: (value, getattr(config, name, None)) for name, value in vars(model).items()}
+        own, free = TrainingConfig(**expected.training), _FREE_TRAINING
+        free |= frozenset() if self.protocol.score.source == "evaluation" else _EVALUATION
+        pairs |= {name: (value, getattr(training, name)) for name, value in vars(own).items() if name not in free}
+        pairs |= self._ends(model, own, training, published.action_repeat)
+        pairs |= self._options(env)
         if not self.in_scope:
             pairs["env"] = (" or ".join(self.protocol.envs), self.env)
         return {name: [thaw(old), thaw(new)] for name, (old, new) in pairs.items() if old != new}
+
+    def _ends(
+        self, model: Any, published: TrainingConfig, training: TrainingConfig, repeat: int
+    ) -> dict[str, tuple[int, int]]:
+        """The end of the published run and that of a run with the config ``training``, in what the latter counts."""
+        if bool(published.env_steps) == bool(training.env_steps):
+            name = "env_steps" if published.env_steps else "total_steps"
+            return {name: (getattr(published, name), getattr(training, name))}
+        spec = get_family(self.name.partition("/")[0]).algorithm.replay_spec(model, published)
+        ratio = TrainRatio.of(published, spec.rows - bool(spec.latents))
+        if published.env_steps:
+            return {"total_steps": (ratio.updates(published.env_steps // repeat), training.total_steps)}
+        return {"env_steps": (ratio.decisions(published.total_steps) * repeat, training.env_steps)}
+
+    def _options(self, env: VectorEnv) -> dict[str, tuple[Any, Any]]:
+        """Arguments of the environments by name, of the protocol and of ``env``: both as they come into effect."""
+        given = {name: value for name, value in env.settings.items() if name not in _FREE_ENV and value is not None}
+        fixed, spec = dict(self.protocol.env_options), env.settings.get("spec")
+        usual = {"num_envs": 1, **usual_options(spec)}
+        if isinstance(spec, str) and "time_limit" in {**given, **fixed}:
+            usual["time_limit"] = usual_time_limit(spec)
+        ours, theirs = {**usual, **fixed}, {**usual, **given}
+        ours.setdefault("action_repeat", env.action_repeat)
+        theirs |= {"action_repeat": env.action_repeat, "num_envs": env.num_envs}
+        return {name: (ours.get(name), theirs.get(name)) for name in {**ours, **theirs}}
+
+
+class _PublishedEnv:
+    """Environments as recipes see them, with shapes and lengths of ``env`` and all else as the protocol has it."""
+
+    def __init__(self, env: VectorEnv, experiment: Experiment):
+        self._env = env
+        of_protocol = experiment.protocol
+        options = dict(of_protocol.env_options)
+        self.num_envs: int = options.get("num_envs", 1)
+        self.action_repeat: int = options.get("action_repeat", env.action_repeat)
+        self.settings = {**env.settings, **options}
+        self.action_type = env.action_type
+        if not experiment.in_scope and of_protocol.envs:
+            # What is published for a suite does not depend on the environment that it is tried in.
+            self.settings["spec"] = of_protocol.envs[0]
+            self.action_type = of_protocol.action_type or env.action_type
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
 
 
 def protocol_names() -> list[str]:
@@ -106,6 +161,8 @@ def protocol(name: str, env: str | None = None) -> Experiment:
       ConfigError: there is no such protocol; it needs recorded data; or an environment must be chosen.
     """
     found = find_protocol(name)
+    if not isinstance(env, str | None):
+        raise ConfigError(f"env must be the name of an environment, such as 'dmc:walker_walk', not {shown(env)}.")
     if found.data:
         raise ConfigError(
             f"The protocol '{name}' is trained from recorded data ({found.data}), not in an environment; "
@@ -120,6 +177,8 @@ def protocol(name: str, env: str | None = None) -> Experiment:
 
 def find_protocol(name: str) -> ExperimentProtocol:
     """The record of ``family/protocol``. Raises ``ConfigError`` naming the nearest one if there is none."""
+    if not isinstance(name, str):
+        raise ConfigError(f"A protocol is named by text such as 'tdmpc2/dmc', not {shown(name)}.")
     if name not in protocol_names():
         raise ConfigError(
             f"There is no protocol '{name}'.{nearest(name, protocol_names())} See worldloom list protocols."

@@ -8,7 +8,7 @@ from typing import Any
 from worldloom.algorithm import Curve, ExperimentProtocol, ScoreRule
 from worldloom.config import FrozenMapping
 from worldloom.models.published import control_task, read_curve
-from worldloom.models.tdmpc2.recipes import REFERENCE_GYM, REFERENCE_TRAINING
+from worldloom.models.tdmpc2.recipes import PREFILL_RULE, REFERENCE_CONTROL, REFERENCE_GYM, REFERENCE_TRAINING
 from worldloom.models.tdmpc2.tasks import task_fields
 
 _CURVES = Path(__file__).with_name("published_curves.json")
@@ -54,6 +54,8 @@ PROTOCOLS = FrozenMapping(
             envs=("dmc:*",),
             score=_SCORE,
             env_options=FrozenMapping({"num_envs": 1, "action_repeat": 2}),
+            model_fields=FrozenMapping(REFERENCE_CONTROL),
+            action_type="continuous",
             training=FrozenMapping(_CONTROL),
             curve="tdmpc2",
         ),
@@ -62,6 +64,8 @@ PROTOCOLS = FrozenMapping(
             envs=("dmc_vision:*",),
             score=_SCORE,
             env_options=FrozenMapping({"num_envs": 1, "action_repeat": 2, "frame_stack": 3}),
+            model_fields=FrozenMapping(REFERENCE_CONTROL),
+            action_type="continuous",
             training=FrozenMapping({**_CONTROL, "env_steps": 2_000_000}),
         ),
         # Prefill and its updates depend on the length of an episode: the recipe has the rule.
@@ -72,6 +76,8 @@ PROTOCOLS = FrozenMapping(
             env_options=FrozenMapping({"num_envs": 1, "action_repeat": 1}),
             model_fields=FrozenMapping({**REFERENCE_GYM, "episodic": True}),
             training=FrozenMapping({**_ONLINE, "env_steps": 4_000_000}),
+            derived=FrozenMapping({"prefill": PREFILL_RULE, "prefill_updates": "as many as prefill"}),
+            action_type="continuous",
         ),
         "mt30": _multitask("mt30", 64, "20 GB of .pt files of 30 tasks, episodes of 501 rows"),
         "mt80": _multitask("mt80", 96, "34 GB of .pt files of 80 tasks, episodes of 101 rows"),

@@ -23,6 +23,8 @@ REFERENCE_TRAINING: dict[str, Any] = {
     "grad_clip": 20.0,
 }
 """The reference's settings in every suite."""
+REFERENCE_CONTROL: dict[str, Any] = {"discount_max": 0.995, "rho": 0.5}
+"""What the reference takes elsewhere, and in DeepMind Control."""
 REFERENCE_GYM: dict[str, Any] = {"discount_max": 0.99, "rho": 0.7}
 """What the reference's wrapper of Gymnasium tasks sets."""
 _TINY: dict[str, Any] = {
@@ -50,6 +52,8 @@ _REFERENCE_LATENT = 512
 
 _PREFILL_EPISODES, _LEAST_PREFILL = 5, 1_000
 """The reference begins with five whole episodes of random actions and as many updates; here at least 1,000 steps."""
+PREFILL_RULE = f"max({_LEAST_PREFILL}, {_PREFILL_EPISODES} × episode length)"
+"""The same in words, for the reference's single environment."""
 
 JAX_SUITES = ("jax", "gymnax", "craftax", "brax", "playground", "navix", "jumanji")
 """Prefixes of environments in JAX, whose images ``make_env`` does not stack."""
