@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from worldloom.cli import main
-from worldloom.cli.train import _flags, _make_env
+from worldloom.cli.plan import budget
+from worldloom.cli.train import _flags, _make_env, _new_run
 from worldloom.envs import make_env
 from worldloom.families import get_family
 from worldloom.training.protocols import protocol_names
@@ -55,6 +56,34 @@ def test_a_run_that_follows_a_protocol_says_and_records_what_it_changes(followed
     # Evaluated before the first update, as the protocol says, and at the end.
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/return" in line] == [0, 22]
+
+
+def planned(*words):
+    """What the command is about to do, and the lines that it prints about settings."""
+    family = get_family(words[words.index("--protocol") + 1].partition("/")[0])
+    given = _flags(family).parse(words)
+    plan = _new_run(given, given.get("model"))
+    plan.env.close()
+    return plan, "\n".join(plan.settings)
+
+
+def test_a_given_number_of_updates_is_the_end_of_the_run():
+    plan, lines = planned(*PROTOCOL[1:], "--total-steps", "300")
+    assert budget(plan).startswith("ends after 300 updates, 308 environment steps")
+    assert (plan.config.total_steps, plan.config.env_steps) == (300, 0)
+    assert "total_steps 300 (published " in lines
+    assert "50000)" not in lines
+    assert "env_steps" not in lines
+    assert "--total-steps 300            given" in lines
+
+
+def test_a_smaller_model_keeps_what_the_protocol_learns_with():
+    words = ["--protocol", "dreamerv3/crafter", "--model", "dreamerv3:tiny", "--env", "CartPole-v1"]
+    plan, lines = planned(*words)
+    assert plan.config.lr_schedule == "constant"
+    assert (plan.model.config.kl_free, plan.model.config.slow_critic_rate) == (1.0, 0.02)
+    assert "deter_dim 256 (published 8192)" in lines
+    assert not [name for name in ("lr_schedule", "kl_free", "slow_critic_rate") if name in lines]
 
 
 def test_the_environments_of_a_run_can_be_made_again_from_its_config(followed, run_command):
@@ -173,6 +202,10 @@ def test_protocols_are_listed_with_all_their_settings(run_command):
     assert all(f"\n{name}: " in f"\n{out}" for name in protocol_names())
     assert "env_steps=440000" in out
     assert "recorded data, not --env: 20 GB of .pt files" in out
+    assert "prefill=max(1000, 5 × episode length), prefill_updates=as many as prefill" in out
+    assert "discount_max=0.995, rho=0.5" in out
+    assert "episodic=False" in out
+    assert out.splitlines()[-1].startswith("Other fields are those of the preset")
     assert "worldloom list protocols" in run_command("list")[1]
 
 

@@ -92,9 +92,11 @@ def _list_protocols(words: Sequence[str]) -> int:
         found = find_protocol(name)
         envs = " | ".join(found.envs) or f"recorded data, not --env: {found.data}"
         print(f"{name}: {name.partition('/')[0]}:{found.size} on {envs}")
-        fields = {**found.env_options, **found.model_fields, **found.training}
+        of_model = {**found.model_fields, **found.data_fields}
+        fields = {**found.env_options, **of_model, **found.training, **found.derived}
         print(f"  {', '.join(f'{field}={value}' for field, value in fields.items())}")
         print(f"  score: {found.score.text}" + (f"; published curves: {found.curve}" if found.curve else ""))
+    print("Other fields are those of the preset, or at the defaults in worldloom train --model MODEL --help.")
     return 0
 
 
