@@ -185,7 +185,8 @@ def test_doctor_says_what_a_run_has_seen_of_rewards(followed, run_command):
     saved = record.read_text()
     content = json.loads(saved)
     try:
-        content["collector"]["seen"] |= {"low": -1.0, "high": 0.0, "since": 0.0, "mean": -0.5, "spread": 9.0}
+        rewards = {"low": -1.0, "high": 0.0, "since": 0.0, "mean": -0.5, "spread": 9.0}
+        content["collector"]["seen"] |= rewards | {"lengths": [6] * 10, "recent": [-0.01] * 10}
         record.write_text(json.dumps(content))
         assert "If the task pays more at its goal, the agent has not seen it" in run_command("doctor", folder)[1]
         del content["collector"]["seen"]  # as an earlier version wrote it

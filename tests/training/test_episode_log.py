@@ -115,45 +115,138 @@ def test_numbers_of_a_worker_process_arrive_too():
     assert all(end.info["deep/steps"] == end.length for end in ends)
 
 
-def seen(prefill, since=(), returns=()):
-    """The statistics of these rewards of the prefill, of those since, and of returns."""
+def seen(prefill, since=()):
+    """The statistics of these rewards of the prefill, and of those since."""
     found = RewardsSeen()
     for reward in prefill:
         found.add_rewards(np.array([reward]), prefill=True)
     for reward in since:
         found.add_rewards(np.array([reward]), prefill=False)
-    for value in returns:
-        found.add_return(value)
     return found
 
 
-COSTS = [-0.1, -0.05, -0.01, -1e-5]
-"""Of actions on a hill whose goal pays 100."""
+def played(episodes, prefill=1_000):
+    """The statistics of whole episodes, each given by its rewards; the first ``prefill`` steps are the prefill."""
+    found, steps = RewardsSeen(), 0
+    for rewards in episodes:
+        for part in np.split(np.asarray(rewards, np.float32), [max(0, prefill - steps)]):
+            found.add_rewards(part, prefill=steps < prefill)
+            steps += len(part)
+        found.add_return(float(np.sum(rewards)), len(rewards))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("found", "said"),
-    [
-        (seen(COSTS, [0.0]), "No step since the prefill has paid more"),  # the agent has learned to do nothing
-        (seen(COSTS, [0.0], [-33.0, *[-0.2, -0.1] * 6]), "No step since the prefill has paid more"),
-        (seen([-16.0, -8.0, -1e-5], [0.0], [-1600.0, *[-1.0, -240.0] * 5]), None),  # a pendulum that begins anywhere
-        (seen([-16.0, -8.0, -1e-5], [0.0], [-1.0, -240.0]), "No step since the prefill has paid more"),  # too few yet
-        (seen(COSTS, [0.0, 100.0]), None),
-        (seen([-16.0, -8.0, -0.3], [-1e-4]), None),
-        (seen([0.0] * 98 + [1.0], [1.0]), None),  # random actions have met the goal, and nothing pays more
-        (seen([0.0] * 50 + [-1.0], [0.0]), "No step since the prefill has paid more"),  # a game without a point won
-        (seen([-1.0] * 9, [-1.0] * 9, [-500.0, -500.0]), "every episode has returned -500"),
-        (seen([-1.0] * 9, [-1.0] * 9, [-500.0, -200.0]), None),  # the length of an episode tells good from bad
-        (seen([1.0] * 9, [1.0] * 9, [9.0, 20.0]), None),
-        (seen([-1.0] * 9, [-1.0] * 9), None),  # no episode is over
-        (seen([0.0, 1.0]), None),  # the prefill is not over
-        (seen([]), None),
-    ],
+def simulated(name, policy, steps, prefill=1_000, seed=0):
+    """Whole episodes of a Gymnasium environment: random actions in the prefill, then those of ``policy``."""
+    rng, episodes, taken = np.random.default_rng(seed), [], 0
+    with make_env(name, seed=seed) as env:
+        now = env.reset()
+        while taken < steps:
+            rewards, over = [], False
+            while not over:
+                actions = env.sample_actions(rng) if policy is None or taken < prefill else policy(now.obs, rng)
+                now = env.step(actions)
+                rewards.append(float(now.reward[0]))
+                taken, over = taken + 1, bool(now.is_last[0])
+            episodes.append(rewards)
+            now = env.step(env.sample_actions(rng))  # the next episode's first row
+    return played(episodes, prefill)
+
+
+def swing_up(obs, rng):
+    """Swings a pendulum up, and holds it there."""
+    angle, speed = np.arctan2(obs[0, 1], obs[0, 0]), obs[0, 2]
+    energy = speed**2 / 6 + 5 * (np.cos(angle) - 1)
+    torque = -10 * angle - 2 * speed if abs(angle) < 0.6 else -2 * np.sign(energy) * (np.sign(speed) or 1)
+    return np.clip([[torque]], -2, 2).astype(np.float32)
+
+
+COST, NEW, CONSTANT = (
+    "MountainCarContinuous-v0",
+    "No step since the prefill has paid more",
+    "every episode has returned",
 )
-def test_a_reward_that_was_never_met_is_said(found, said):
+ZERO = "Every step so far has paid 0: there was nothing to learn from"
+SPARSE = {
+    "action costs, whatever is done": (lambda rng: simulated(COST, None, 12_000), NEW),
+    "action costs, nothing is done": (lambda rng: simulated(COST, lambda o, r: np.zeros((1, 1)), 12_000), NEW),
+    "action costs, hardly anything": (
+        lambda rng: simulated(COST, lambda o, r: 0.1 * r.normal(size=(1, 1)), 12_000),
+        NEW,
+    ),
+    "action costs, always the largest": (lambda rng: simulated(COST, lambda o, r: np.ones((1, 1)), 12_000), NEW),
+    "a goal of the prefill that was never met again": (
+        lambda rng: played([[0.0] * 99 + [0.01 * (i < 10 and i % 3 == 0)] for i in range(100)]),
+        NEW,
+    ),
+    "a clump of rewards in one episode of the prefill": (
+        lambda rng: played([[0.0] * 90 + [1.0 * (i == 3)] * 10 for i in range(100)]),
+        NEW,
+    ),
+    "a game without a point won": (lambda rng: played([([0.0] * 50 + [-1.0]) * 21] * 12), NEW),
+    "penalties that a still agent avoids": (
+        lambda rng: played([[0.0] * 99 + [-1.0]] * 10 + [[0.0] * 99 + [-1.0 * (i == 4)] for i in range(90)]),
+        NEW,
+    ),
+    "penalties after a prefill without any": (lambda rng: played([[0.0] * 100] * 10 + [[0.0] * 99 + [-1.0]] * 90), NEW),
+    "steps that cost the same": (lambda rng: simulated("MountainCar-v0", None, 4_000), CONSTANT),
+    "steps that cost the same, but for one short episode": (
+        lambda rng: played([[-1.0] * 100] * 100 + [[-1.0] * 40]),
+        "every episode has returned -100, with few exceptions (from -100 to -40)",
+    ),
+    "zeros": (lambda rng: played([[0.0] * 100] * 30), ZERO),
+    "zeros, and episodes of any length": (lambda rng: played([[0.0] * (50 + i) for i in range(60)]), ZERO),
+    "zeros, and no episode is over": (lambda rng: seen([0.0] * 9, [0.0] * 90), ZERO),
+}
+"""Worlds in which nothing was met that the prefill had not, and what is said."""
+DENSE = {
+    "a pendulum that swings at random": lambda rng: simulated("Pendulum-v1", None, 12_000),
+    "a pendulum that hangs": lambda rng: simulated("Pendulum-v1", lambda o, r: np.zeros((1, 1)), 12_000),
+    "a pendulum that is held up": lambda rng: simulated("Pendulum-v1", swing_up, 12_000),
+    "a pole that falls": lambda rng: simulated("CartPole-v1", None, 4_000),
+    "episodes get longer": lambda rng: played([[1.0] * (10 + 5 * i) for i in range(100)]),
+    "episodes get longer up to a limit": lambda rng: played([[1.0] * min(500, 20 + i * i) for i in range(60)]),
+    "episodes get longer, and actions cost": lambda rng: played(
+        [1 - 0.1 * rng.uniform(size=min(500, 20 + i * i)) for i in range(60)]
+    ),
+    "episodes get shorter": lambda rng: played([[-1.0] * (200 - 3 * min(i, 40)) for i in range(60)]),
+    "returns improve": lambda rng: played([rng.normal(-0.3 + 0.05 * i, 0.5, 200) for i in range(60)]),
+    "returns improve, but no step pays more": lambda rng: played(
+        [np.minimum(rng.normal(-6 + 0.1 * min(i, 50), 4, 200), 0.0) for i in range(60)]
+    ),
+    "a goal is met": lambda rng: played([[-0.1] * 99 + [100.0 * (i > 30)] for i in range(60)]),
+    "a goal is met as often as in the prefill": lambda rng: played(
+        [[0.0] * 99 + [1.0 * (i % 3 == 0)] for i in range(60)]
+    ),
+    "the best reward is kept": lambda rng: played([rng.uniform(0.3, 1, 100)] * 10 + [np.full(100, 1.0)] * 30),
+    "a path of costs that gets shorter": lambda rng: played([[-1.0] * 300 + [-9.0] * 100] * 10 + [[-1.0] * 13] * 400),
+    # Too little to say anything.
+    "fewer than ten episodes": lambda rng: played([-0.1 * rng.uniform(size=900) ** 2 for _ in range(9)]),
+    "fewer than ten episodes of equal costs": lambda rng: played([[-1.0] * 500] * 9),
+    "no episode is over": lambda rng: seen([-1.0] * 9, [-1.0] * 90),
+    "the prefill is not over": lambda rng: seen([0.0, 1.0]),
+    "nothing yet": lambda rng: seen([]),
+}
+"""Worlds in which there is something to learn, or nothing to say."""
+
+
+@pytest.mark.parametrize("world", [*SPARSE, *DENSE])
+def test_a_reward_that_was_never_met_is_said(world):
+    make, said = SPARSE[world] if world in SPARSE else (DENSE[world], None)
+    found = make(np.random.default_rng(0))
     text = found.nothing_new()
     assert (said in text and "prefill_policy='correlated'" in text) if said else text is None
     assert RewardsSeen(**json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_a_word_is_never_said_of_a_pendulum_on_its_way():
+    rng = np.random.default_rng(0)
+
+    def learning(number):
+        return np.minimum(rng.normal(-6 + 0.1 * min(number, 50), 4) + rng.normal(0, 0.5, 200), 0.0)
+
+    episodes = [learning(number) for number in range(80)]
+    assert not any(played(episodes[:end]).nothing_new() for end in range(10, 80))
 
 
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50), st.sets(st.integers(1, 49)))
@@ -172,6 +265,9 @@ def test_statistics_saved_by_an_earlier_version_are_continued():
     assert (found.steps, found.low, found.high) == (6, -9.0, 4.0)
     assert found.mean == pytest.approx(np.mean(rewards))
     assert found.spread == pytest.approx(6 * np.var(rewards))
+    # It did not keep the lengths of episodes: those to come are the first that are known.
+    assert RewardsSeen(**saved, since=2.0, worst=-5.0, best=-5.0, recent=[-5.0] * 10).nothing_new() is None
+    assert RewardsSeen(**saved, since=2.0).least == 2.0
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50))
@@ -197,7 +293,8 @@ def test_the_log_says_so_once_but_not_after_recorded_data(tmp_path, caplog, offl
         trainer = run(tmp_path, total=240, kind=Inert, num_envs=1, config=config)
     assert caplog.text.count("No step since the prefill has paid more") == said
     found = trainer.run.collector.seen
-    assert (found.low, found.high, found.since, found.worst, found.best) == (-5.0, -1.0, -1.0, -15.0, -15.0)
+    assert (found.low, found.high, found.since, found.least) == (-5.0, -1.0, -1.0, -5.0)
+    assert (found.worst, found.best, found.lengths) == (-15.0, -15.0, [5] * 10)
 
 
 def test_what_was_seen_survives_a_resume(tmp_path):

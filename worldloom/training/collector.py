@@ -286,7 +286,7 @@ class Collector:
                 self.ends.append(EpisodeRecord(self.episodes, self.env_steps, prefill, event))
                 self.episodes += 1
                 if not event.crashed:
-                    self.seen.add_return(event.episode_return)
+                    self.seen.add_return(event.episode_return, event.length)
             elif isinstance(event, BadStep):
                 self.bad_steps += 1
             else:

@@ -343,7 +343,7 @@ class Transfer:
             env_steps, prefill = decisions[step + 1] * env.action_repeat, decisions[step + 1] <= collector.prefill
             collector.ends.append(EpisodeRecord(collector.episodes, env_steps, prefill, end))
             collector.episodes += 1
-            collector.seen.add_return(total)
+            collector.seen.add_return(total, length)
         self._returns = totals[-1]
         collector.decisions = decisions[-1]
 
