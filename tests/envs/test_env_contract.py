@@ -175,6 +175,7 @@ def test_a_step_that_returns_nan_can_close_its_episode(kind, length, name, paral
                 assert bad == [BadStep(0, name), BadStep(1, name)]
                 ends = [event for event in time_step.events if isinstance(event, EpisodeEnd)]
                 assert all(end.length == length and not (end.crashed or end.terminated) for end in ends)
+                assert all(end.bad_step and not end.whole for end in ends)
                 assert not any(isinstance(event, WorkerRestart) for event in time_step.events)
                 again = make_env(kind, 2, on_bad_step="restart")
                 np.testing.assert_array_equal(again.restore(env.state()).obs, time_step.obs)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -14,6 +15,7 @@ from tiny_envs import Walk
 from toy_family import ALGORITHM, PrefillingToy, ToyWorldModel
 
 from worldloom.envs import make_env
+from worldloom.envs.time_step import scalars
 from worldloom.training import Trainer
 from worldloom.training.callbacks import CheckpointCallback
 from worldloom.training.callbacks.episodes import EpisodeLog
@@ -95,6 +97,34 @@ def test_a_new_run_renames_the_file_of_another(tmp_path):
     run(tmp_path / "a", total=10, seed=4)
     assert lines(tmp_path / "a", "episodes.1.jsonl") == before
     assert lines(tmp_path / "a") != before
+
+
+def test_numbers_of_an_info_are_those_of_any_package_and_of_dicts_within():
+    deep: dict = {"x": 1}
+    for _ in range(2_000):
+        deep = {"in": deep, "y": 2}
+    endless: dict = {"x": 3}
+    endless |= {"me": endless, "other": {"back": endless, "z": 4}}
+    found = scalars(
+        {
+            "array": np.array(2.5),
+            "jax": jnp.float32(2.0),
+            "count": jnp.array(3),
+            "flag": np.array(True),
+            "one": np.array([3.0]),
+            "masked": np.ma.masked,
+            "text": np.array("a"),
+            "nan": jnp.float32(jnp.nan),
+            "huge": 10**400,
+            "endless": endless,
+        }
+    )
+    assert found == {
+        **{"array": 2.5, "jax": 2.0, "count": 3.0, "flag": 1.0},
+        **{"endless/x": 3.0, "endless/other/z": 4.0},
+    }
+    assert scalars({"deep": deep})["deep/y"] == 2.0
+    assert len(scalars({"deep": deep})) < 10
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))

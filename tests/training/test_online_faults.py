@@ -1,5 +1,6 @@
 """Environments that do not fit, fail or die: refused with an explanation, or survived without damage."""
 
+import json
 import os
 import signal
 
@@ -26,6 +27,7 @@ from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer
 from worldloom.training.callbacks import CheckpointCallback
+from worldloom.training.callbacks.episodes import EpisodeLog
 from worldloom.training.checkpoint_files import flatten_state
 from worldloom.training.run_info import on_host
 
@@ -231,7 +233,7 @@ def test_steps_that_return_nan_cut_their_episodes_are_counted_and_do_not_end_the
     config, recorder = config.replace(log_interval=1), MeasurementRecorder()
     saves = CheckpointCallback(str(tmp_path), save_every=1, keep_last=99, save_best=False)
     env = make_env(SometimesNan, 2, seed=3, on_bad_step="restart")
-    trainer = Trainer(toy(env), config, [saves, recorder])
+    trainer = Trainer(toy(env), config, [EpisodeLog(tmp_path / "log"), saves, recorder])
     trainer.train(env, total_steps=12)
     rows = every_row(trainer.replay)
     assert all(np.isfinite(rows[name]).all() for name in ("obs", "rewards"))
@@ -239,6 +241,16 @@ def test_steps_that_return_nan_cut_their_episodes_are_counted_and_do_not_end_the
     counted = [values["collect/bad_steps"] for _, _, values in recorder.records if "collect/bad_steps" in values]
     assert counted[-1] == cut.sum() > 2
     assert "returned 'obs' NaN or infinite: its episode is closed as truncated" in caplog.text
+    # They are marked, and no statistic of returns has them.
+    lines = [json.loads(line) for line in (tmp_path / "log" / "episodes.jsonl").read_text().splitlines()]
+    whole = [line["return"] for line in lines if not line.get("bad_step")]
+    assert len(lines) - len(whole) == cut.sum()
+    assert not any(line["terminated"] or line.get("crashed") for line in lines if line.get("bad_step"))
+    parts = [(v["collect/return"], v["collect/episodes"]) for _, _, v in recorder.records if "collect/return" in v]
+    assert sum(number for _, number in parts) == len(whole)
+    assert sum(mean * number for mean, number in parts) == pytest.approx(sum(whole))
+    seen = trainer.run.collector.seen
+    assert (seen.worst, seen.best) == (min(whole), max(whole))
     # Exactly resumable, whether or not an episode was just cut.
     for step in range(1, 12, 2):
         again = make_env(SometimesNan, 2, seed=3, on_bad_step="restart")

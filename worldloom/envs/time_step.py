@@ -20,9 +20,9 @@ class EpisodeEnd(NamedTuple):
       episode_return: sum of the episode's rewards.
       length: decision steps of the episode (its actions; one less than its rows).
       terminated: whether the environment itself ended the episode; false for a time limit.
-      crashed: whether it was cut because its worker had to be restarted; its return is then incomplete. An episode that
-        is cut at a NaN (``on_bad_step="restart"``) counts as one that a time limit has cut.
+      crashed: whether it was cut because its worker had to be restarted; its return is then incomplete.
       info: the numbers in the ``info`` of the last step, see :func:`scalars`; empty where there are none.
+      bad_step: whether it was cut at a NaN (``on_bad_step="restart"``); its return is then incomplete.
     """
 
     env: int
@@ -31,6 +31,12 @@ class EpisodeEnd(NamedTuple):
     terminated: bool
     crashed: bool
     info: Mapping[str, float] = {}
+    bad_step: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the return is that of a whole episode, which statistics are of."""
+        return not (self.crashed or self.bad_step)
 
 
 class BadStep(NamedTuple):
@@ -85,18 +91,39 @@ class TimeStep(NamedTuple):
     events: tuple[Event, ...] = ()
 
 
-def scalars(info: Mapping[str, Any]) -> dict[str, float]:
+_DEEPEST = 8
+"""Dicts within dicts in an ``info`` whose numbers are kept; one that contains itself has no end."""
+
+
+def scalars(info: Mapping[str, Any], _around: tuple[int, ...] = ()) -> dict[str, float]:
     """The numbers and booleans in an ``info``, as floats; those in dicts under ``outer/inner``.
 
-    Arrays, texts, NaN, infinities, and integers too large for a float are left out.
+    Arrays of no axes are numbers. Left out are other arrays, texts, NaN, infinities, integers too large for a float,
+    and a dict within itself.
     """
     found: dict[str, float] = {}
+    around = (*_around, id(info))
     for name, value in info.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
-        elif isinstance(value, bool | np.bool_) or (is_number(value) and math.isfinite(value)):
-            found[str(name)] = float(value)
+            if id(value) not in around and len(around) < _DEEPEST:
+                found |= {f"{name}/{inner}": number for inner, number in scalars(value, around).items()}
+            continue
+        number = _without_axes(value)
+        if isinstance(number, bool | np.bool_) or (is_number(number) and math.isfinite(number)):
+            found[str(name)] = float(number)
     return found
+
+
+def _without_axes(value: Any) -> Any:
+    """The element of an array of no axes, of whatever package; another value as it is."""
+    if isinstance(value, np.generic) or getattr(value, "shape", None) != () or not hasattr(value, "dtype"):
+        return value
+    if np.ma.is_masked(value):
+        return None
+    try:
+        return np.asarray(value).item()
+    except (TypeError, ValueError, RuntimeError):  # Such as a tensor on a device that NumPy cannot read.
+        return None
 
 
 def episode_seed(seed: int, env: int, episode: int) -> int:

@@ -288,8 +288,8 @@ class VectorEnv:
         self._returns = np.where(reset_mask, 0, self._returns) + result.reward
 
         # Report episodes that ended.
-        crashed = {restart.env for restart in result.restarts}
-        self._cut = result.is_last & np.isin(np.arange(self.num_envs), [*crashed, *(step.env for step in bad)])
+        crashed, not_finite = {restart.env for restart in result.restarts}, {step.env for step in bad}
+        self._cut = result.is_last & np.isin(np.arange(self.num_envs), [*crashed, *not_finite])
         ends = [
             EpisodeEnd(
                 env=int(env),
@@ -298,6 +298,7 @@ class VectorEnv:
                 terminated=bool(result.is_terminal[env]),
                 crashed=int(env) in crashed,
                 info=result.infos.get(int(env), {}),
+                bad_step=int(env) in not_finite,
             )
             for env in np.flatnonzero(result.is_last)
         ]

@@ -285,7 +285,7 @@ class Collector:
                 prefill = self.decisions <= self._prefill
                 self.ends.append(EpisodeRecord(self.episodes, self.env_steps, prefill, event))
                 self.episodes += 1
-                if not event.crashed:
+                if event.whole:
                     self.seen.add_return(event.episode_return, event.length)
             elif isinstance(event, BadStep):
                 self.bad_steps += 1

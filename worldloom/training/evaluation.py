@@ -145,6 +145,7 @@ class _Tally:
         self.remaining = np.full(env.num_envs, episodes // env.num_envs)
         self.remaining[: episodes % env.num_envs] += 1
         self._episodes, self._limit, self._cuts, self._steps = episodes, limit, 0, 0
+        self._bad_steps = 0
         self._said, self._own_limit = time.monotonic(), env.episode_length
         self.clear()
 
@@ -171,6 +172,8 @@ class _Tally:
         self.cut &= ~time_step.is_first
         for event in time_step.events:
             if isinstance(event, EpisodeEnd) and not event.crashed and not self.cut[event.env]:
+                # Left out, episodes that always meet NaN would keep the evaluation from ever ending.
+                self._bad_steps += event.bad_step and bool(self.remaining[event.env])
                 self._end(event)
         for env in np.flatnonzero((self._lengths >= self._limit) & ~time_step.is_last & ~self.cut):
             self.cut[env] = True
@@ -185,12 +188,17 @@ class _Tally:
             )
 
     def warn_of_cuts(self) -> None:
-        """Log how many episodes were cut, if any."""
+        """Log how many episodes were cut, by the limit or at NaN, if any."""
         if self._cuts:
             _log.warning(
                 "%d of %d evaluated episodes did not end and were cut after %d decision steps; max_episode_steps, or a "
                 "time_limit of the environment, sets another number.",
                 *(self._cuts, len(self.ends), self._limit),
+            )
+        if self._bad_steps:
+            _log.warning(
+                "%d of %d evaluated episodes were cut at NaN or infinity, so their returns are incomplete.",
+                *(self._bad_steps, len(self.ends)),
             )
 
     def _end(self, end: EpisodeEnd) -> None:

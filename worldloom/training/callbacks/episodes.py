@@ -64,7 +64,7 @@ class EpisodesCallback(Callback):
             _log.warning("%s", text)
 
     def _counts(self) -> CallbackResult:
-        ends = [record.end for record in self.collector.ends if not record.end.crashed]
+        ends = [record.end for record in self.collector.ends if record.end.whole]
         counts = {"collect/episodes": float(len(ends)), "collect/restarts": float(self.collector.restarts)}
         if self.collector.bad_steps:
             counts["collect/bad_steps"] = float(self.collector.bad_steps)
@@ -79,7 +79,8 @@ class EpisodeLog(Callback):
 
     ``{"episode": 7, "env_steps": 1600, "return": -812.3, "length": 200, "terminated": false, "worker": 0}``, where
     ``env_steps`` are those of the run at its end, ``length`` counts decision steps and ``worker`` is the environment.
-    Where they apply: ``"prefill": true``, ``"crashed": true``, and ``"info"``, the numbers in the last step's ``info``.
+    Where they apply: ``"prefill": true``; ``"crashed": true`` or ``"bad_step": true`` where a crash or NaN cut the
+    episode, whose return is then incomplete; and ``"info"``, the numbers in the last step's ``info``.
     A resumed run has the lines of an uninterrupted one; a new run first renames an existing file.
 
     Args:
@@ -149,8 +150,10 @@ def _line(record: Any) -> dict[str, Any]:
         "terminated": end.terminated,
         "worker": end.env,
     }
-    flags = {name: True for name, value in (("prefill", record.prefill), ("crashed", end.crashed)) if value}
-    return line | flags | ({"info": dict(end.info)} if end.info else {})
+    flags = {"prefill": record.prefill, "crashed": end.crashed, "bad_step": end.bad_step}
+    return (
+        line | {name: True for name, value in flags.items() if value} | ({"info": dict(end.info)} if end.info else {})
+    )
 
 
 def _number_of(line: str) -> float:
