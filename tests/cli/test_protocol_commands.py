@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -125,21 +126,52 @@ def test_scores_of_runs_are_printed_by_task_with_an_interval(followed, run_comma
     for number, shift in ((1, 10.0), (2, 20.0)):
         other = tmp_path / f"seed{number}"
         other.mkdir()
-        (other / "config.json").write_text((folder / "config.json").read_text())
+        settings = json.loads((folder / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**settings, "run_id": f"seed{number}"}))
         lines = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
         moved = [json.dumps({**line, "return": line["return"] + shift}) for line in lines]
         (other / "episodes.jsonl").write_text("\n".join(moved))
         others.append(other)
-    words = ["score", folder, *others, "--statistic", "training", "--window", "20"]
-    code, out, _ = run_command(*words)
+    words = ["--statistic", "training", "--window", "20"]
+    code, out, _ = run_command("score", folder, *others, *words)
     assert code == 0
     assert "3 runs; mean of 4 training episodes that end in 10–30" in out
     assert "interquartile mean of 3 runs, 1 task: -" in out
     assert "95 % interval from -" in out
+    # A run counts once, by whatever path, and so does a copy of it.
+    copy = shutil.copytree(others[0], tmp_path / "copy")
+    again = [f"{folder}/", folder / ".." / folder.name, copy]
+    code, repeated, _ = run_command("score", folder, *others, *again, *words)
+    assert code == 0
+    told, *rest = repeated.splitlines()
+    assert told == f"{copy} is the same run as {others[0]}, and does not count again"
+    assert rest == out.splitlines()
     code, _, err = run_command("score", others[0])
     assert code == 2
     assert "No evaluation (eval/return)" in err
     assert "--statistic training" in err
+
+
+def test_what_cannot_be_scored_is_said_in_a_sentence(followed, run_command, tmp_path):
+    folder, _ = followed
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "env_steps": 9, "eval/return": null}\n')
+    (tmp_path / "episodes.jsonl").write_text('{"env_steps": 9, "return": 1.0}\n{"episode": 1, "return": 3.0}\n{"epis')
+    for words, message in (
+        (["score", "--statistic", "training"], "episodes.jsonl, line 2: env_steps of an episode must be a finite"),
+        (["doctor"], "episodes.jsonl, line 2: env_steps of an episode must be a finite"),
+    ):
+        code, _, err = run_command(words[0], tmp_path, *words[1:])
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    (tmp_path / "episodes.jsonl").unlink()
+    for words, message in (
+        ([], "eval/return of the evaluation after 9 environment steps is no finite number"),
+        (["--window", "20"], "the statistic here is 'evaluation'; leave --window out, or take --statistic training"),
+    ):
+        code, _, err = run_command("score", tmp_path, *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
 
 
 def test_a_published_curve_stands_beside_the_score(followed, run_command, tmp_path):
@@ -231,6 +263,7 @@ def test_protocols_are_listed_with_all_their_settings(run_command):
         (["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--env-option", "=3"], "takes NAME=VALUE"),
         (["score"], "required: run"),
         (["score", "/nowhere"], "not the folder of a run"),
+        (["score", "/nowhere", "--window", "-3"], "--window is at least 1 environment step, not -3"),
         (["score", "/nowhere", "--statistic", "best"], "--statistic is training, evaluation"),
         (["doctor", "/nowhere"], "not the folder of a run"),
         (["list", "protocol"], "'protocol' is not expected"),

@@ -1,14 +1,23 @@
 """Scores of runs: windows, aggregates, and Crafter's score."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldloom.algorithm import Curve, ScoreRule
-from worldloom.errors import DataError
+from worldloom.errors import ConfigError, DataError, FileFormatError
 from worldloom.report.curves import learning_curve
-from worldloom.report.score import bootstrap_interval, geometric_score, interquartile_mean, published_at, score
+from worldloom.report.score import (
+    bootstrap_interval,
+    geometric_score,
+    interquartile_mean,
+    published_at,
+    read_episodes,
+    score,
+)
 
 EPISODES = [{"episode": i, "env_steps": 100 * (i + 1), "return": float(i), "length": 100} for i in range(40)]
 RECORDS = [{"env_steps": 500 * i, "step": i, "eval/return": 10.0 * i} for i in range(9)]
@@ -32,9 +41,10 @@ def test_a_rule_without_a_window_takes_the_last_twentieth_of_the_budget():
     assert score(rule("training"), EPISODES, [], budget=4_000, at=1_000, window=300).value == np.mean([7, 8, 9])
 
 
-def test_crashed_episodes_do_not_count():
-    crashed = [*EPISODES, {"env_steps": 3_950, "return": 1e9, "crashed": True}]
-    assert score(rule("training"), crashed, [], budget=4_000).value == np.mean([38, 39])
+@pytest.mark.parametrize("why", ["crashed", "bad_step"])
+def test_episodes_that_were_cut_do_not_count(why):
+    cut = [*EPISODES, {"env_steps": 3_950, "return": 1e9, why: True}]
+    assert score(rule("training"), cut, [], budget=4_000).value == np.mean([38, 39])
 
 
 def test_an_evaluation_counts_up_to_the_end_of_the_budget():
@@ -45,6 +55,46 @@ def test_an_evaluation_counts_up_to_the_end_of_the_budget():
         score(rule("greedy"), EPISODES, RECORDS, budget=4_000)
     with pytest.raises(DataError, match="No training episode ended between 5,000 and 6,000"):
         score(rule("training"), EPISODES, RECORDS, budget=4_000, at=6_000, window=1_000)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "text"])
+def test_an_evaluation_without_a_finite_return_is_no_score_and_no_older_one_takes_its_place(value):
+    records = [*RECORDS, {"env_steps": 4_100, "step": 9, "eval/return": value}]
+    with pytest.raises(DataError, match=r"after 4,100 environment steps is no finite number; --at 4000 scores"):
+        score(rule("evaluation"), EPISODES, records, budget=5_000)
+    assert score(rule("evaluation"), EPISODES, records, budget=5_000, at=4_000).value == 80.0
+    with pytest.raises(DataError, match=r"is no finite number\.$"):
+        score(rule("evaluation"), EPISODES, records[-1:], budget=5_000)
+
+
+@pytest.mark.parametrize("source", ["evaluation", "greedy", "achievements"])
+def test_a_window_is_refused_where_there_is_none(source):
+    with pytest.raises(ConfigError, match=f"statistic here is '{source}'"):
+        score(rule(source), EPISODES, RECORDS, budget=4_000, window=100)
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_holds_at_least_a_step(window):
+    with pytest.raises(ConfigError, match="window must be at least 1 environment step"):
+        score(rule("training"), EPISODES, RECORDS, budget=4_000, window=window)
+
+
+def test_whole_episodes_are_read_and_a_line_that_is_none_is_named(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    assert read_episodes(path) == []
+    cut = [{"env_steps": 5, "return": None, "crashed": True}, {"env_steps": 6, "bad_step": True}]
+    path.write_text("\n".join(map(json.dumps, [*EPISODES, *cut])) + '\n{"env_steps": 7, "ret')
+    assert read_episodes(path) == EPISODES
+    for line, message in (
+        ({"return": 3.0}, "line 2: env_steps of an episode must be a finite number, not None"),
+        ({"env_steps": 3}, "line 2: return of an episode must be a finite number, not None"),
+        ({"env_steps": 3, "return": float("nan")}, "line 2: return of an episode must be a finite number, not nan"),
+        ({"env_steps": "3", "return": 1.0}, "line 2: env_steps of an episode must be a finite number, not '3'"),
+        ({"env_steps": 3, "return": 1.0, "info": [1]}, "line 2: info of an episode must be an object"),
+    ):
+        path.write_text(f"{json.dumps(EPISODES[0])}\n{json.dumps(line)}\n")
+        with pytest.raises(FileFormatError, match=message):
+            read_episodes(path)
 
 
 def test_the_crafter_score_is_the_geometric_mean_of_success_rates():

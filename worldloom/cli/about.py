@@ -38,7 +38,7 @@ from worldloom.models.base import merge
 from worldloom.models.params import count_parameters
 from worldloom.models.pretrained import WEIGHTS_FILE, default_cache_dir, read_model
 from worldloom.models.registry import config_from_dict, get_config, list_models
-from worldloom.report.curves import read_records
+from worldloom.report.score import read_episodes
 from worldloom.training.callbacks.episodes import EPISODES_FILE
 from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.checkpoint_files import read_summary
@@ -334,8 +334,7 @@ def rewards_seen(run: RunFolder) -> Iterator[str]:
         range_ = f"{_number(seen.low)} to {_number(seen.high)}, mean {_number(seen.mean)}"
         yield f"  rewards of a step: {range_} in the prefill, at most {_number(seen.since)} since"
     # Returns of episodes.
-    path = run.path / EPISODES_FILE
-    lines = [line for line in read_records(path) if not line.get("crashed")] if path.exists() else []
+    lines = read_episodes(run.path / EPISODES_FILE)
     for when, returns in (
         ("in the prefill", [line["return"] for line in lines if line.get("prefill")]),
         ("since", [line["return"] for line in lines if not line.get("prefill")]),

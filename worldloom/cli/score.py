@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from worldloom.algorithm import Curve, ScoreRule
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser
 from worldloom.errors import ConfigError, DataError
 from worldloom.report.curves import read_records
-from worldloom.report.score import Score, bootstrap_interval, interquartile_mean, published_at
+from worldloom.report.score import Score, bootstrap_interval, interquartile_mean, published_at, read_episodes
 from worldloom.report.score import score as score_run
 from worldloom.training.callbacks.episodes import EPISODES_FILE
 from worldloom.training.callbacks.logs import FILE_NAME
@@ -26,7 +27,11 @@ _STATISTICS = {
 _FLAGS = [
     Flag("at", int, "Environment steps at which to score; by default the end of the budget, or of a shorter run."),
     Flag("statistic", str, f"{', '.join(_STATISTICS)}; the protocol's by default, without one evaluation."),
-    Flag("window", int, "Environment steps before --at in which training episodes must end; usually the protocol's."),
+    Flag(
+        "window",
+        int,
+        "Of training returns: environment steps before --at in which episodes must end; usually the protocol's.",
+    ),
     FAMILY_FLAG,
 ]
 
@@ -56,9 +61,13 @@ def score(words: Sequence[str]) -> int:
     given = flags.parse(words)
     if given.get("statistic", "training") not in _STATISTICS:
         raise ConfigError(f"--statistic is {', '.join(_STATISTICS)}, not '{given['statistic']}'.")
-    runs = [_scored(RunFolder(folder), given) for folder in dict.fromkeys(given["run"])]
+    if given.get("window", 1) < 1:
+        raise ConfigError(f"--window is at least 1 environment step, not {given['window']}.")
+    runs, remarks = _different(given["run"])
+    scored = [_scored(run, given) for run in runs]
+    print(*remarks, sep="\n", end="\n" * bool(remarks))
     groups: dict[tuple[str, str | None], dict[str, list[_Run]]] = {}
-    for each in runs:
+    for each in scored:
         groups.setdefault((each.model, each.protocol), {}).setdefault(each.env, []).append(each)
     for (model, protocol), tasks in groups.items():
         print(f"{protocol or model}" + ("" if protocol else " (no protocol)"))
@@ -66,6 +75,20 @@ def score(words: Sequence[str]) -> int:
             print(*_task_lines(env, of_task), sep="\n")
         print(*_aggregate_lines([[each.score.value for each in of_task] for of_task in tasks.values()]), sep="\n")
     return 0
+
+
+def _different(folders: Sequence[str]) -> tuple[list[RunFolder], list[str]]:
+    """The runs in ``folders``, each once, and a remark on each copy of another one."""
+    paths: dict[Path, RunFolder] = {}
+    for run in map(RunFolder, folders):
+        paths.setdefault(run.path.resolve(), run)
+    runs: dict[str, RunFolder] = {}
+    remarks = []
+    for run in paths.values():
+        first = runs.setdefault(run.settings()["run_id"], run)
+        if first is not run:
+            remarks.append(f"{run.path} is the same run as {first.path}, and does not count again")
+    return list(runs.values()), remarks
 
 
 def _scored(run: RunFolder, given: dict[str, Any]) -> _Run:
@@ -77,8 +100,7 @@ def _scored(run: RunFolder, given: dict[str, Any]) -> _Run:
     if "statistic" in given and given["statistic"] != rule.source:
         rule = ScoreRule(given["statistic"], None, _STATISTICS[given["statistic"]])
     records = read_records(run.path / FILE_NAME) if (run.path / FILE_NAME).exists() else []
-    path = run.path / EPISODES_FILE
-    episodes = read_records(path) if path.exists() else []
+    episodes = read_episodes(run.path / EPISODES_FILE)
     budget = settings["training"].get("env_steps") or max(
         [line.get("env_steps", 0) for line in (*records, *episodes)], default=0
     )

@@ -6,14 +6,18 @@ the interquartile mean over all runs of all tasks, with a bootstrap that resampl
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worldloom.algorithm import Curve, ScoreRule
-from worldloom.errors import DataError
+from worldloom.config import check, is_number, shown
+from worldloom.errors import DataError, FileFormatError
 
 Record = Mapping[str, Any]
 
@@ -41,6 +45,41 @@ class Score(NamedTuple):
     rates: Mapping[str, float] = {}
 
 
+def read_episodes(path: str | Path) -> list[dict[str, Any]]:
+    """The whole episodes in an ``episodes.jsonl``: those that no crash and no NaN has cut; [] without such a file.
+
+    Lines that are not JSON objects (a truncated last line) are skipped, as in other logs.
+
+    Raises ``FileFormatError`` naming the first line without the numbers that an episode has.
+    """
+    path, episodes = Path(path), []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            episode = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(episode, dict) or episode.get("crashed") or episode.get("bad_step"):
+            continue
+        for name in ("env_steps", "return"):
+            if not _is_finite(episode.get(name)):
+                raise FileFormatError(
+                    f"{path}, line {number}: {name} of an episode must be a finite number, not "
+                    f"{shown(episode.get(name))[:100]}; without this line, the others can be read."
+                )
+        if not isinstance(episode.get("info", {}), dict):
+            raise FileFormatError(
+                f"{path}, line {number}: info of an episode must be an object, not {shown(episode['info'])[:100]}; "
+                "without this line, the others can be read."
+            )
+        episodes.append(episode)
+    return episodes
+
+
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
 def score(
     rule: ScoreRule,
     episodes: Sequence[Record],
@@ -54,7 +93,7 @@ def score(
 
     Args:
       rule: what to compute.
-      episodes: lines of ``episodes.jsonl``.
+      episodes: its whole training episodes, see :func:`read_episodes`.
       records: lines of ``metrics.jsonl``.
       budget: environment steps of a whole run.
       at: environment steps at which to compute it; None is the end of the rule's window, or the budget, or what the
@@ -62,14 +101,22 @@ def score(
       window: environment steps before ``at`` in which training episodes must end; None is the rule's.
 
     Raises:
-      DataError: the run has no such episodes or evaluations.
+      ConfigError: ``window`` is below 1, or the rule has none.
+      DataError: the run has no such episodes or evaluations, or the newest evaluation has no finite return.
     """
+    if window is not None:
+        check(is_number(window) and window >= 1, f"window must be at least 1 environment step, not {shown(window)}.")
+        check(
+            rule.source == "training",
+            f"A window of {window:,} environment steps is for the mean return of training episodes, and the statistic "
+            f"here is '{rule.source}'; leave --window out, or take --statistic training.",
+        )
     reached = max([line["env_steps"] for line in episodes] + [line.get("env_steps", 0) for line in records], default=0)
     last = rule.window[1] if rule.window else budget
     end = min(last, reached) if at is None else at
     if rule.source in ("evaluation", "greedy"):
         return _evaluation_score(records, end, "eval/return" if rule.source == "evaluation" else "eval/greedy_return")
-    whole = [line for line in episodes if not line.get("crashed")]
+    whole = [line for line in episodes if not (line.get("crashed") or line.get("bad_step"))]
     if rule.source == "achievements":
         return _achievements_score([line for line in whole if line["env_steps"] <= end], end)
     if window is None:
@@ -82,17 +129,25 @@ def score(
 
 
 def _evaluation_score(records: Sequence[Record], end: int, name: str) -> Score:
-    found = [line for line in records if line.get(name) is not None and line.get("env_steps", 0) <= end]
+    found = [line for line in records if name in line and line.get("env_steps", 0) <= end]
     if not found:
         raise DataError(f"No evaluation ({name}) up to {end:,} environment steps is in its metrics.jsonl.")
     newest = max(found, key=lambda line: (line.get("env_steps", 0), line.get("step", 0)))
     steps = newest.get("env_steps", 0)
+    if not _is_finite(newest[name]):
+        earlier = [line.get("env_steps", 0) for line in found if _is_finite(line[name])]
+        other = f"; --at {max(earlier)} scores the one before" if earlier and max(earlier) < steps else ""
+        raise DataError(f"{name} of the evaluation after {steps:,} environment steps is no finite number{other}.")
     return Score(newest[name], steps, 0, f"{name} of the evaluation after {steps:,} environment steps")
 
 
 def _achievements_score(episodes: Sequence[Record], end: int) -> Score:
     counts = [
-        {name: value for name, value in line.get("info", {}).items() if name.startswith(_ACHIEVEMENTS)}
+        {
+            name: value
+            for name, value in line.get("info", {}).items()
+            if name.startswith(_ACHIEVEMENTS) and _is_finite(value)
+        }
         for line in episodes
     ]
     counts = [count for count in counts if count]
