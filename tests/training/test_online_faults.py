@@ -25,7 +25,7 @@ from worldloom.envs import episode_seed, make_env
 from worldloom.errors import ConfigError, DataError, EnvContractError, EnvError
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 from worldloom.replay import ReplayBuffer
-from worldloom.training import Trainer
+from worldloom.training import Trainer, play
 from worldloom.training.callbacks import CheckpointCallback
 from worldloom.training.callbacks.episodes import EpisodeLog
 from worldloom.training.checkpoint_files import flatten_state
@@ -258,6 +258,14 @@ def test_steps_that_return_nan_cut_their_episodes_are_counted_and_do_not_end_the
         resumed.train(again, total_steps=12, resume=tmp_path / str(step))
         assert_equal(flatten_state(on_host(trainer.state)), flatten_state(on_host(resumed.state)))
         assert_equal(rows, every_row(resumed.replay))
+
+
+def test_an_evaluation_says_which_of_its_episodes_nan_has_cut(caplog):
+    env = make_env(SometimesNan, 2, on_bad_step="restart")
+    ends = play(toy(env), env, episodes=30)
+    cut = sum(end.bad_step for end in ends)
+    assert len(ends) == 30 > cut > 0
+    assert f"{cut} of 30 evaluated episodes were cut at NaN or infinity" in caplog.text
 
 
 def test_a_run_that_nan_has_stopped_goes_on_from_its_checkpoint_by_restarting(config, tmp_path):
