@@ -111,6 +111,30 @@ def test_rows_follow_the_arrival_rule_and_a_state_is_restored_exactly():
         assert make_env("jax:Pendulum-v1", 3).restore({**state, "obs/obs": np.zeros((3, 3))}).is_first.all()
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_and_bfloat16_in_a_state_come_back_from_a_file(tmp_path, impl):
+    def reset(key):
+        position = jax.random.normal(key, (3,))
+        return (jax.random.key(jax.random.key_data(key)[0], impl=impl), position.astype(jnp.bfloat16)), position
+
+    def step(key, state, action):
+        kept, drawn = jax.random.split(state[0])
+        position = 0.5 * state[1].astype(jnp.float32) + jax.random.normal(drawn, (3,))
+        return (kept, position.astype(jnp.bfloat16)), position, position[0], False, False, {}
+
+    env, actions = make_env(broken(reset=reset, step=step), 2), np.zeros((2, 1))
+    env.reset()
+    env.step(actions)
+    np.savez(tmp_path / "state.npz", **env.state())
+    again = make_env(broken(reset=reset, step=step), 2, seed=9)
+    with np.load(tmp_path / "state.npz") as saved:
+        again.restore(dict(saved))
+    for _ in range(3):
+        np.testing.assert_array_equal(env.step(actions).obs, again.step(actions).obs)
+    with pytest.warns(RuntimeWarning, match="not those of these environments"):
+        make_env("jax:Pendulum-v1", 2).restore(env.state())
+
+
 def test_an_episode_depends_on_seed_and_number_alone():
     one, three = (make_env("jax:Pendulum-v1", count, seed=4, time_limit=5) for count in (1, 3))
     for _ in range(2):

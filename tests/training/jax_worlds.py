@@ -84,11 +84,11 @@ def trainer_in(env, kind, config, *, latents=False, callbacks=()):
     return Trainer(model, config, callbacks=[*callbacks])
 
 
-def trained(kind, loop, env=DRIFT, *, num_envs=2, latents=False, callbacks=(), **changes):
+def trained(kind, loop, env=DRIFT, *, num_envs=2, latents=False, callbacks=(), resume=False, **changes):
     """A trainer after its run on the host or the device."""
     world = make_env(env, num_envs, seed=3)
     trainer = trainer_in(world, kind, CONFIG.replace(loop=loop, **changes), latents=latents, callbacks=callbacks)
-    trainer.train(world)
+    trainer.train(world, resume=resume)
     return trainer
 
 
@@ -126,3 +126,33 @@ def assert_same(one, other):
     same = lambda a, b: a == b if isinstance(a, list | dict) else np.array_equal(a, b)  # noqa: E731
     different = [name for name in one if not same(one[name], other[name])]
     assert not different, {name: (one[name], other[name]) for name in different[:3]}
+
+
+class KeyedState(NamedTuple):
+    position: jax.Array
+    key: jax.Array
+    other: jax.Array
+    half: jax.Array
+
+
+class Keyed:
+    """A walk whose draws come from the key in its state, beside a key of another implementation and a bfloat16."""
+
+    obs_shape, action_dim, action_type, time_limit = (2,), 1, "continuous", 5
+
+    def reset(self, key):
+        position = jax.random.normal(key, (2,))
+        other = jax.random.key(jax.random.key_data(key)[0], impl="rbg")
+        return KeyedState(position, key, other, position.astype(jnp.bfloat16)), position
+
+    def step(self, key, state, action):
+        kept, drawn = jax.random.split(state.key)
+        other = jax.random.split(state.other)[0]
+        push = (jax.random.key_data(other)[0] % 7).astype(jnp.float32)
+        half = (state.half * 0.9 + push).astype(jnp.bfloat16)
+        position = state.position @ MATRIX + 0.1 * action[0] + 0.01 * jax.random.normal(drawn, (2,)) + 0.01 * push
+        after = KeyedState(position, kept, other, half)
+        return after, position, half[0], position[0] > 1.5, jnp.asarray(False), {}
+
+
+KEYED = Keyed()

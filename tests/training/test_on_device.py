@@ -11,6 +11,7 @@ from jax_worlds import (
     CHOICES,
     CONFIG,
     DRIFT,
+    KEYED,
     Drift,
     Episodic,
     LikeDreamer,
@@ -91,6 +92,16 @@ def test_a_run_resumed_on_either_loop_equals_an_uninterrupted_one(tmp_path, befo
     resumed = trainer_in(env, LikeDreamer, config, latents=True, callbacks=save())
     resumed.train(env, resume=True)
     assert_same(content(whole), content(resumed))
+
+
+def test_keys_in_the_state_of_an_environment_are_drawn_from_stored_and_resumed_as_on_the_host(tmp_path):
+    save = lambda: [CheckpointCallback(str(tmp_path), save_every=7, save_best=False)]  # noqa: E731
+    host, device = (trained(LikeTDMPC2, loop, KEYED) for loop in ("host", "device"))
+    assert_same(content(host), content(device))
+    trained(LikeTDMPC2, "device", KEYED, callbacks=save(), total_steps=11)
+    for total, loop in ((23, "host"), (40, "device")):
+        resumed = trained(LikeTDMPC2, loop, KEYED, callbacks=save(), total_steps=total, resume=True)
+    assert_same(content(host), content(resumed))
 
 
 def test_neither_further_calls_nor_their_length_change_a_run(monkeypatch):
@@ -217,8 +228,9 @@ def test_a_stop_request_ends_the_run_where_the_callback_asked_for_it():
     assert trainer.stop_reason == "Stop: enough"
 
 
-def test_an_evaluation_on_the_device_plays_the_episodes_of_the_host(monkeypatch):
-    env = make_env(CHOICES, 3, seed=1)
+@pytest.mark.parametrize("world", [CHOICES, KEYED], ids=["discrete actions", "keys in the state"])
+def test_an_evaluation_on_the_device_plays_the_episodes_of_the_host(monkeypatch, world):
+    env = make_env(world, 3, seed=1)
     model = trainer_in(env, LikeTDMPC2, CONFIG).model
     for options in ({"episodes": 8}, {"episodes": 3, "explore": True}):
         monkeypatch.setattr(evaluation, "is_on_device", lambda env: False)

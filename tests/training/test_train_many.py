@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from jax_worlds import CONFIG, DRIFT, trainer_in, variant
+from jax_worlds import CONFIG, DRIFT, KEYED, trainer_in, variant
 
 from worldloom.envs import make_env
 from worldloom.errors import ConfigError
@@ -27,9 +27,9 @@ def family():
     _registered["toy"] = before
 
 
-def alone(kind, seed, **changes):
+def alone(kind, seed, env=DRIFT, **changes):
     """The same run by itself."""
-    env = make_env(DRIFT, 2, seed=seed)
+    env = make_env(env, 2, seed=seed)
     trainer = trainer_in(env, kind, CONFIG.replace(seed=seed, **changes), latents=True)
     trainer.run.model.load_params(kind(trainer.model.config, seed=seed).params)
     trainer.train(env)
@@ -50,6 +50,15 @@ def test_members_equal_single_runs(family, members):
         single = alone(family, member.seed, learning_rate=member.settings["learning_rate"])
         for one, other in zip(*map(jax.tree.leaves, (member.model.params, single.model.params)), strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_members_keep_the_keys_in_the_states_of_their_environments(family, tmp_path):
+    options = {"num_envs": 2, "model": LATENTS, "config": CONFIG, "eval_interval": 0, "folder": tmp_path}
+    train_many("toy", KEYED, [5, 6], save_interval=20, total_steps=20, **options)
+    found = train_many("toy", KEYED, [5, 6], save_interval=20, resume=True, **options)
+    single = alone(family, 6, KEYED)
+    for one, other in zip(*map(jax.tree.leaves, (found[1].model.params, single.model.params)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 
 def test_each_member_has_the_folder_of_a_run_and_is_resumed_alone(family, members):

@@ -111,11 +111,14 @@ def unflatten_state(like: EnvBatch, arrays: Mapping[str, np.ndarray]) -> EnvBatc
     found = []
     for i, leaf in enumerate(leaves):
         value = arrays.get(str(i))
-        if value is not None and _is_key(leaf):
-            value = jax.random.wrap_key_data(jnp.asarray(value))
-        if value is None or value.shape != leaf.shape or value.dtype != leaf.dtype:
+        kept = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        # NumPy's files know bfloat16 only as so many bytes.
+        if value is not None and value.dtype.kind == "V" and value.dtype.itemsize == kept.dtype.itemsize:
+            value = value.view(kept.dtype)
+        if value is None or value.shape != kept.shape or value.dtype != kept.dtype:
             return None
-        found.append(jnp.asarray(value))
+        array = jnp.asarray(value)
+        found.append(jax.random.wrap_key_data(array, impl=_key_impl(leaf)) if _is_key(leaf) else array)
     return jax.tree.unflatten(structure, found) if len(arrays) == len(leaves) else None
 
 
@@ -125,6 +128,13 @@ def _key(seed: jax.Array, step: Any) -> jax.Array:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(like: Any) -> Any:
+    """The implementation of keys of this shape and dtype, which JAX tells of arrays alone."""
+    found: list[Any] = []
+    jax.eval_shape(lambda keys: found.append(jax.random.key_impl(keys)), like)
+    return found[0]
 
 
 def _like(mask: jax.Array, value: jax.Array) -> jax.Array:

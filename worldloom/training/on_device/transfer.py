@@ -104,9 +104,9 @@ class Transfer:
         self.keeps_latents = run.sampler.uses_latents
         # Shapes of a row, of a batch and of what an update returns.
         latent_dtype = jnp.dtype(run.config.latent_dtype)
-        obs = jax.eval_shape(lambda: {n: jnp.zeros(v.shape[1:], v.dtype) for n, v in self._obs_now().items()})
+        obs = {n: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for n, v in self._obs_now().items()}
         single = not isinstance(self.env.obs_shape, Mapping)
-        self._row = {
+        self._row: dict[str, Any] = {
             "obs": obs[OBS] if single else obs,
             "actions": jax.ShapeDtypeStruct((self.env.action_dim,), jnp.float32),
             "rewards": jax.ShapeDtypeStruct((), jnp.float32),
