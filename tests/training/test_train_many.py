@@ -3,13 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax_worlds import CONFIG, DRIFT, KEYED, trainer_in, variant
 
 from worldloom.envs import make_env
 from worldloom.errors import ConfigError
-from worldloom.training import Trainer, train_many
+from worldloom.training import Trainer, many, train_many
 from worldloom.training.callbacks import CheckpointCallback
 
 LATENTS = {"latents": True}
@@ -94,9 +95,20 @@ def test_a_summary_says_what_the_settings_reached(members):
     ("options", "text"),
     [
         ({"vary": {"batch_size": [2, 4]}}, "'batch_size' cannot be varied in one program"),
-        ({"vary": {"weight_decay": [0.0, 0.1]}}, "must hold different values other than 0"),
+        ({"vary": {"weight_decay": [0.0, 0.1]}}, "must hold different values, in float32, other than 0"),
+        ({"vary": {"learning_rate": [1.00000001e-3, 1e-3]}}, "must hold different values, in float32"),
+        ({"vary": {"learning_rate": 1e-3}}, r"'learning_rate'\] must be a list of numbers, such as .* not 0.001"),
+        ({"vary": {"learning_rate": ["a"]}}, "must be a list of numbers"),
+        ({"vary": {"learning_rate": np.ones((2, 2))}}, "must be a list of numbers"),
+        ({"vary": {"learning_rate": [-1.0]}}, "learning_rate must be a number above 0"),
+        ({"vary": ["learning_rate"]}, r"vary must be a dict, such as .* not \['learning_rate'\]"),
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"seeds": []}, "at least one"),
+        ({"seeds": 8}, "seeds must be different integers ≥ 0, at least one, such as range.8., not 8"),
+        ({"seeds": ["a"]}, "seeds must be different integers"),
+        ({"seeds": [0.5, 1.7]}, "seeds must be different integers"),
+        ({"seeds": [-1]}, "seeds must be different integers"),
+        ({"seeds": [True]}, "seeds must be different integers"),
         ({"env": "CartPole-v1"}, "impossible: the environments are not in JAX"),
     ],
 )
@@ -104,6 +116,31 @@ def test_what_one_program_cannot_do_is_refused(options, text):
     arguments = {"env": DRIFT, "seeds": [0], "config": CONFIG} | options
     with pytest.raises(ConfigError, match=text):
         train_many("toy", **arguments)
+
+
+@pytest.fixture
+def untrained(family, monkeypatch, tmp_path):
+    """``untrained(seeds, vary)``: the members of a run in which nothing is trained."""
+    monkeypatch.setattr(many, "_fit", lambda *arguments: None)
+    options = {"num_envs": 2, "model": LATENTS, "config": CONFIG, "folder": tmp_path}
+    return lambda seeds, vary: train_many("toy", DRIFT, seeds, vary, **options)
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_numbers_of_numpy_and_jax_are_pythons_in_the_summary(untrained, tmp_path, array):
+    members = untrained(array([3, 4]), {"grad_clip": array([10]), "learning_rate": array([1e-3], "float32")})
+    assert [(type(m.seed), type(m.settings["grad_clip"])) for m in members] == [(int, int)] * 2
+    assert members[0].run.path.name == "grad_clip=10-learning_rate=0.001-seed3"
+    (group,) = json.loads((tmp_path / "summary.json").read_text())["groups"]
+    assert group["settings"] == {"grad_clip": 10, "learning_rate": float(np.float32(1e-3))}
+
+
+def test_values_that_agree_in_six_digits_have_folders_of_their_own(untrained, tmp_path):
+    members = untrained([0], {"learning_rate": [1e-3, 1.0000005e-3, 2e-3], "train_ratio": [4.0]})
+    names = [f"learning_rate={value}-train_ratio=4-seed0" for value in ("0.001", "0.0010000005", "0.002")]
+    assert [m.run.path.name for m in members] == names
+    groups = json.loads((tmp_path / "summary.json").read_text())["groups"]
+    assert [group["runs"] for group in groups] == [[name] for name in names]
 
 
 def test_callbacks_of_every_member_are_called_when_they_are_due(family, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from worldloom.config import check, nearest
+from worldloom.config import check, freeze, is_integer, is_number, nearest, shown
 from worldloom.devices import resolve_device
 from worldloom.envs import VectorEnv, is_env, make_env
 from worldloom.errors import NonFiniteError
@@ -91,6 +91,7 @@ def train_many(
       env: a spec of environments in JAX, or such an object.
       seeds: a seed for each member: of its weights, environments and draws.
       vary: values to try of ``learning_rate``, ``weight_decay``, ``grad_clip`` and ``train_ratio``; every combination.
+        Lists, or arrays of NumPy or JAX.
       config: None means the recipe of the preset in this environment. Its ``mesh`` is of all members together: that
         of each is empty, so that they go on alone, without a mesh, or over another one.
       folder: None means ``runs/<env>-<preset>-many``.
@@ -107,19 +108,8 @@ def train_many(
       DeviceError: there are fewer devices than in ``mesh``.
       NonFiniteError, KeyboardInterrupt, SystemExit: see ``Trainer.train``; all members end together.
     """
-    seeds, vary = [int(seed) for seed in seeds], {key: list(values) for key, values in (vary or {}).items()}
-    check(
-        bool(seeds) and len(seeds) == len(set(seeds)), f"seeds must be different integers, at least one, not {seeds}."
-    )
-    for key, values in vary.items():
-        check(
-            key in VARIABLE,
-            f"'{key}' cannot be varied in one program; {', '.join(VARIABLE)} can.{nearest(key, VARIABLE)}",
-        )
-        check(
-            bool(values) and len(values) == len(set(values)) and (all(values) or key == "train_ratio"),
-            f"vary[{key!r}]={values} must hold different values other than 0, which is another program.",
-        )
+    check(isinstance(name, str), f"The model is the name of a preset, such as 'tdmpc2:tiny', not {name!r:.80}.")
+    seeds, vary = _checked_seeds(seeds), _checked_vary(vary)
     check(is_env(env) and not isinstance(env, VectorEnv), "train_many makes its environments itself: give it a spec.")
     path = absolute_path(folder or f"runs/{_slug(env)}-{name.replace(':', '-')}-many")
     plans = [
@@ -138,7 +128,7 @@ def train_many(
         run.use_env(world)
         reason = why_on_host(run)
         check(reason is None, f"train_many trains on the device, which is impossible: {reason}.")
-        own = RunFolder(path / _member_name(chosen, seed))
+        own = RunFolder(path / _member_name(_texts(chosen, vary), seed))
         given: Sequence[Any] = callbacks(index) if callbacks else own.callbacks(world, progress=index == 0)
         runner = CallbackRunner([EpisodesCallback(run.collector), *(as_callback(each) for each in given)])
         if resume:
@@ -187,6 +177,48 @@ def _fit(
                 runner.close()
                 run.sync_model()
     interrupts.raise_received()
+
+
+def _checked_seeds(seeds: Any) -> list[int]:
+    """``seeds`` as Python's integers. Raises ``ConfigError`` unless they are different, and at least one."""
+    values = _values(seeds)
+    fine = bool(values) and all(is_integer(value) and value >= 0 for value in values) and len({*values}) == len(values)
+    check(fine, f"seeds must be different integers ≥ 0, at least one, such as range(8), not {shown(seeds):.200}.")
+    return values
+
+
+def _checked_vary(vary: Any) -> dict[str, list[float]]:
+    """``vary`` with Python's numbers. Raises ``ConfigError`` for what cannot be varied, or is no list of numbers."""
+    example = "such as {'learning_rate': [1e-3, 3e-4]}"
+    check(vary is None or isinstance(vary, Mapping), f"vary must be a dict, {example}, not {vary!r:.200}.")
+    found = {}
+    for key, given in (vary or {}).items():
+        check(
+            key in VARIABLE,
+            f"'{key}' cannot be varied in one program; {', '.join(VARIABLE)} can.{nearest(str(key), VARIABLE)}",
+        )
+        values = _values(given)
+        check(
+            bool(values) and all(is_number(value) for value in values),
+            f"vary[{key!r}] must be a list of numbers, {example}, not {given!r:.200}.",
+        )
+        # All but the train ratio are float32 in the program; values beyond its range are refused by the config.
+        with np.errstate(over="ignore"):
+            computed = values if key == "train_ratio" else [float(np.float32(value)) for value in values]
+        check(
+            len(values) == len({*computed}) and (all(computed) or key == "train_ratio"),
+            f"vary[{key!r}]={values} must hold different values, in float32, other than 0, which is another program.",
+        )
+        found[key] = values
+    return found
+
+
+def _values(given: Any) -> list[Any]:
+    """The entries of a sequence or an array, numbers as Python's; none of anything else."""
+    try:
+        return [] if isinstance(given, str | Mapping) else [freeze(value) for value in given]
+    except TypeError:
+        return []
 
 
 def _devices(count: int, config: TrainingConfig, overrides: Mapping[str, Any]) -> list[jax.Device]:
@@ -299,12 +331,13 @@ def _summarize(path: Path, members: Sequence[Member], vary: Mapping[str, Sequenc
     """Write ``summary.json`` and, where Matplotlib is installed, ``summary.png``."""
     groups: dict[str, list[Member]] = {}
     for member in members:
-        groups.setdefault(_text_of(member.settings), []).append(member)
+        texts = _texts(member.settings, vary)
+        groups.setdefault(", ".join(f"{name} {text}" for name, text in texts.items()), []).append(member)
     table = []
     for text, group in groups.items():
         scores = [member.returns for member in group if np.isfinite(member.returns)]
         entry: dict[str, Any] = {"settings": group[0].settings, "seeds": [member.seed for member in group]}
-        entry["returns"] = [None if np.isnan(member.returns) else member.returns for member in group]
+        entry["returns"] = [member.returns if np.isfinite(member.returns) else None for member in group]
         if scores:
             low, high = bootstrap_interval([scores])
             entry |= {"iqm": interquartile_mean(scores), "interval_95": [low, high]}
@@ -322,12 +355,15 @@ def _summarize(path: Path, members: Sequence[Member], vary: Mapping[str, Sequenc
         _log.warning("%s was not drawn: %s", PICTURE, error)
 
 
-def _member_name(settings: Mapping[str, float], seed: int) -> str:
-    return "-".join([*(f"{name}={value:g}" for name, value in settings.items()), f"seed{seed}"])
+def _member_name(texts: Mapping[str, str], seed: int) -> str:
+    return "-".join([*(f"{name}={text}" for name, text in texts.items()), f"seed{seed}"])
 
 
-def _text_of(settings: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+def _texts(settings: Mapping[str, float], vary: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """A text for each value: its first six digits, or all where they are those of another value as well."""
+    short = {name: [f"{value:g}" for value in values] for name, values in vary.items()}
+    texts = {name: f"{value:g}" for name, value in settings.items()}
+    return {n: repr(settings[n]) if short.get(n, []).count(text) > 1 else text for n, text in texts.items()}
 
 
 def _slug(env: Any) -> str:
