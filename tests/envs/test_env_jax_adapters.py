@@ -250,3 +250,98 @@ def test_unbounded_actions_and_other_objects_are_refused():
         adapt(unbounded)
     with pytest.raises(ConfigError, match="A list is no environment of gymnax, craftax, brax"):
         adapt([])
+
+
+class Wrapped:
+    """What wrappers of these packages have in common: attributes and methods of the environment inside."""
+
+    def __init__(self, env, **attributes):
+        self.env = env
+        vars(self).update(attributes)
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    @property
+    def unwrapped(self):
+        return getattr(self.env, "unwrapped", self.env)
+
+    def reset(self, key):
+        return self.env.reset(key)
+
+    def step(self, state, action):
+        return self.env.step(state, action)
+
+
+class Richer(Wrapped):
+    """A wrapper of one's own: 100 more reward, for one action more."""
+
+    action_size = 3
+
+    def step(self, state, action):
+        after = self.env.step(state, action[:2])
+        return after._replace(reward=after.reward + 100)
+
+
+class AutoResetWrapper(Wrapped):
+    def step(self, *_):
+        raise AssertionError("this one resets by itself")
+
+
+VmapWrapper = type("VmapWrapper", (AutoResetWrapper,), {})
+EpisodeWrapper = type("EpisodeWrapper", (AutoResetWrapper,), {})
+LogWrapper = type("LogWrapper", (AutoResetWrapper,), {})
+DomainRandomizationVmapWrapper = type("DomainRandomizationVmapWrapper", (Wrapped,), {})
+OwnReset = type("OwnReset", (AutoResetWrapper,), {})
+
+
+def test_wrappers_of_ones_own_are_kept_below_those_that_reset():
+    for env in (Richer(Brax()), VmapWrapper(AutoResetWrapper(Richer(Brax())))):
+        env, found = rows(adapt(env, time_limit=4), [0.5, 0.25, 0.0])
+        assert (env.action_dim, env.episode_length) == (3, 4)
+        assert found[1].reward[0] == 100.75
+    limited = EpisodeWrapper(Richer(Brax()), episode_length=3, action_repeat=1)
+    env, found = rows(adapt(AutoResetWrapper(limited)), [0] * 3)
+    assert env.episode_length == 3
+    assert [bool(row.is_last[0]) for row in found[:4]] == [False, False, False, True]
+    assert not found[3].is_terminal[0]
+    env, found = rows(adapt(AutoResetWrapper(Jumanji())), 5)
+    assert found[3].reward[0] == 3
+    env, found = rows(adapt(LogWrapper(OldGymnax())), 2)
+    assert found[3].reward[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        (Richer(AutoResetWrapper(Brax())), "AutoResetWrapper under Richer cannot be taken off"),
+        (AutoResetWrapper(Richer(EpisodeWrapper(Brax()))), "EpisodeWrapper under Richer cannot be taken off"),
+        (OwnReset(Brax()), "OwnReset cannot be taken off"),
+        (DomainRandomizationVmapWrapper(Brax()), "DomainRandomizationVmapWrapper cannot be taken off"),
+        (EpisodeWrapper(Brax(), action_repeat=4), "repeats each action 4 times: .* make_env action_repeat=4"),
+        (Wrapped(OldGymnax()), "Wrapped changes step, .* step_env is called in its place: change step_env"),
+        (type("Own", (OldGymnax,), {"step": Wrapped.step})(), "Own changes step"),
+        (Wrapped(Navix()), "Wrapped changes step, .* _step is called"),
+    ],
+)
+def test_wrappers_that_would_be_lost_are_refused(env, text):
+    with pytest.raises(ConfigError, match=text):
+        adapt(env)
+
+
+def test_a_terminal_state_of_several_agents_is_one_of_all():
+    class Agents(Jumanji):
+        def step(self, state, action):
+            state, after = super().step(state, action)
+            one_ended = jnp.stack([after.discount, jnp.where(after.step_type == 2, 0.0, 1.0)])
+            return state, after._replace(reward=jnp.stack([after.reward, after.reward]), discount=one_ended)
+
+        def reset(self, key):
+            state, first = super().reset(key)
+            return state, first._replace(reward=jnp.zeros(2), discount=jnp.ones(2))
+
+    _, found = rows(adapt(Agents()), 5)
+    assert found[3].reward[0] == 6
+    assert (found[3].is_last[0], found[3].is_terminal[0]) == (True, True)
+    _, found = rows(adapt(Agents()), 3)
+    assert (found[6].is_last[0], found[6].is_terminal[0]) == (True, False)

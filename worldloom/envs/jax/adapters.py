@@ -11,8 +11,11 @@ gymnax, craftax   ``step`` resets by itself: ``step_env`` and ``reset_env`` are 
 brax, playground  ``done`` knows no time limit; their wrappers reset to a cached first state and lose the last
                   observation: the environment underneath is stepped.
 navix             ``step`` resets in the step after: ``_step`` is called. ``step_type`` 1 is the time limit, 2 an end.
-jumanji           ``step_type`` 2 is the end of an episode, a time limit where ``discount`` is not 0.
+jumanji           ``step_type`` 2 is the end of an episode, a time limit where ``discount`` is not 0. Of several
+                  agents, rewards are summed, and the end is one once all discounts are 0.
 ================  ========================================================================================
+
+Wrappers of one's own are kept. Those of the packages that reset, count or batch are taken off where they are on top.
 
 Observations that are no pictures become float32 vectors; dicts and tuples of them a dict of vectors. Actions with
 bounds are scaled to [−1, 1], several discrete actions become one choice of their combinations.
@@ -21,6 +24,7 @@ bounds are scaled to [−1, 1], several discrete actions become one choice of th
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldloom.config import nearest
+from worldloom.config import check, nearest
 from worldloom.envs.jax.protocol import JaxEnv
 from worldloom.errors import ConfigError
 from worldloom.spaces.actions import LARGEST_BOUND
@@ -37,30 +41,114 @@ from worldloom.spaces.actions import LARGEST_BOUND
 _SMALLEST_PICTURE = 32
 """Side in pixels below which an array of three axes is a grid of numbers, not a picture."""
 _UNLIMITED = 2**30
+_TAKEN_OFF = (
+    *("AutoResetWrapper", "BraxAutoResetWrapper", "EpisodeWrapper", "EvalWrapper", "VmapWrapper"),  # brax, playground
+    "VmapAutoResetWrapper",  # jumanji, which has three of the others too
+    *("LogWrapper", "FlattenObservationWrapper"),  # gymnax
+)
+"""Wrappers of the packages that do what is done outside of an adapted environment."""
+_BATCHED = ("DomainRandomizationVmapWrapper", "BraxDomainRandomizationVmapWrapper", "MadronaWrapper")
+"""Wrappers without which the environment would be another one, and which step several at a time."""
 
 
 def adapt(env: Any, params: Any = None, *, time_limit: int | None = None) -> JaxEnv:
     """An environment of gymnax, craftax, brax, MuJoCo Playground, navix or jumanji as a :class:`JaxEnv`.
 
     Args:
-      env: the environment, without wrappers that reset it.
+      env: the environment. Of its wrappers, those of its package that reset it, count steps or step several at once
+        are taken off; an ``EpisodeWrapper`` of brax leaves its ``episode_length`` as the time limit.
       params: parameters of a gymnax or craftax environment; None means its ``default_params``.
       time_limit: steps after which an episode is truncated in place of the environment's own limit, if it has one.
 
-    Raises ``ConfigError`` for other objects, and for actions that cannot be scaled.
+    Raises ``ConfigError`` for other objects, for wrappers that would be lost, and for actions that cannot be scaled.
     """
-    if hasattr(env, "step_env") and hasattr(env, "reset_env"):
+    adapter = _adapter_of(env)
+    if adapter is GymnaxAdapter:
         return GymnaxAdapter(env, params, time_limit)
-    if hasattr(env, "termination_fn") and hasattr(env, "transitions_fn"):
-        return NavixAdapter(env, time_limit)
-    if hasattr(env, "action_spec") and hasattr(env, "observation_spec"):
-        return JumanjiAdapter(env, time_limit)
-    if hasattr(env, "action_size") and hasattr(env, "reset") and hasattr(env, "step"):
-        return BraxAdapter(env, time_limit)
+    if adapter is not None:
+        return adapter(env, time_limit)
     raise ConfigError(
         f"A {type(env).__name__} is no environment of gymnax, craftax, brax, MuJoCo Playground, navix or jumanji. An "
         "object of your own needs the methods and attributes of worldloom.envs.jax.JaxEnv."
     )
+
+
+def is_adaptable(env: Any) -> bool:
+    """Whether :func:`adapt` knows the kind of object that ``env`` is."""
+    return not isinstance(env, type) and _adapter_of(env) is not None
+
+
+def _adapter_of(env: Any) -> Any:
+    has = lambda *names: all(hasattr(env, name) for name in names)  # noqa: E731
+    if has("step_env", "reset_env"):
+        return GymnaxAdapter
+    if has("termination_fn", "transitions_fn"):
+        return NavixAdapter
+    if not has("reset", "step") or not takes(env.reset, 1):
+        return None  # Environments of dm_env have specs too, and reset without a key.
+    if has("action_spec", "observation_spec"):
+        return JumanjiAdapter
+    return BraxAdapter if has("action_size") else None
+
+
+def takes(function: Any, count: int) -> bool:
+    """Whether ``function`` can be called with ``count`` positional arguments, as far as it tells."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # It has no signature that Python can read.
+        return True
+    return True
+
+
+# ---- wrappers ------------------------------------------------------------------------------------------------------
+
+
+def _inner(env: Any) -> Any:
+    """What the wrapper ``env`` wraps; None if it is none."""
+    own = getattr(env, "__dict__", {})
+    return next((own[n] for n in ("env", "_env") if hasattr(own.get(n), "step")), None)
+
+
+def _take_off(env: Any) -> tuple[Any, list[Any]]:
+    """The environment below the wrappers in ``_TAKEN_OFF`` that are on top of it, and these wrappers.
+
+    Raises ``ConfigError`` if there are more of them under another wrapper, which would see another environment.
+    """
+    wrappers = []
+    while type(env).__name__ in _TAKEN_OFF and _inner(env) is not None:
+        wrappers.append(env)
+        env = _inner(env)
+    layer = env
+    while layer is not None:
+        kinds = [each.__name__ for each in type(layer).__mro__ if each.__name__ in (*_TAKEN_OFF, *_BATCHED)]
+        where = "" if layer is env else f" under {type(env).__name__}"
+        check(
+            not kinds or _inner(layer) is None,
+            f"{type(layer).__name__}{where} cannot be taken off, and environments are stepped one by one, without "
+            "resets: give adapt the environment with wrappers of your own alone.",
+        )
+        layer = _inner(layer)
+    return env, wrappers
+
+
+def _check_changed(env: Any, replaced: str, called: str) -> None:
+    """Raise ``ConfigError`` if ``env``, or a wrapper in it, changes the method ``replaced``: ``called`` is used."""
+    depth = lambda layer, name: next(  # noqa: E731
+        (i for i, each in enumerate(type(layer).__mro__) if name in vars(each)), math.inf
+    )
+    layer = env
+    while layer is not None:
+        check(
+            depth(layer, replaced) >= depth(layer, called),
+            f"{type(layer).__name__} changes {replaced}, which resets by itself, so that {called} is called in its "
+            f"place: change {called}, or give adapt the environment without it.",
+        )
+        layer = _inner(layer) if depth(layer, called) == math.inf else None
+
+
+# ---- the adapters --------------------------------------------------------------------------------------------------
 
 
 class _Adapter:
@@ -123,6 +211,9 @@ class GymnaxAdapter(_Adapter):
     """gymnax of any version, and craftax."""
 
     def __init__(self, env: Any, params: Any = None, time_limit: int | None = None):
+        env, _ = _take_off(env)
+        _check_changed(env, "step", "step_env")
+        _check_changed(env, "reset", "reset_env")
         super().__init__(env, time_limit)
         self.params = env.default_params if params is None else params
         names = [n for n in ("max_steps_in_episode", "max_timesteps") if hasattr(self.params, n)]
@@ -164,7 +255,17 @@ class BraxAdapter(_Adapter):
     """brax and MuJoCo Playground."""
 
     def __init__(self, env: Any, time_limit: int | None = None):
-        super().__init__(getattr(env, "unwrapped", env), time_limit)
+        env, wrappers = _take_off(env)
+        for wrapper in wrappers:
+            repeat = vars(wrapper).get("action_repeat", 1)
+            check(
+                repeat == 1,
+                f"{type(wrapper).__name__} repeats each action {repeat} times: give adapt the environment without it, "
+                f"and make_env action_repeat={repeat}.",
+            )
+            limit = vars(wrapper).get("episode_length")
+            time_limit = int(limit) if time_limit is None and limit is not None else time_limit
+        super().__init__(env, time_limit)
         self._use_actions((int(env.action_size),), -1.0, 1.0)
         self._finish()
 
@@ -187,6 +288,7 @@ class NavixAdapter(_Adapter):
     """navix: the state is its time step."""
 
     def __init__(self, env: Any, time_limit: int | None = None):
+        _check_changed(env, "step", "_step")
         if time_limit is not None:
             env = env.replace(max_steps=time_limit)
         super().__init__(env, int(env.max_steps))
@@ -218,6 +320,7 @@ class JumanjiAdapter(_Adapter):
     """jumanji."""
 
     def __init__(self, env: Any, time_limit: int | None = None):
+        env, _ = _take_off(env)
         limit = getattr(env, "time_limit", None) if time_limit is None else time_limit
         super().__init__(env, limit if isinstance(limit, int) else None)
         spec = env.action_spec() if callable(env.action_spec) else env.action_spec
@@ -237,7 +340,7 @@ class JumanjiAdapter(_Adapter):
         """See :class:`JaxEnv`."""
         after, time_step = self.env.step(state, self._native(action))
         after = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype), after, state)
-        over, ended = time_step.step_type == 2, time_step.discount == 0
+        over, ended = time_step.step_type == 2, jnp.all(time_step.discount == 0)
         reward = jnp.asarray(time_step.reward, jnp.float32).sum()
         return after, self._observe(time_step.observation), reward, over & ended, over & ~ended, dict(time_step.extras)
 
