@@ -15,6 +15,19 @@ from worldloom.envs import make_env
 from worldloom.envs.jax import Acrobot, CartPole, Catch, MountainCarContinuous, Pendulum, check_jax_env, make_jax_env
 from worldloom.envs.jax.classic import PendulumState
 from worldloom.errors import ConfigError, DataError, EnvContractError, EnvError, MissingDependencyError
+from worldloom.replay import ReplayBuffer
+
+
+class Brax:
+    """What adapt knows brax by."""
+
+    action_size = 1
+
+    def reset(self, key):
+        raise NotImplementedError
+
+    def step(self, state, action):
+        raise NotImplementedError
 
 
 def pendulum_state(env):
@@ -174,6 +187,24 @@ def test_what_does_not_exist_is_refused_with_a_sentence(spec, options, error, te
         make_env(spec, 2, **options)
 
 
+def stepping(**changes):
+    """A ``step`` that returns other values."""
+    usual = {"state": None, "obs": None, "reward": 0.0, "terminated": False, "truncated": False, "info": {}}
+
+    def step(key, state, action):
+        state, obs, *_ = Pendulum().step(key, state, action)
+        return tuple((usual | {"state": state, "obs": obs} | changes).values())
+
+    return step
+
+
+def observing(obs):
+    """The shape and the functions of an environment with such observations."""
+    shape = {name: getattr(x, "shape", ()) for name, x in obs.items()} if isinstance(obs, dict) else np.shape(obs)
+    step = lambda key, state, action: (state, obs, 0.0, False, False, None)  # noqa: E731
+    return {"obs_shape": shape, "reset": lambda key: (jnp.zeros(()), obs), "step": step}
+
+
 def broken(**changes):
     """A Pendulum with other attributes or functions."""
     env = Pendulum()
@@ -204,6 +235,27 @@ def broken(**changes):
             EnvContractError,
             "terminated of dtype float32; a boolean",
         ),
+        ({"obs_shape": 3}, ConfigError, r"obs_shape must be a shape such as \(4,\) .* not 3"),
+        ({"obs_shape": "ab"}, ConfigError, "obs_shape must be a shape"),
+        ({"obs_shape": (-3,)}, ConfigError, "obs_shape must be a shape"),
+        ({"reset": 3}, ConfigError, r"reset must be a function of \(key\), not 3"),
+        ({"step": lambda s, a: None}, ConfigError, r"step must take \(key, state, action\); it takes \(s, a\)"),
+        ({"reset": lambda key: ("x", jnp.zeros(3))}, EnvContractError, "reset returned a str in state; only arrays"),
+        (
+            {"reset": lambda key: ({"a": types.SimpleNamespace()}, jnp.zeros(3))},
+            EnvContractError,
+            r"a SimpleNamespace in state\['a'\]; .* registered by jax.tree_util.register_dataclass",
+        ),
+        ({"step": stepping(terminated="no")}, EnvContractError, "step returned a str in terminated"),
+        ({"step": stepping(truncated=None)}, EnvContractError, "truncated = NoneType; one number"),
+        ({"step": stepping(info=[1])}, EnvContractError, "info = list; a dict of numbers by name is needed, or None"),
+        ({"step": stepping(reward=1j)}, EnvContractError, "reward of dtype complex64; a real number"),
+        (observing(jnp.zeros(3, jnp.complex64)), EnvContractError, "dtype complex64; real numbers"),
+        (observing(jax.random.key(0)), EnvContractError, "dtype key<fry>; real numbers"),
+        (observing(jnp.zeros((8, 8, 3), jnp.int32)), EnvContractError, "uint8 from 0 to 255 or float from 0 to 1"),
+        (observing(jnp.zeros((2, 2, 2, 2))), EnvContractError, r"three axes and vectors one: reshape it to \(-1,\)"),
+        (observing({"a": {"b": jnp.zeros(3)}}), EnvContractError, "observation dict 'a'; an array is needed"),
+        (observing((jnp.zeros(3), jnp.zeros(3))), EnvContractError, "observation a tuple of 2; an array is needed"),
     ],
 )
 def test_an_object_that_breaks_the_protocol_is_refused(changes, error, text):
@@ -217,6 +269,54 @@ def test_any_object_with_the_methods_is_an_environment():
     assert env.episode_length == 7  # the shorter of both
     check_jax_env(make_jax_env("jax:Acrobot-v1"))
     assert make_jax_env("jax:Catch-v0", size=32) is make_jax_env("jax:Catch-v0", size=32)
+
+
+@pytest.mark.parametrize(
+    ("obs", "shape", "dtype"),
+    [
+        (jnp.int32(3), (1,), np.float32),
+        (jnp.ones((4, 3)), (12,), np.float32),
+        (jnp.ones(5, jnp.uint8), (5,), np.float32),
+        (jnp.ones(5, bool), (5,), np.float32),
+        (jnp.ones((8, 6), jnp.uint8), (8, 6, 1), np.uint8),
+        (jnp.ones((8, 6, 3), jnp.uint8), (8, 6, 3), np.uint8),
+        (jnp.full((8, 6, 3), 0.5, jnp.bfloat16), (8, 6, 3), np.float32),
+        (jnp.ones((8, 6, 3), bool), (8, 6, 3), np.float32),
+    ],
+    ids=lambda value: f"{value.dtype}{list(value.shape)}" if isinstance(value, jax.Array) else None,
+)
+def test_observations_are_what_the_same_arrays_from_gymnasium_are(obs, shape, dtype):
+    for changes in (observing(obs), observing({"one": obs, "other": jnp.zeros(2)})):
+        env = make_env(broken(**changes), 2, action_repeat=2)
+        rows = [env.reset(), env.step(env.sample_actions(np.random.default_rng(0)))]
+        for row in rows:
+            single = not isinstance(env.obs_shape, dict)
+            found = row.obs if single else row.obs["one"]
+            assert (env.obs_shape if single else env.obs_shape["one"]) == shape
+            assert (env.obs_dtype if single else env.obs_dtype["one"]) == dtype
+            assert (found.shape, found.dtype) == ((2, *shape), dtype)
+            np.testing.assert_array_equal(found[0].ravel(), np.asarray(obs, np.float32).ravel())
+
+
+def test_pictures_of_floats_beyond_1_are_refused_by_replay():
+    env = make_env(broken(**observing(jnp.full((8, 8, 3), 7.0))))
+    with pytest.raises(DataError, match="float images from 0 to 7; floats are 0–1"):
+        ReplayBuffer(10).add_episode(np.repeat(env.reset().obs, 3, 0), np.zeros((2, 1)), np.zeros(2), truncated=True)
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        (types.SimpleNamespace(step=None, obs_shape=(3,)), "lacks reset, action_dim, action_type, time_limit; see"),
+        (Pendulum, "returned a Pendulum; .* is an environment in JAX: give make_env the object itself"),
+        (Brax(), "not Brax. worldloom.envs.jax.adapt makes an environment in JAX of a Brax"),
+        (Brax, "returned a Brax; .* worldloom.envs.jax.adapt makes"),
+        (object(), "or one in JAX, not object.$"),
+    ],
+)
+def test_an_object_that_is_nearly_an_environment_is_told_what_it_lacks(env, text):
+    with pytest.raises(ConfigError, match=text):
+        make_env(env)
 
 
 def test_the_environment_of_the_page_works():

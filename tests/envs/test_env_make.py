@@ -58,7 +58,7 @@ def test_environments_with_different_spaces_are_refused():
         (("CartPole-v77",), "provides versioned environments"),
         (("nobody/Nothing-v0",), "Namespace nobody not found"),
         (("dmcc:cartpole_swingup",), r"neither a suite .* Did you mean 'dmc'\?"),
-        ((3,), "an id, a function or a Gymnasium object, not int"),
+        ((3,), "an id, a function, an object of Gymnasium or one in JAX, not int"),
         ((lambda: 3,), "returned a int; a gymnasium.Env is needed"),
         (("CartPole-v1", 0), "num_envs"),
         (("CartPole-v1", 2.0), "num_envs"),

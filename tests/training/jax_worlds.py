@@ -136,14 +136,17 @@ class KeyedState(NamedTuple):
 
 
 class Keyed:
-    """A walk whose draws come from the key in its state, beside a key of another implementation and a bfloat16."""
+    """A walk whose draws come from the key in its state, beside a key of another implementation and a bfloat16.
 
-    obs_shape, action_dim, action_type, time_limit = (2,), 1, "continuous", 5
+    Its observation is a matrix, which models take as a vector.
+    """
+
+    obs_shape, action_dim, action_type, time_limit = (2, 1), 1, "continuous", 5
 
     def reset(self, key):
         position = jax.random.normal(key, (2,))
         other = jax.random.key(jax.random.key_data(key)[0], impl="rbg")
-        return KeyedState(position, key, other, position.astype(jnp.bfloat16)), position
+        return KeyedState(position, key, other, position.astype(jnp.bfloat16)), position[:, None]
 
     def step(self, key, state, action):
         kept, drawn = jax.random.split(state.key)
@@ -152,7 +155,7 @@ class Keyed:
         half = (state.half * 0.9 + push).astype(jnp.bfloat16)
         position = state.position @ MATRIX + 0.1 * action[0] + 0.01 * jax.random.normal(drawn, (2,)) + 0.01 * push
         after = KeyedState(position, kept, other, half)
-        return after, position, half[0], position[0] > 1.5, jnp.asarray(False), {}
+        return after, position[:, None], half[0], position[0] > 1.5, jnp.asarray(False), {}
 
 
 KEYED = Keyed()

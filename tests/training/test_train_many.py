@@ -53,6 +53,7 @@ def test_members_equal_single_runs(family, members):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_members_keep_the_keys_in_the_states_of_their_environments(family, tmp_path):
     options = {"num_envs": 2, "model": LATENTS, "config": CONFIG, "eval_interval": 0, "folder": tmp_path}
     train_many("toy", KEYED, [5, 6], save_interval=20, total_steps=20, **options)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
+
+JAX_ENV = ("reset", "step", "obs_shape", "action_dim", "action_type", "time_limit")
+"""What an object has that is an environment in JAX, see :class:`worldloom.envs.jax.JaxEnv`."""
 
 _EXAMPLES = {"dmc": "dmc:cartpole_swingup", "dmc_vision": "dmc_vision:walker_walk", "atari": "atari:pong"}
 _EXAMPLES |= {"atari100k": "atari100k:pong", "crafter": "crafter:reward"}
@@ -40,6 +44,24 @@ def suggestion(name: str, suites: Iterable[str]) -> str:
     if game and game[2]:
         return f" Did you mean 'atari:{re.sub(r'(?<=[a-z])(?=[A-Z])', '_', game[1]).lower()}'?"
     return ""
+
+
+def about_object(value: Any) -> str:
+    """A sentence on what would make an environment of an object that is none, or an empty string."""
+    from worldloom.envs.jax.adapters import is_adaptable  # when it is needed: worker processes need no JAX
+
+    name = type(value).__name__
+    missing = [each for each in JAX_ENV if not hasattr(value, each)]
+    if not missing:
+        return f" A {name} is an environment in JAX: give make_env the object itself."
+    if is_adaptable(value):
+        return f" worldloom.envs.jax.adapt makes an environment in JAX of a {name}."
+    if len(missing) == len(JAX_ENV):
+        return ""
+    return (
+        f" Of what an environment in JAX has, a {name} lacks {', '.join(missing)}; see worldloom.envs.jax.JaxEnv, and "
+        "gymnasium.Env for one that is not in JAX."
+    )
 
 
 def install_line(name: str, error: BaseException) -> str:

@@ -14,7 +14,7 @@ from worldloom.config import as_integer, check, is_number, nearest
 from worldloom.envs.backends.base import Backend
 from worldloom.envs.backends.gym_vector import GymVectorBackend
 from worldloom.envs.backends.sync import SyncBackend
-from worldloom.envs.hints import install_line, suggestion
+from worldloom.envs.hints import JAX_ENV, about_object, install_line, suggestion
 from worldloom.envs.vector import VectorEnv
 from worldloom.envs.wrappers import ActionRepeat, BoundActions, DropKeys, FrameStack, JoinActions, ResizeImages
 from worldloom.errors import ConfigError, MissingDependencyError
@@ -228,8 +228,7 @@ def is_env(value: Any) -> bool:
 
 def is_jax_env(value: Any) -> bool:
     """Whether ``value`` has what :class:`worldloom.envs.jax.JaxEnv` says; no class has, only its objects."""
-    names = ("reset", "step", "obs_shape", "action_dim", "action_type", "time_limit")
-    return not isinstance(value, type | VectorEnv) and all(hasattr(value, name) for name in names)
+    return not isinstance(value, type | VectorEnv) and all(hasattr(value, name) for name in JAX_ENV)
 
 
 def module_of(spec: str) -> str:
@@ -323,7 +322,10 @@ def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Cal
         base = functools.partial(_gym_make, _gym_spec(spec), limit, {**render_mode, **options})
         limit = None
     else:
-        raise ConfigError(f"An environment is an id, a function or a Gymnasium object, not {type(spec).__name__}.")
+        raise ConfigError(
+            "An environment is an id, a function, an object of Gymnasium or one in JAX, not "
+            f"{type(spec).__name__}.{about_object(spec)}"
+        )
     return functools.partial(_build, base, changes, repeat, limit), repeat
 
 
@@ -331,7 +333,10 @@ def _build(base: Callable[[], Any], changes: _Changes, action_repeat: int, time_
     """The environment that ``base`` returns, in its wrappers; repeat and limit are those not in effect already."""
     env = base()
     if not isinstance(env, gym.Env):
-        raise ConfigError(f"The function given to make_env returned a {type(env).__name__}; a gymnasium.Env is needed.")
+        raise ConfigError(
+            f"The function given to make_env returned a {type(env).__name__}; a gymnasium.Env is needed."
+            f"{about_object(env)}"
+        )
     if changes.drop_keys:
         env = DropKeys(env, changes.drop_keys)
     if changes.action_bounds is not None:

@@ -24,7 +24,6 @@ bounds are scaled to [−1, 1], several discrete actions become one choice of th
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from worldloom.config import check, nearest
-from worldloom.envs.jax.protocol import JaxEnv
+from worldloom.envs.jax.protocol import JaxEnv, takes
 from worldloom.errors import ConfigError
 from worldloom.spaces.actions import LARGEST_BOUND
 
@@ -89,17 +88,6 @@ def _adapter_of(env: Any) -> Any:
     if has("action_spec", "observation_spec"):
         return JumanjiAdapter
     return BraxAdapter if has("action_size") else None
-
-
-def takes(function: Any, count: int) -> bool:
-    """Whether ``function`` can be called with ``count`` positional arguments, as far as it tells."""
-    try:
-        inspect.signature(function).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:  # It has no signature that Python can read.
-        return True
-    return True
 
 
 # ---- wrappers ------------------------------------------------------------------------------------------------------

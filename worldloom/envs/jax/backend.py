@@ -151,7 +151,9 @@ def _compiled(env: Any, limit: int | None) -> tuple[Callable[..., Any], Callable
 def _space(leaf: Any) -> spaces.Box:
     if leaf.dtype == jnp.uint8:
         return spaces.Box(0, 255, leaf.shape, np.uint8)
-    return spaces.Box(-np.inf, np.inf, leaf.shape, np.float32)
+    # Nobody declares bounds: pictures of floats are from 0 to 1, as everywhere, which replay checks.
+    low, high = (0, 1) if len(leaf.shape) == 3 else (-np.inf, np.inf)
+    return spaces.Box(low, high, leaf.shape, np.float32)
 
 
 def _is_image(leaf: Any) -> bool:

@@ -51,7 +51,7 @@ class Arrival(NamedTuple):
 def reset(env: JaxEnv, seeds: jax.Array) -> tuple[EnvBatch, Any]:
     """Begin the episodes with ``seeds`` uint32 [N]; returns the batch and the first observations."""
     state, obs = jax.vmap(lambda seed: env.reset(_key(seed, 0)))(seeds)
-    return EnvBatch(state, seeds, jnp.zeros(seeds.shape, jnp.int32)), observations(obs)
+    return EnvBatch(state, seeds, jnp.zeros(seeds.shape, jnp.int32)), jax.vmap(observations)(obs)
 
 
 def advance(
@@ -75,7 +75,7 @@ def advance(
     state, obs, reward, terminated, truncated, info = jax.vmap(functools.partial(step, env))(keys, batch.state, actions)
     if limit is not None:
         truncated = truncated | (steps >= limit)
-    obs = observations(obs)
+    obs = jax.vmap(observations)(obs)
     stepped = EnvBatch(state, batch.seeds, steps)
     # A reset is only computed when an episode has ended (under vmap over members: at every step).
     begun, first = jax.lax.cond(
@@ -94,9 +94,19 @@ def advance(
 
 
 def observations(obs: Any) -> Any:
-    """Observations as replay stores them: uint8 stays, everything else becomes float32."""
-    convert = lambda x: x if x.dtype == jnp.uint8 else x.astype(jnp.float32)  # noqa: E731
-    return {name: convert(value) for name, value in obs.items()} if isinstance(obs, Mapping) else convert(obs)
+    """The observation of one environment as models take it, by the rules of ``spaces.ObservationSpec``.
+
+    Pictures have three axes and stay uint8, or become float32 from 0 to 1; uint8 of two axes gets a third. Everything
+    else becomes a float32 vector, a single number one of length 1.
+    """
+    return {name: _observation(x) for name, x in obs.items()} if isinstance(obs, Mapping) else _observation(obs)
+
+
+def _observation(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.uint8 and x.ndim > 1:
+        return x if x.ndim == 3 else x[..., None]
+    x = x.astype(jnp.float32)
+    return x if x.ndim in (1, 3) else x.reshape(-1)
 
 
 def flatten_state(batch: EnvBatch) -> dict[str, np.ndarray]:

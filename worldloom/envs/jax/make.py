@@ -14,7 +14,7 @@ from worldloom.envs.jax import adapters
 from worldloom.envs.jax.backend import JaxBackend, is_hashable
 from worldloom.envs.jax.catch import Catch
 from worldloom.envs.jax.classic import Acrobot, CartPole, MountainCarContinuous, Pendulum
-from worldloom.envs.jax.protocol import JaxEnv, step
+from worldloom.envs.jax.protocol import JaxEnv, check_jax_env, step
 from worldloom.errors import ConfigError
 
 OWN: dict[str, Callable[..., Any]] = {
@@ -88,6 +88,7 @@ def make_backend(
     if not isinstance(spec, str) and env.time_limit is not None and limit is not None:
         limit = min(limit, env.time_limit)
     if action_repeat > 1:
+        check_jax_env(env)  # While errors name the environment, and not what repeats its actions.
         env = (_repeated if is_hashable(env) else Repeat)(env, action_repeat, limit)
     return JaxBackend(env, num_envs, time_limit=limit, action_repeat=action_repeat, render=render)
 
