@@ -68,6 +68,38 @@ def test_every_step_equals_gymnasiums_from_the_same_state(name):
     assert terminations > 0 or name in ("Pendulum-v1", "Acrobot-v1")
 
 
+STATES = {
+    "Pendulum-v1": ([-np.pi, -8], [np.pi, 8]),
+    "CartPole-v1": ([-2.4, -5, -0.2, -5], [2.4, 5, 0.2, 5]),
+    "Acrobot-v1": ([-np.pi, -np.pi, -4 * np.pi, -9 * np.pi], [np.pi, np.pi, 4 * np.pi, 9 * np.pi]),
+    "MountainCarContinuous-v0": ([-1.2, -0.07], [0.6, 0.07]),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_step_from_any_state_is_as_close_to_gymnasiums_as_the_page_says(name):
+    ours, _ = SAME[name]
+    env, rng = gym.make(name).unwrapped, np.random.default_rng(0)
+    env.reset(seed=0)
+    continuous = ours.action_type == "continuous"
+    states = rng.uniform(*STATES[name], (500, len(STATES[name][0]))).astype(np.float32)
+    actions = rng.uniform(-1, 1, (500, 1)) if continuous else rng.integers(ours.action_dim, size=500)
+    make = (lambda state: PendulumState(*state)) if name == "Pendulum-v1" else (lambda state: state)
+    step = lambda state, action: ours.step(jax.random.key(0), make(state), action)  # noqa: E731
+    _, obs, rewards, ends, *_ = jax.jit(jax.vmap(step))(states, actions.astype(np.float32 if continuous else np.int32))
+    errors = np.zeros(500)
+    for i, state in enumerate(states):
+        env.state, env.steps_beyond_terminated = state.astype(np.float64), None
+        action = actions[i].astype(np.float32) * (2 if name == "Pendulum-v1" else 1) if continuous else int(actions[i])
+        theirs, reward, terminated, *_ = env.step(action)
+        errors[i] = np.abs(obs[i] - theirs).max()
+        assert abs(rewards[i] - reward) <= (1e-5 if continuous else 0)
+        assert bool(ends[i]) == bool(terminated)
+    spin = np.abs(states[:, 3]) if name == "Acrobot-v1" else np.zeros(500)
+    for fastest, within in ((8, 1e-5), (15, 5e-5), (30, 5e-3)):
+        assert errors[spin < fastest].max() <= within
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_spaces_limits_and_first_states_are_gymnasiums(name):
     ours, _ = SAME[name]
