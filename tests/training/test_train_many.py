@@ -1,6 +1,7 @@
 """Many members in one program are the runs that each of them would be alone."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,8 @@ def test_a_summary_says_what_the_settings_reached(members):
         ({"seeds": [0.5, 1.7]}, "seeds must be different integers"),
         ({"seeds": [-1]}, "seeds must be different integers"),
         ({"seeds": [True]}, "seeds must be different integers"),
+        ({"env": 5}, "give it a spec such as 'jax:Pendulum-v1', or an environment in JAX, not int"),
+        ({"env": types.SimpleNamespace(reset=None)}, "not SimpleNamespace. .* lacks step, obs_shape"),
         ({"env": "CartPole-v1"}, "impossible: the environments are not in JAX"),
     ],
 )

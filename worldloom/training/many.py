@@ -15,6 +15,7 @@ import numpy as np
 from worldloom.config import check, freeze, is_integer, is_number, nearest, shown
 from worldloom.devices import resolve_device
 from worldloom.envs import VectorEnv, is_env, make_env
+from worldloom.envs.hints import about_object
 from worldloom.errors import NonFiniteError
 from worldloom.families import get_family
 from worldloom.files import absolute_path, write_atomically
@@ -110,7 +111,11 @@ def train_many(
     """
     check(isinstance(name, str), f"The model is the name of a preset, such as 'tdmpc2:tiny', not {name!r:.80}.")
     seeds, vary = _checked_seeds(seeds), _checked_vary(vary)
-    check(is_env(env) and not isinstance(env, VectorEnv), "train_many makes its environments itself: give it a spec.")
+    check(
+        is_env(env) and not isinstance(env, VectorEnv),
+        "train_many makes its environments itself: give it a spec such as 'jax:Pendulum-v1', or an environment in JAX, "
+        f"not {type(env).__name__}.{'' if isinstance(env, VectorEnv) else about_object(env)}",
+    )
     path = absolute_path(folder or f"runs/{_slug(env)}-{name.replace(':', '-')}-many")
     plans = [
         (dict(zip(vary, chosen, strict=True)), seed) for chosen in itertools.product(*vary.values()) for seed in seeds
