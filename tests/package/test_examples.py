@@ -4,10 +4,12 @@ import importlib
 import json
 import re
 import runpy
+import shutil
 import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 import worldloom
@@ -122,12 +124,23 @@ def kernel(small, monkeypatch):
     return run_cells
 
 
-def test_the_quickstart_notebook_runs_and_runs_again(kernel, capsys, caplog):
+def see_gpu(there, monkeypatch):
+    """Notebooks ask for ``nvidia-smi``, and find it or do not."""
+    which = shutil.which
+    tool = "/usr/bin/nvidia-smi" if there else None
+    monkeypatch.setattr(
+        "shutil.which", lambda name, *args, **options: tool if name == "nvidia-smi" else which(name, *args, **options)
+    )
+
+
+def test_the_quickstart_notebook_runs_and_runs_again(kernel, monkeypatch, capsys, caplog):
     namespace: dict = {}
-    for message in ("running on", "running on"):
+    for gpu, message in ((False, "No accelerator: fine"), (True, "JAX does not use this machine's GPU")):
+        see_gpu(gpu, monkeypatch)
         assert kernel("quickstart.ipynb", namespace) == ["learning_curve.png", "eval.gif", "horizon.png"]
         out = capsys.readouterr()
-        assert message in out.out
+        assert "running on" in out.out
+        assert (message in out.out) == (jax.default_backend() == "cpu")
         assert "the reloaded model plans the same: True" in out.out
         assert len(out.out + out.err) < 10_000
     assert "Nothing to train" in caplog.text  # The second time, the run is found done.
@@ -158,8 +171,27 @@ def test_notebooks_are_stripped_and_open_in_colab(path):
     assert f"colab.research.google.com/github/worldloom/worldloom/blob/main/examples/{path.name}" in "".join(
         cells[0]["source"]
     )
-    install = next("".join(cell["source"]) for cell in cells if "pip" in "".join(cell["source"]))
-    assert "git+https://github.com/worldloom/worldloom" in install
+    assert "git+https://github.com/worldloom/worldloom" in installing(path)
+
+
+def installing(path):
+    """The source of the cell that installs worldloom."""
+    sources = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    return next(source for source in sources if "pip" in source)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_install_what_jax_needs_for_a_gpu(path, gpu, monkeypatch):
+    """JAX refuses a plugin of another version than its own, which is what a machine may already have."""
+    typed = []
+    shell = types.SimpleNamespace(run_line_magic=lambda *words: typed.append(words))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    see_gpu(gpu, monkeypatch)
+    exec(compile(installing(path), path.name, "exec"), {"get_ipython": lambda: shell})
+    ((magic, line),) = typed
+    assert magic == "pip"
+    assert f"'worldloom[{'cuda12,video' if gpu else 'video'}] @ git+https" in line
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
