@@ -279,12 +279,14 @@ def test_help_imports_neither_jax_nor_numpy():
     code = (
         "import sys, worldloom.cli; worldloom.cli.main(['--help']); print('jax' in sys.modules, 'numpy' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert out.splitlines()[-1] == "False False"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=300)
+    assert done.stdout.splitlines()[-1] == "False False"
 
 
 def test_the_module_runs_and_returns_the_exit_code():
-    done = subprocess.run([sys.executable, "-m", "worldloom", "trian"], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "worldloom", "trian"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 2
     assert done.stderr.startswith("worldloom: There is no command 'trian'.")
     assert done.stdout == ""

@@ -19,6 +19,7 @@ def run(script, *options):
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=3_600,  # Many kills take minutes; what hangs is to fail, not to hold the suite up.
     )
     assert found.returncode == 0, f"{found.stdout[-3000:]}\n{found.stderr[-3000:]}"
     return json.loads(found.stdout)

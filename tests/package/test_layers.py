@@ -125,7 +125,8 @@ def test_families_do_not_import_each_other():
 
 def run_python(code: str) -> dict:
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
     return json.loads(out.stdout)
 
 

@@ -33,7 +33,7 @@ print(min(faults[1:]), min(shares[1:]))
 def test_kept_memory_is_not_faulted_in_again(how):
     """100 MB are 24,000 pages, or 50 huge ones. A call waits for its result where memory is kept."""
     command = [sys.executable, "-c", PROGRAM, how]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     kept, faults, waiting = output.split()
     assert kept == {"returned": "None"}.get(how, "True")
     assert int(faults) > 40 if how == "returned" else int(faults) < 20

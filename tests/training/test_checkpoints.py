@@ -112,7 +112,8 @@ np.savez(folder + ".npz", **flatten_state(state))
 """
 
     def run(*arguments):
-        subprocess.run([sys.executable, "-W", "error", "-c", code, *map(str, arguments)], check=True, env=os.environ)
+        command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+        subprocess.run(command, check=True, env=os.environ, timeout=300)
 
     run(tmp_path / "whole", 20, "begin")
     run(tmp_path / "resumed", 10, "begin")

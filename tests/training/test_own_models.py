@@ -307,7 +307,8 @@ def test_a_fresh_process_refuses_a_class_it_does_not_have_and_imports_nothing(tm
         for name, folder in folders.items():
             print(type(worldloom.from_pretrained(folder)).__name__)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-2:] == ["MyDreamer", "MyTDMPC2"]
@@ -797,7 +798,8 @@ def test_the_command_line_knows_a_family_of_ones_own(tmp_path):
         command("info", "linear", "--env", "Pendulum-v1", *module)
         command("list", *module)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
+    program = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, timeout=1_200)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("> ")]
     codes = [tuple(line.split()[1:3]) for line in said]
