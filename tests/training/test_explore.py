@@ -1,5 +1,7 @@
 """Exploration by disagreement: what was seen often is worth less than what was not, and the weight falls to 0."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,13 +40,23 @@ def one_sided(episodes=12, length=10):
     return buffer
 
 
-@pytest.fixture(scope="module", params=SMALL)
-def trained(request):
+@functools.cache
+def trained_model(family):
     """A model that has been trained for two thirds of the weight's decay."""
-    model = make(request.param, **EXPLORE)
+    model = make(family, **EXPLORE)
     config = TrainingConfig(total_steps=200, batch_size=8, sequence_length=6, learning_rate=3e-3, device="cpu", seed=0)
     Trainer(model, config, callbacks=[]).train(one_sided())
-    return request.param, model
+    return model
+
+
+@pytest.fixture(params=SMALL)
+def trained(request):
+    return request.param, trained_model(request.param)
+
+
+@pytest.fixture
+def tdmpc2():
+    return trained_model("tdmpc2")
 
 
 def inputs(family, model):
@@ -86,15 +98,12 @@ def test_there_is_no_reward_before_the_first_update():
         np.testing.assert_array_equal(model.explorer.reward(inputs(family, model)), 0)
 
 
-def test_tdmpc2_is_not_paid_for_exploring_when_it_is_evaluated(trained):
-    family, model = trained
-    if family == "dreamerv3":
-        return
+def test_tdmpc2_is_not_paid_for_exploring_when_it_is_evaluated(tdmpc2):
     key, obs = jax.random.key(0), np.eye(4, dtype=np.float32)
     without = make("tdmpc2")
-    without.load_params({name: part for name, part in model.params.items() if name != "explorer"})
+    without.load_params({name: part for name, part in tdmpc2.params.items() if name != "explorer"})
     for explore in (False, True):
-        plans = [m.act(None, obs, key, explore=explore)[0] for m in (model, without)]
+        plans = [m.act(None, obs, key, explore=explore)[0] for m in (tdmpc2, without)]
         assert np.array_equal(*plans) == (not explore)
 
 
