@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_quadratic import GAMMA, A, B, quadratic, riccati, transition
 
 from worldloom.errors import ConfigError, DataError
 from worldloom.planning import CategoricalActions, GaussianActions, Step, cem, mppi, refit, rollout, shift
@@ -18,28 +19,9 @@ SMALL = {"num_samples": 32, "num_elites": 8, "iterations": 3}
 
 # ---- A linear system with quadratic costs ---------------------------------------------------------------------------
 
-A = np.array([[1.0, 0.1], [0.0, 1.0]])
-B = np.array([[0.0], [0.1]])
-Q, R, GAMMA = np.diag([100.0, 10.0]), np.array([[10.0]]), 0.99
-
-
-@functools.cache
-def riccati():
-    """Cost-to-go matrix P and feedback matrix K of the discounted problem: the optimal action is −K·x."""
-    P = Q
-    for _ in range(5_000):
-        K = GAMMA * np.linalg.solve(R + GAMMA * B.T @ P @ B, B.T @ P @ A)
-        P = Q + GAMMA * A.T @ P @ A - GAMMA * A.T @ P @ B @ K
-    return P, K
-
-
-def quadratic(x, matrix):
-    return jnp.einsum("...i,ij,...j->...", x, jnp.asarray(matrix, jnp.float32), x)
-
 
 def linear_step(x, action, key):
-    after = x @ jnp.asarray(A.T, jnp.float32) + action @ jnp.asarray(B.T, jnp.float32)
-    return Step(after, -quadratic(x, Q) - quadratic(action, R), GAMMA)
+    return Step(*transition(x, action), GAMMA)
 
 
 def cost_to_go(x, key):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_quadratic import GAMMA, quadratic, riccati, transition
 from tdmpc2_variants import make
 
 from worldloom.models.tdmpc2 import TDMPC2Config, planner
@@ -62,32 +63,10 @@ def inline(model):
     return jax.jit(functools.partial(planner.plan, model))
 
 
-A = np.array([[1.0, 0.1], [0.0, 1.0]])
-B = np.array([[0.0], [0.1]])
-Q, R = np.diag([100.0, 10.0]), np.array([[10.0]])  # costs of a few tens: what the temperature is made for
-GAMMA = 0.99
-
-
-@functools.cache
-def riccati():
-    """Cost-to-go matrix of the discounted linear-quadratic problem, by value iteration to a fixed point."""
-    P = Q
-    for _ in range(5_000):
-        S = R + GAMMA * B.T @ P @ B
-        P = Q + GAMMA * A.T @ P @ A - GAMMA**2 * A.T @ P @ B @ np.linalg.solve(S, B.T @ P @ A)
-    return P
-
-
 def linear_quadratic():
-    P = jnp.asarray(riccati(), jnp.float32)
-    quadratic = lambda x, m: jnp.einsum("...i,ij,...j->...", x, jnp.asarray(m, jnp.float32), x)  # noqa: E731
-
-    def step(z, action):
-        after = z @ jnp.asarray(A.T, jnp.float32) + action @ jnp.asarray(B.T, jnp.float32)
-        return after, -quadratic(z, Q) - quadratic(action, R)
-
+    P = riccati()[0]
     # After the prior's action a = 0: reward of that step, then the optimal cost-to-go.
-    return Known(config(), step, lambda z, action: -quadratic(z, P))
+    return Known(config(), transition, lambda z, action: -quadratic(z, P))
 
 
 @pytest.mark.parametrize("start", [(0.2, 0.0), (-0.25, -0.1)])
@@ -104,8 +83,9 @@ def test_linear_quadratic_returns_are_within_two_percent_of_the_optimum(start, s
 
     first = (jnp.asarray(start, jnp.float32), jnp.zeros((3, 1)))
     (last, _), rewards = jax.jit(lambda carry: jax.lax.scan(act, carry, jnp.arange(150)))(first)
-    cost = -rewards.sum() + GAMMA**150 * last @ riccati() @ last
-    optimum = np.array(start) @ riccati() @ np.array(start)
+    P = riccati()[0]
+    cost = -rewards.sum() + GAMMA**150 * last @ P @ last
+    optimum = np.array(start) @ P @ np.array(start)
     assert optimum * 0.999 <= cost <= optimum * 1.02
 
 
