@@ -20,11 +20,21 @@ from worldloom.training.update_loop import CompiledUpdate, Learner, NonFiniteGua
 OPTIMIZED = os.environ.get("WORLDLOOM_TEST_OPTIMIZED") == "1"
 VARIANTS = ("single", "episodic", "multitask", "image")
 VALUES = {"rtol": 1e-4, "atol": 1e-4}
+# After three updates: relative errors of metrics, and the share of weights within 1e-5. The gradients of a picture's
+# convolutions are sums over its pixels, so rounding is more there: up to 2.1e-5, and 29 of 158,182 weights, which are
+# biases of the last two convolutions. In the other files the largest errors are 5.0e-6, and all weights are within.
+METRICS = {"image": 3e-5}
+CLOSE_WEIGHTS = {"image": 0.9998}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def recorded(request, golden):
-    return golden(f"tdmpc2-{request.param}-s0")
+def variant(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def recorded(variant, golden):
+    return golden(f"tdmpc2-{variant}-s0")
 
 
 @pytest.fixture(scope="module")
@@ -169,15 +179,15 @@ def three_updates(model, batch, settings, way="one by one"):
     return state, {name: np.array([now[name] for now in metrics]) for name in metrics[0]}
 
 
-def test_three_updates_report_the_recorded_metrics(trained, recorded):
+def test_three_updates_report_the_recorded_metrics(trained, recorded, variant):
     names = {"total_loss": "loss", "pi_loss": "policy"}
     for name in (name for name in recorded if name.startswith("expect/metrics/")):
         official = name.removeprefix("expect/metrics/")
         ours = names.get(official, official.removesuffix("_loss"))
-        np.testing.assert_allclose(trained[1][ours], recorded[name], rtol=1e-4, err_msg=official)
+        np.testing.assert_allclose(trained[1][ours], recorded[name], rtol=METRICS.get(variant, 7e-6), err_msg=official)
 
 
-def test_three_updates_leave_the_recorded_parameters(trained, recorded):
+def test_three_updates_leave_the_recorded_parameters(trained, recorded, variant):
     weights = to_official_tdmpc2(trained[0])
     expected = {name.removeprefix("after3/"): value for name, value in recorded.items() if name.startswith("after3/")}
     assert set(expected) <= set(weights)
@@ -186,7 +196,7 @@ def test_three_updates_leave_the_recorded_parameters(trained, recorded):
     others = np.concatenate([error for name, error in errors.items() if not name.startswith("_target")])
     assert targets.max() < 3e-6
     assert others.max() < 1e-4
-    assert np.mean(others < 1e-5) > 0.999
+    assert np.mean(others < 1e-5) >= CLOSE_WEIGHTS.get(variant, 0.9999)
 
 
 def test_losses_before_an_update_are_the_first_metrics(model, batch, trained):
