@@ -132,13 +132,6 @@ def write_sources(folder: Path) -> None:
         (folder / name).write_bytes((DATA / name).read_bytes())
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("intact")
-    write_sources(folder)
-    return folder
-
-
 class Figures(NamedTuple):
     """Numbers of damaged and of refused files, and the CPU seconds and peak memory of the worst one."""
 

@@ -251,13 +251,6 @@ CASES = [
 ALLOWED = (FileFormatError, ConfigError)
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("intact")
-    write_sources(folder)
-    return folder
-
-
 # Orbax stops at the first unreadable array; the errors of the others arrive when nothing awaits them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("read", "damage", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+from online_worlds import shapes
 from tiny_envs import Corridor, Lamp, Steady
 
 from worldloom.envs import make_env
@@ -11,10 +12,6 @@ from worldloom.models.dreamer import DreamerV3Config, DreamerV3WorldModel
 from worldloom.models.tdmpc2 import TDMPC2Config, TDMPC2WorldModel
 from worldloom.training import Trainer, TrainingConfig
 from worldloom.training.evaluation import play
-
-
-def shapes(env):
-    return {"obs_shape": env.obs_shape, "action_dim": env.action_dim, "action_type": env.action_type}
 
 
 def dreamer(env, **fields):
