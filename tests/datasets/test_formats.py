@@ -15,6 +15,7 @@ from dataset_writers import (
     write_npz_folder,
     write_pt,
 )
+from trees import assert_same
 
 import worldloom.data
 from worldloom.replay import ReplayBuffer, ReplayStore
@@ -26,13 +27,6 @@ def buffer_of(episodes, tasks=None):
         task = None if tasks is None else tasks[number]
         buffer.add_episode(e.obs, e.actions, e.rewards, terminated=e.terminated, task=task)
     return buffer
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-        assert np.asarray(one[name]).dtype == np.asarray(other[name]).dtype, name
 
 
 def assert_same_batches(dataset, buffer):

@@ -6,6 +6,7 @@ import pickle
 import jax
 import numpy as np
 import pytest
+from trees import assert_same
 
 from worldloom.errors import ConfigError, FileFormatError, WeightsError
 from worldloom.interop import load_official_dreamerv3, to_official_dreamerv3
@@ -29,13 +30,6 @@ def recorded(golden):
         return params, {**SPACES[variant], "num_categories": json.loads(str(data["config"]))["classes"]}
 
     return load
-
-
-def assert_same(actual, expected):
-    assert set(actual) == set(expected)
-    for name, value in expected.items():
-        assert actual[name].dtype == value.dtype, name
-        np.testing.assert_array_equal(actual[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize("variant", SPACES)

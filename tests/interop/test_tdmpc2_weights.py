@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_same
 
 from worldloom.errors import ConfigError, WeightsError
 from worldloom.interop import load_official_tdmpc2, to_official_tdmpc2
@@ -23,12 +24,9 @@ def weights_of(recorded):
     return {name.removeprefix("params/"): value for name, value in recorded.items() if name.startswith("params/")}
 
 
-def assert_same(a, b):
-    assert a.config == b.config
-    a, b = flatten(a.params), flatten(b.params)
-    assert set(a) == set(b)
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+def assert_same_model(one, other):
+    assert one.config == other.config
+    assert_same(one.params, other.params)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "multitask", "image"])
@@ -45,7 +43,7 @@ def test_export_after_import_gives_the_same_arrays(variant, golden):
 @pytest.mark.parametrize("layout", ["current", "2023"])
 def test_pt_files_hold_the_recorded_weights(variant, layout):
     npz = load_official_tdmpc2(DATA / f"tdmpc2-{variant}-s0.npz")
-    assert_same(load_official_tdmpc2(DATA / f"tdmpc2-{variant}-s0-{layout}.pt"), npz)
+    assert_same_model(load_official_tdmpc2(DATA / f"tdmpc2-{variant}-s0-{layout}.pt"), npz)
 
 
 def before_release(official):
@@ -77,7 +75,7 @@ def test_oldest_layout_turns_symlog_observations_on(golden):
     assert len(old) == 60
     model = load_official_tdmpc2({"model": old})
     assert model.config.symlog_obs
-    assert_same(model, load_official_tdmpc2(official, symlog_obs=True))
+    assert_same_model(model, load_official_tdmpc2(official, symlog_obs=True))
 
 
 def test_sizes_are_inferred(golden):
@@ -98,7 +96,7 @@ def test_bookkeeping_and_copies_are_ignored_and_missing_targets_are_copied(golde
         "_Qs.module.0.weight": np.zeros(1),
         "_detach_Qs_params.0.weight": np.zeros(1),
     }
-    assert_same(load_official_tdmpc2(official | extra), load_official_tdmpc2(official))
+    assert_same_model(load_official_tdmpc2(official | extra), load_official_tdmpc2(official))
     online = load_official_tdmpc2({name: value for name, value in official.items() if "target" not in name})
     jax.tree.map(np.testing.assert_array_equal, online.params["q"], online.params["target_q"])
 
@@ -170,7 +168,7 @@ def published(layout):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_names_and_nesting_of_wrappers_are_read(wrapper, golden):
     official = weights_of(golden("tdmpc2-single-s0"))
-    assert_same(load_official_tdmpc2(WRAPPERS[wrapper](official)), load_official_tdmpc2(official))
+    assert_same_model(load_official_tdmpc2(WRAPPERS[wrapper](official)), load_official_tdmpc2(official))
 
 
 @pytest.mark.parametrize("layout", ["current", "2023", "before the release"])
@@ -231,7 +229,7 @@ def test_pytorch_loads_the_export(variant, golden, tmp_path):
     torch.save({"model": {name: torch.from_numpy(value) for name, value in exported.items()}}, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=True)["model"]
     np.testing.assert_array_equal(loaded["_pi.0.weight"].numpy(), exported["_pi.0.weight"])
-    assert_same(load_official_tdmpc2(loaded), load_official_tdmpc2(tmp_path / "model.pt"))
+    assert_same_model(load_official_tdmpc2(loaded), load_official_tdmpc2(tmp_path / "model.pt"))
 
 
 def test_a_state_of_many_tasks_needs_the_config_for_their_actions(golden, caplog):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from trees import assert_same
 
 from worldloom.errors import ConfigError, DataError
 from worldloom.replay import ReplayBuffer
@@ -21,12 +22,6 @@ def numbered(lengths, capacity=100_000, **described):
         reward = np.arange(1, rows)
         buffer.add_episode(obs, np.full((rows - 1, 1), 0.5), reward, terminated=episode % 2 == 0)
     return buffer
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    for key in left:
-        np.testing.assert_array_equal(left[key], right[key])
 
 
 @pytest.mark.parametrize(

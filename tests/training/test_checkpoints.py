@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from toy_family import ToyConfig, ToyWorldModel, fill
+from trees import assert_same
 
 from worldloom import CheckpointError, ConfigError, FileFormatError, NonFiniteError
 from worldloom.replay import ReplayBuffer
@@ -23,17 +24,6 @@ from worldloom.training.callbacks import (
     LoggingCallback,
 )
 from worldloom.training.checkpoint import Checkpointer, load_weights
-
-
-def leaves(state):
-    arrays = (state.step, state.params, state.opt_state, jax.random.key_data(state.key))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
-
-
-def assert_same(one, other):
-    for a, b in zip(leaves(one), leaves(other), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 def trainer_in(folder, config, held_out, means):

@@ -17,8 +17,9 @@ import own_models
 import pytest
 import toy_family
 from flax import nnx
-from own_models import BASE, CONFIG, MINE, TRAINING, assert_same, changed, data, leaves
+from own_models import BASE, CONFIG, MINE, TRAINING, data
 from toy_family import ToyConfig, ToyWorldModel
+from trees import assert_same, changed, leaves
 
 import worldloom
 from worldloom import (

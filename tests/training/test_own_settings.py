@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import toy_family
 from online_worlds import Walk
-from own_models import assert_same, changed, leaves
 from toy_family import ToyConfig, ToyWorldModel
+from trees import assert_same, changed, leaves
 
 from worldloom import ConfigError
 from worldloom.envs import make_env

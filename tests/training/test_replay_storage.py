@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from online_worlds import Glide
 from toy_family import ToyConfig, ToyWorldModel, fill
+from trees import assert_same
 
 from worldloom import create_world_model
 from worldloom.envs import make_env
@@ -24,10 +25,6 @@ def weights(trainer):
 def latents(buffer):
     ids = np.arange(*buffer.state_dict().values())[:, None]
     return buffer.take(ids, latents=True)["context"]
-
-
-def assert_same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def offline(config, storage, capacity, **options):

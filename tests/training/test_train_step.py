@@ -6,21 +6,13 @@ import numpy as np
 import pytest
 import toy_family
 from toy_family import ToyConfig, ToyWorldModel, fill
+from trees import assert_same, leaves
 
 from worldloom import NonFiniteError
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer
 from worldloom.training.callbacks import CheckpointCallback
 from worldloom.training.update_loop import Learner, NonFiniteGuard, compiled_update, copy
-
-
-def leaves(state):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves((state.step, state.params, state.opt_state))]
-
-
-def assert_same(one, other):
-    for a, b in zip(leaves(one), leaves(other), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def compiled(config, unrolled=False):
@@ -73,7 +65,7 @@ def test_update_n_reads_batch_n_and_key_n(buffer, config, model):
         batch = buffer.sample(4, 5, seed=config.seed, update=number)
         del batch["row_ids"]
         state, _ = update(state, batch, jax.random.fold_in(state.key, number))
-    for a, b in zip(leaves(trained), leaves(state), strict=True):
+    for a, b in zip(leaves(trained).values(), leaves(state).values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -198,7 +190,7 @@ def test_nonfinite_updates_can_be_skipped_and_counted(config, model):
     assert np.isinf([row["loss"] for row in rows]).tolist() == bad
     good = [row["loss"] for row, skipped in zip(rows, bad, strict=True) if not skipped]
     assert means[0]["loss"] == pytest.approx(np.mean(good))
-    assert all(np.isfinite(leaf).all() for leaf in leaves(state))
+    assert all(np.isfinite(leaf).all() for leaf in leaves(state).values())
     # Adam does not count the skipped updates.
     assert int(state.opt_state[1].count) == 20 - sum(bad)
     assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
