@@ -10,6 +10,7 @@ import pytest
 from worldloom import create_world_model
 from worldloom.errors import ConfigError
 from worldloom.models.disagreement import advance
+from worldloom.models.params import flatten
 from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, TrainingConfig
 
@@ -107,20 +108,39 @@ def test_tdmpc2_is_not_paid_for_exploring_when_it_is_evaluated(tdmpc2):
         assert np.array_equal(*plans) == (not explore)
 
 
+def one_update(model, batch, parts):
+    """The explorer's networks by path and all metrics after one update in ``parts``, with the modes of all draws."""
+    algorithm = model.algorithm
+    rows, columns = batch["rewards"].shape
+    config = TrainingConfig(batch_size=rows, sequence_length=columns, learning_rate=3e-3, microbatches=parts)
+    state = algorithm.init_state(model, config, jax.random.key(0))
+    state, metrics = jax.jit(algorithm.make_update(model.config, config))(state, batch, None)
+    return flatten(state.params["explorer"]["networks"]), metrics
+
+
 @pytest.mark.parametrize("family", SMALL)
-def test_microbatches_and_switching_off(family):
-    """The explorer's loss is a term of the total, also when it is computed in parts; without it there is no part."""
-    buffer = one_sided(4)
-    losses = {}
-    for parts in (1, 2):
-        model = make(family, **EXPLORE)
-        config = TrainingConfig(
-            total_steps=1, batch_size=4, sequence_length=5, device="cpu", seed=0, microbatches=parts
-        )
-        Trainer(model, config, callbacks=[]).train(buffer)
-        losses[parts] = float(model.explorer.scale[...])
-    np.testing.assert_allclose(losses[1], losses[2], rtol=0.2)
-    assert "explorer" not in make(family).params
+def test_the_explorers_loss_is_a_term_of_the_total(family):
+    """It is added to the losses of a model that does not explore, and its networks learn by it; in parts too."""
+    model, without = make(family, **EXPLORE), make(family)
+    assert "explorer" not in without.params
+    without.load_params({name: part for name, part in model.params.items() if name != "explorer"})
+    batch = one_sided(4).sample(4, 6, seed=0)
+    batch = {name: rows for name, rows in batch.items() if name != "row_ids"}
+    losses, others = model.compute_loss(batch), without.compute_loss(batch)
+    # Nothing is paid before the first update, so that all other terms are those of the model without.
+    for name in others.keys() - {"loss"}:
+        np.testing.assert_allclose(losses[name], others[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    whole, metrics = one_update(model, batch, 1)
+    halves, of_halves = one_update(model, batch, 2)
+    term = metrics["disagreement"]
+    assert term > 0.01 * abs(others["loss"])
+    np.testing.assert_allclose(of_halves["disagreement"], term, rtol=1e-5)
+    for total in (losses["loss"], metrics["loss"], of_halves["loss"]):
+        np.testing.assert_allclose(total, others["loss"] + term, rtol=1e-5)
+
+    for name, weights in flatten(model.params["explorer"]["networks"]).items():
+        assert np.abs(whole[name] - weights).max() > 1e-3, name
+        np.testing.assert_allclose(halves[name], whole[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("wrong", [{"explore": "curiosity"}, {"explore_heads": 1}, {"explore_updates": 0}])
