@@ -1,6 +1,8 @@
 """Everything that is measured on a GPU, with one command that goes on where the last one stopped.
 
     python benchmarks/accelerator.py --out DIR [--peers DIR] [--part NAME …] [--minutes 9]
+    python benchmarks/accelerator.py --out DIR --first --minutes 11
+    python benchmarks/accelerator.py --out DIR --only 'speed/plan tdmpc2:5m *' 'exact/golden *'
 
 Parts: ``exact`` (recorded values of the reference programs, repeatability, resume), ``speed`` (updates, plans,
 imagination, acting, replay, memory, kernels), ``flags`` (XLA's settings for GPUs), ``peers`` (the reference programs on
@@ -12,6 +14,8 @@ mean nothing.
 
 import argparse
 import contextlib
+import difflib
+import fnmatch
 import importlib.metadata
 import os
 import subprocess
@@ -40,6 +44,18 @@ PARTS = {
     "peers": lambda args: accelerator_peers.tasks(args.smoke, args.peers),
     "learn": lambda args: accelerator_learn.tasks(args.smoke),
 }
+FIRST = (
+    "exact/golden tdmpc2-single",
+    "exact/golden dreamerv3-vector-discrete",
+    "speed/large products",
+    "speed/update tdmpc2:5m vector",
+    "speed/update dreamerv3:size12m vector",
+    "speed/plan tdmpc2:5m 1",
+    "speed/plan tdmpc2:5m 16",
+    "speed/profile tdmpc2:5m",
+    "speed/profile dreamerv3:size12m",
+)
+"""What ``--first`` measures: one figure of each kind, for a card that is there for a quarter of an hour."""
 SMOKE_SECONDS = 20
 """Of any measurement of a smoke run, instead of what it takes on a card."""
 
@@ -121,6 +137,25 @@ def revision():
         return None
 
 
+def select(planned, patterns):
+    """The measurements whose ``part/name`` matches a pattern, those of the first pattern first.
+
+    Raises ``ValueError`` with near names for a pattern that matches none.
+    """
+    named = {f"{part}/{task.name}": (part, task) for part, task in planned}
+    chosen = {}
+    for pattern in patterns:
+        found = fnmatch.filter(named, pattern)
+        if not found:
+            near = fnmatch.filter(named, f"*{pattern}*") or difflib.get_close_matches(pattern, named, cutoff=0.4)
+            raise ValueError(
+                f"{pattern!r} is none of the {len(named)} measurements that --list shows; a name is "
+                f"part/measurement, * stands for anything. Near it: {', '.join(near[:4]) or 'none'}."
+            )
+        chosen |= {name: named[name] for name in found}
+    return list(chosen.values())
+
+
 def measure(task, part, store, workers, args, most):
     """The figure of a task."""
     if isinstance(task.call, str):
@@ -196,6 +231,9 @@ def main():
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the figures and runs")
     parser.add_argument("--peers", type=Path, metavar="DIR", help=accelerator_peers.__doc__.partition("\n\n")[2])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", metavar="PATTERN", help="measurements by part/name; * stands for anything")
+    which.add_argument("--first", action="store_true", help="a few of each kind, in an order for a first short visit")
     parser.add_argument("--minutes", type=float, default=9, help="no measurement is started that would take longer")
     parser.add_argument("--smoke", action="store_true", help="everything in tiny sizes; the figures mean nothing")
     parser.add_argument("--again", action="store_true", help="also repeat measurements that failed")
@@ -203,11 +241,23 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the measurements and their seconds on a card")
     args = parser.parse_args()
     planned = [(part, task) for part in args.part for task in PARTS[part](args)]
+    if args.only or args.first:
+        names = {f"{part}/{task.name}" for part, task in planned}
+        # Some of the first are not in the parts that were asked for, or have no tiny size.
+        patterns = args.only or [name for name in FIRST if name in names]
+        try:
+            planned = select(planned, patterns)
+        except ValueError as error:
+            parser.error(str(error))
+        if not planned:
+            parser.error(f"--first has no measurement of the parts {', '.join(args.part)}; it has {', '.join(FIRST)}.")
     if args.list_wheels:
         print(*accelerator_wheels.lines(), sep="\n")
         return
     if args.list:
         print(*(f"{task.seconds:4.0f} s  {part}/{task.name}" for part, task in planned), sep="\n")
+        seconds = sum(task.seconds for _, task in planned)
+        print(f"{seconds:4.0f} s  in all, {seconds / 60:.0f} minutes")
         return
     if args.out is None:
         parser.error("--out DIR is needed: the folder of the figures, which may exist already")

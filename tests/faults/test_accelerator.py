@@ -123,6 +123,27 @@ def test_nothing_is_started_that_would_not_fit(tmp_path):
     assert "holds figures of another device ('another', now" in refused.stderr
 
 
+def test_measurements_are_chosen_by_name(benchmarks):
+    script = benchmarks("accelerator")
+    args = argparse.Namespace(smoke=False, peers=None)
+    planned = [(part, task) for part, tasks in script.PARTS.items() for task in tasks(args)]
+
+    def names(*patterns):
+        return [f"{part}/{task.name}" for part, task in script.select(planned, patterns)]
+
+    assert names("speed/plan tdmpc2:5m 1*", "exact/golden *single") == [
+        "speed/plan tdmpc2:5m 1", "speed/plan tdmpc2:5m 16", "exact/golden tdmpc2-single"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"'plan tdmpc2:5m' is none .* Near it: speed/plan tdmpc2:5m 1, "):
+        names("plan tdmpc2:5m")
+    assert names(*script.FIRST) == list(script.FIRST)
+    seconds = sum(task.seconds for _, task in script.select(planned, script.FIRST))
+    assert f"--first` takes {seconds} s" in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    refused = run("--only", "exact/golden tdmpc2-sinle", "--list")
+    assert refused.returncode == 2
+    assert "Near it: exact/golden tdmpc2-single" in refused.stderr
+
+
 def test_a_failure_is_recorded_and_does_not_stop_the_others(tmp_path, benchmarks):
     """A worker that dies, one that raises, a number that is none, and a mistake in this process."""
     script, tasks, store = (benchmarks(name) for name in ("accelerator", "accelerator_tasks", "accelerator_store"))
