@@ -126,7 +126,7 @@ def quick_flags():
 
 
 def revision():
-    """Commit of this checkout, with ``+changes`` if files are modified; None outside of one."""
+    """Commit of this checkout, with ``+changes`` if files are modified; None in a copy of the files alone."""
 
     def git(*words):
         return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -237,6 +237,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=9, help="no measurement is started that would take longer")
     parser.add_argument("--smoke", action="store_true", help="everything in tiny sizes; the figures mean nothing")
     parser.add_argument("--again", action="store_true", help="also repeat measurements that failed")
+    parser.add_argument("--revision", help="commit to write beside the figures; needed where the files are a copy")
     parser.add_argument("--list-wheels", action="store_true", help="print what to carry to a machine without a network")
     parser.add_argument("--list", action="store_true", help="print the measurements and their seconds on a card")
     args = parser.parse_args()
@@ -261,6 +262,9 @@ def main():
         return
     if args.out is None:
         parser.error("--out DIR is needed: the folder of the figures, which may exist already")
+    commit = args.revision or revision()
+    if commit is None:
+        print("The figures will be without a commit: this is no checkout, and there is no --revision.", file=sys.stderr)
     clock, folder = Clock(args.minutes), args.out.absolute()
     with tempfile.TemporaryDirectory() as logs:
         workers = Workers(variables(folder, args.smoke), clock, Path(logs))
@@ -273,7 +277,7 @@ def main():
                 )  # fmt: skip
                 raise SystemExit(2)
             with contextlib.closing(Store(folder)) as store:
-                store.open_for(about | {"smoke": args.smoke, "revision": revision()})
+                store.open_for(about | {"smoke": args.smoke, "revision": commit})
                 run(planned, store, workers, args)
         except (NoDevice, OutOfTime) as error:
             raise SystemExit(f"No process could be started on this device: {error}") from None
