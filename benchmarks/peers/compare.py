@@ -11,6 +11,7 @@ sides, ``--as-shipped`` on the reference's side only.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,9 +46,7 @@ class Side:
     """One of the two processes; it answers counts with seconds."""
 
     def __init__(self, command, *, kept):
-        # Without PYTHONPATH: each side imports its packages with its own Python.
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        environment |= {"KEEP_FREED_MEMORY": "1"} if kept else {}
+        environment = variables(command[0]) | ({"KEEP_FREED_MEMORY": "1"} if kept else {})
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.about = self._answer()
@@ -66,6 +65,17 @@ class Side:
             if line.startswith("{"):  # programs print other lines while they start
                 return json.loads(line)
         sys.exit(f"{self.process.args[1]} ended without an answer (exit code {self.process.wait()}).")
+
+
+def variables(python):
+    """Environment variables of a side that runs under ``python``: those of this process.
+
+    ``PYTHONPATH`` is left out under another Python, whose packages it would hide. Ours keeps it: worldloom may be
+    importable by it only.
+    """
+    # The path and not the file behind it, which virtual environments of one Python share.
+    same = os.path.abspath(shutil.which(python) or python) == os.path.abspath(sys.executable)
+    return {name: value for name, value in os.environ.items() if same or name != "PYTHONPATH"}
 
 
 def main():
