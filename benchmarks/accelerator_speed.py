@@ -243,7 +243,7 @@ def replay(name, obs, windows, updates, rounds):
 
 
 def loop(name, obs, windows):
-    """What the training loop costs in addition to the updates, as ``train_step.py`` measures it."""
+    """What the training loop costs in addition to the updates, as ``train_step.py`` measures it: logged every round."""
     from train_step import compare
 
     shape = (64, 64, 3) if obs == "image" else (24,)
