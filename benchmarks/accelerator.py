@@ -239,6 +239,8 @@ def main():
     parser.add_argument("--again", action="store_true", help="also repeat measurements that failed")
     parser.add_argument("--revision", help="commit to write beside the figures; needed where the files are a copy")
     parser.add_argument("--list-wheels", action="store_true", help="print what to carry to a machine without a network")
+    parser.add_argument("--have", type=Path, metavar="FILE", help="pip list --format=freeze of that machine: list less")
+    parser.add_argument("--have-python", metavar="X.Y", help="version of its Python, if it is another than this one's")
     parser.add_argument("--list", action="store_true", help="print the measurements and their seconds on a card")
     args = parser.parse_args()
     planned = [(part, task) for part in args.part for task in PARTS[part](args)]
@@ -253,7 +255,10 @@ def main():
         if not planned:
             parser.error(f"--first has no measurement of the parts {', '.join(args.part)}; it has {', '.join(FIRST)}.")
     if args.list_wheels:
-        print(*accelerator_wheels.lines(), sep="\n")
+        have = args.have and accelerator_wheels.versions_in(args.have.read_text(encoding="utf-8"))
+        if args.have and not have:
+            parser.error(f"{args.have} has no line name==version, which pip list --format=freeze prints.")
+        print(*accelerator_wheels.lines(have, args.have_python), sep="\n")
         return
     if args.list:
         print(*(f"{task.seconds:4.0f} s  {part}/{task.name}" for part, task in planned), sep="\n")

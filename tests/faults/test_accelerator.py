@@ -277,6 +277,21 @@ def test_wheels_are_listed_with_versions():
     assert len(found) == len(set(found))
 
 
+def test_wheels_that_a_machine_has_are_not_listed(benchmarks):
+    wheels = benchmarks("accelerator_wheels")
+    everything = [line.split("  #")[0] for line in wheels.lines()]
+    same = "".join(f"{name}=={wheels.installed(name)}\n" for name in ("jax", "jaxlib", "numpy"))
+    have = wheels.versions_in(f"{same}flax==0.10.0\ntorch @ file:///torch.whl\nnvidia-cublas-cu12==12.4\n")
+    found = [line.split("  #")[0] for line in wheels.lines(have, "3.12")]
+    names = {line.partition("==")[0] for line in found}
+    assert not names & {"jax", "jaxlib", "numpy", "jax-cuda13-plugin[with-cuda]"}
+    assert f"jax-cuda12-plugin[with-cuda]=={jax.__version__}" in found
+    assert {line for line in everything if line.startswith(("flax==", "optax=="))} <= {*found}
+    assert "--python-version 3.12" in found[0]
+    both = have | {"jax-cuda12-plugin": jax.__version__, "jax-cuda12-pjrt": jax.__version__}
+    assert not any(line.startswith("jax-cuda") for line in wheels.lines(both))
+
+
 def test_the_readme_has_the_settings(benchmarks):
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for name, setting in benchmarks("accelerator_flags").SETTINGS.items():
