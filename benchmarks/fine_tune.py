@@ -1,10 +1,13 @@
 """A Pendulum of another mass and length: learned from scratch, and from the weights of the usual one, by seed.
 
-python benchmarks/fine_tune.py --seeds 0 1 2 --out runs/fine_tune.json
+    python benchmarks/fine_tune.py --seeds 0 1 2 --out runs/fine_tune.json
+
+Prints JSON, which ``--out`` has after every seed: mean returns by environment steps.
 """
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -51,7 +54,8 @@ def train(env_fn, seed: int, env_steps: list[int], episodes: int, **model_fields
             with make_env(env_fn, episodes, seed=77) as other:
                 ends = play(trainer.model, other, episodes=episodes, seed=77)
             measured.append(float(np.mean([end.episode_return for end in ends])))
-            print(time.strftime("%H:%M:%S"), seed, env_fn.__name__, steps, round(measured[-1], 1), flush=True)
+            mean = round(measured[-1], 1)
+            print(time.strftime("%H:%M:%S"), seed, env_fn.__name__, steps, mean, flush=True, file=sys.stderr)
     return trainer, measured
 
 
@@ -74,7 +78,9 @@ def main() -> None:
     for number, steps in enumerate(args.env_steps):
         for kind in ("scratch", "tuned"):
             means = [each[kind][number] for each in found]
-            print(f"{kind:8} {steps:6} steps: {np.mean(means):8.1f}  by seed {np.round(means, 1).tolist()}")
+            by_seed = np.round(means, 1).tolist()
+            print(f"{kind:8} {steps:6} steps: {np.mean(means):8.1f}  by seed {by_seed}", file=sys.stderr)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

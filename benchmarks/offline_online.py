@@ -4,10 +4,12 @@
 
 The data are Pendulum episodes of an agent in training, which itself is left out. ``offline`` learns from them alone,
 ``online`` never sees them, ``both`` begins with them and mixes them into its batches. All evaluate the same episodes.
+Prints JSON, which ``--out`` has after every seed.
 """
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -99,7 +101,8 @@ def main() -> None:
                         trainer.train(env)
                     measured = returns(trainer.model, args.episodes)
                     found.append({"seed": seed, "kind": kind, "env_steps": steps, "returns": measured})
-                    print(time.strftime("%H:%M:%S"), seed, kind, steps, round(float(np.mean(measured)), 1), flush=True)
+                    mean = round(float(np.mean(measured)), 1)
+                    print(time.strftime("%H:%M:%S"), seed, kind, steps, mean, flush=True, file=sys.stderr)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1))
         if args.plot:
@@ -107,7 +110,9 @@ def main() -> None:
     for kind in ("offline", "online", "both"):
         for steps in sorted({each["env_steps"] for each in found if each["kind"] == kind}):
             means = [np.mean(e["returns"]) for e in found if (e["kind"], e["env_steps"]) == (kind, steps)]
-            print(f"{kind:8} {steps:6} steps: {np.mean(means):8.1f}  by seed {np.round(means, 1).tolist()}")
+            by_seed = np.round(means, 1).tolist()
+            print(f"{kind:8} {steps:6} steps: {np.mean(means):8.1f}  by seed {by_seed}", file=sys.stderr)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
 
 The files are sparse: what is measured is everything but the disk itself. The buffer holds as many rows of the same
 kind as fit in ``--buffer-gb``. Both are timed in turns, by processor time of this process, and memory is this
-process's resident set.
+process's resident set. Prints JSON.
 """
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -59,8 +60,10 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         opened, largest = resident() - before, 0
         print(
-            f"{size / 1e9:.2f} GB in {args.files} files, {len(dataset):,} rows; opened with {opened / 1e6:.0f} MB more"
+            f"{size / 1e9:.2f} GB in {args.files} files, {len(dataset):,} rows; opened with {opened / 1e6:.0f} MB more",
+            file=sys.stderr,
         )
+        rows = len(dataset)
         spent = {"buffer": [], "dataset": []}
         for turn in range(10):
             for name, source in (("buffer", buffer), ("dataset", dataset)):
@@ -70,10 +73,20 @@ def main() -> None:
                 spent[name].append(time.process_time() - start)
                 largest = max(largest, resident() - before)
     rates = {name: args.batches / float(np.median(each)) for name, each in spent.items()}
-    for name, rate in rates.items():
-        print(f"{name:8} {rate:8,.0f} batches of {args.batch_size}x{args.rows} rows per second of processor time")
-    share = rates["dataset"] / rates["buffer"]
-    print(f"streamed at {share:.0%} of the buffer's rate; resident growth {largest / 1e6:.0f} MB")
+    report = {
+        "benchmark": "stream",
+        "gb": size / 1e9,
+        "files": args.files,
+        "rows": rows,
+        "batch": [args.batch_size, args.rows],
+        "opened_mb": opened / 1e6,
+        "batches_per_cpu_second": rates,
+        "streamed_over_buffer": rates["dataset"] / rates["buffer"],
+        "resident_growth_mb": largest / 1e6,
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+    }
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
