@@ -201,6 +201,9 @@ class Placement:
             )
         if used < counted:
             _log.info("mesh=%s uses %d of the %d devices here.", dict(sizes), used, counted)
+        # The device that acts comes first: JAX's default one may be any of them.
+        if not several:
+            devices = sorted(devices, key=lambda each: each != device)
         types = (AxisType.Auto,) * 2  # Explicit axes, the default, refuse to sort a divided array.
         return cls(device, jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:used]))
 

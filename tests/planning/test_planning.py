@@ -332,3 +332,20 @@ def test_mistakes_are_answered_with_a_sentence(message):
 def test_bounds_in_the_wrong_order_are_refused():
     with pytest.raises(ConfigError, match=r"low=1\.0 must be below high=-1\.0"):
         GaussianActions(1.0, -1.0)
+
+
+def test_bounds_may_be_lists_and_are_checked():
+    move = lambda z, action, key: Step(z + action.sum(-1), -(z**2), 1.0)  # noqa: E731
+    options = {"iterations": 1, "num_samples": 8, "num_elites": 2}
+    plan = lambda **given: cem(  # noqa: E731
+        move, None, None, jnp.zeros(()), jnp.zeros((2, 2)), jax.random.key(0), **options, **given
+    )
+    bounded = GaussianActions(low=[-1.0, 0.0], high=[0.0, 1.0])
+    action = plan(actions=bounded, min_std=[0.1, 0.2], max_std=[1.0, 2.0]).action
+    assert (action >= jnp.array([-1.0, 0.0])).all()
+    assert (action <= jnp.array([0.0, 1.0])).all()
+    for wrong in ({"min_std": [0.1] * 3}, {"actions": GaussianActions(low=-1.0, high=[1.0, 1.0, 1.0])}):
+        with pytest.raises(DataError, match=r"has shape \(3,\)"):
+            plan(**wrong)
+    with pytest.raises(ConfigError, match="must be below high"):
+        GaussianActions(low=[-1.0, 1.0], high=1.0)

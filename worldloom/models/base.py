@@ -372,6 +372,19 @@ def check_time_first(batch: tuple[int, ...], states: tuple[int, ...]) -> None:
         )
 
 
+def check_one_batch(**shapes: tuple[int, ...]) -> None:
+    """Raise ``DataError`` unless all arguments have the same batch shape; keywords are their names."""
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise DataError(f"The batch shapes differ: {listed}. Give one entry of each for every state.")
+
+
+def check_new_metrics(metrics: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` if a loss term has the name of another metric of the update."""
+    if twice := sorted({*metrics} & {*terms}):
+        raise ConfigError(f"The update has metrics '{', '.join(twice)}' of its own; give your loss terms other names.")
+
+
 def check_new_term(name: str, terms: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` if a further loss term has the name of one that is there, or of a total."""
     if name in (*terms, "loss", "policy"):

@@ -92,6 +92,13 @@ def take_weights(
             fresh[name] = "the other model has none"
         elif name not in fresh and given[name].shape != array.shape:
             fresh[name] = f"of another shape, {given[name].shape} → {array.shape}"
+    if model.config.action_type != config.action_type:
+        outputs = [
+            name for name in own if re.match(r"(policy|actor)\.", name) and re.search(r"(head|outputs?)\.", name)
+        ]
+        fresh |= {name: f"of {config.action_type} actions" for name in outputs if name not in fresh}
+        notes.append(f"Actions were {config.action_type} and are {model.config.action_type}: what reads them is taken "
+                     "where shapes agree, and has to learn what they mean.")  # fmt: skip
     # The schedule of an intrinsic reward is that of the new run.
     fresh |= {name: "of the new run" for name in own if name == "explorer.weight" and name not in fresh}
     fresh |= _with_copies(fresh, own)

@@ -23,7 +23,7 @@ def check_trainable(model: Any, device: jax.Device) -> None:
     if not hasattr(cls, "algorithm"):
         raise ConfigError(f"{cls.__name__} belongs to no family yet; call worldloom.register_family for it first.")
     # Overridden methods, relative to the family's own class.
-    family: Any = next(base for base in reversed(cls.__mro__) if "algorithm" in base.__dict__)
+    family: Any = next(base for base in reversed(cls.__mro__) if _update_of(base) is cls.algorithm.make_update)
     hooks = " or ".join(family.loss_hooks)
     ignored: list[str] = []
     for base in reversed(cls.__mro__[: cls.__mro__.index(family)]):
@@ -59,6 +59,12 @@ def check_trainable(model: Any, device: jax.Device) -> None:
             f"not see {_difference(model, cls, dtype)}. Define a subclass: override build for its parts, "
             f"{hooks or 'its methods'} for its loss."
         )
+
+
+def _update_of(cls: type[Any]) -> Any:
+    """What makes the updates of a family's class; None for others."""
+    algorithm = cls.__dict__.get("algorithm")
+    return None if algorithm is None else algorithm.make_update
 
 
 def _difference(model: Any, cls: type[Any], dtype: jnp.dtype) -> str:

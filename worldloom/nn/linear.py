@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from worldloom.errors import ConfigError
 from worldloom.sharding import row_shards
 
 # A normal cut at ±2 standard deviations has a standard deviation of 1 / 1.1368.
@@ -35,7 +36,11 @@ class OneDraw(nnx.Rngs):
 
     def truncated_normal(self, lower: float, upper: float, shape: tuple[int, ...]) -> jax.Array:
         """The next numbers of the draw."""
-        assert (lower, upper) == (-2, 2)
+        if (lower, upper) != (-2, 2):
+            raise ConfigError(
+                f"Weights were asked for between {lower} and {upper}; a model's rngs draws between -2 and 2 standard "
+                "deviations. For others: jax.random.truncated_normal(rngs.params(), …)."
+            )
         start, self._used = self._used, self._used + math.prod(shape)
         return self._numbers[start : self._used].reshape(shape)
 

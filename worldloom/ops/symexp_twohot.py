@@ -31,7 +31,7 @@ def symexp_twohot_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Cross entropy [...] between the two-hot code of ``target`` [...] and logits [..., K].
 
     The code puts all weight on the two bins next to the target, more on the nearer one, so that its mean is the
-    target; beyond the ends it saturates on the end bin. No gradient reaches the target.
+    target; beyond the ends it saturates on the end bin. NaN gives NaN. No gradient reaches the target.
     """
     code = _two_hot(jax.lax.stop_gradient(target.astype(jnp.float32)), logits.shape[-1])
     logits = logits.astype(jnp.float32)
@@ -47,5 +47,6 @@ def _two_hot(target: jax.Array, num: int) -> jax.Array:
     # Beyond an end both are the end bin: any two distances give weights that sum to 1 on it.
     to_below = jnp.where(below == above, 1.0, jnp.abs(bins[below] - target))
     to_above = jnp.where(below == above, 1.0, jnp.abs(bins[above] - target))
-    weight = (to_above / (to_below + to_above))[..., None]
+    # NaN would be found behind the last bin, as the largest target that there is.
+    weight = jnp.where(jnp.isnan(target), jnp.nan, to_above / (to_below + to_above))[..., None]
     return weight * jax.nn.one_hot(below, num) + (1 - weight) * jax.nn.one_hot(above, num)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from worldloom.config import check, is_number
 
@@ -35,15 +36,19 @@ class GaussianActions:
       low: lower bounds, a number or [A].
       high: upper bounds, a number or [A].
 
-    Raises ``ConfigError`` if both are numbers and ``low`` is not below ``high``.
+    Raises ``ConfigError`` if ``low`` is not below ``high``; arrays in a trace are not checked.
     """
 
     low: float | jax.Array = -1.0
     high: float | jax.Array = 1.0
 
     def __post_init__(self) -> None:
-        if is_number(self.low) and is_number(self.high):
-            check(bool(self.low < self.high), f"low={self.low} must be below high={self.high}.")
+        for name in ("low", "high"):
+            if not is_number(bound := getattr(self, name)):
+                object.__setattr__(self, name, jnp.asarray(bound, jnp.float32))
+        if not any(isinstance(bound, jax.core.Tracer) for bound in (self.low, self.high)):
+            below = np.less(self.low, self.high).all()  # NumPy: this module makes one when it is imported
+            check(bool(below), f"low={self.low} must be below high={self.high}.")
 
     def noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Standard normal [*shape]."""

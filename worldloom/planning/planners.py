@@ -153,6 +153,10 @@ def _search(
     num_prior = 0 if prior is None else num_prior
     _check_sizes(iterations, num_samples, num_elites, num_prior, temperature, min_std, max_std)
     mean = _check_mean(mean)
+    min_std, max_std = (jnp.asarray(bound, jnp.float32) for bound in (min_std, max_std))
+    bounds = {"min_std": min_std, "max_std": max_std}
+    bounds |= {name: getattr(actions, name) for name in ("low", "high") if hasattr(actions, name)}
+    _check_bounds(bounds, mean.shape[1])
     horizon, num_drawn = mean.shape[0], num_samples - num_prior
     prior_key, noise_key, value_key, choice_key, explore_key = split_key(key, 5)
     # The sixth key: splitting into six would change the other five where threefry is not partitionable.
@@ -256,6 +260,13 @@ def _check_mean(mean: Any) -> jax.Array:
             "jnp.zeros((H, A)). For a batch of latents, use jax.vmap."
         )
     return jnp.asarray(mean, jnp.float32)
+
+
+def _check_bounds(bounds: dict[str, Any], width: int) -> None:
+    """Raise ``DataError`` for bounds of another shape than [] or [A]."""
+    for name, bound in bounds.items():
+        if jnp.shape(bound) not in ((), (width,)):
+            raise DataError(f"{name} has shape {jnp.shape(bound)}; it is one number, or [A] = [{width}] of them.")
 
 
 def _check_sizes(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from worldloom.algorithm import LATENTS, Batch, MakeUpdate, TrainState, Update
 from worldloom.config import check
@@ -169,9 +170,12 @@ class CompiledUpdate:
         row = jnp.stack([metrics[name].astype(jnp.float32) for name in update_names])
         finite = jnp.isfinite(row[jnp.array(self.guarded(names))]).all()
         if self._skip_nonfinite:
-            # Drop a non-finite update but count its step: the next one reads the next batch and key.
+            # Drop a non-finite update but count its step: the next one reads the next batch and key, and the learning
+            # rate that belongs to them.
             skipped = guard.skipped + (~finite & enabled)
-            new = _select(finite & enabled, new, old).replace(step=jnp.where(enabled, new.step, old.step))
+            counted = _select(enabled, new, old)
+            new = _select(finite & enabled, new, old)
+            new = new.replace(step=counted.step, opt_state=_with_schedules_of(counted.opt_state, new.opt_state))
             guard, row = guard._replace(skipped=skipped), jnp.append(row, skipped.astype(jnp.float32))
             applied = finite & enabled
         else:
@@ -287,7 +291,13 @@ def _gather(ring: Ring | None, batch: Batch) -> Batch:
     return gather_rows(ring, dict(batch)) if ring else batch
 
 
-def _select(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+def _with_schedules_of(counted: Any, opt_state: Any) -> Any:
+    """``opt_state`` with the counts of learning rates, Optax's ``ScaleByScheduleState``, of ``counted``."""
+    is_schedule = lambda part: isinstance(part, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(lambda a, b: a if is_schedule(a) else b, counted, opt_state, is_leaf=is_schedule)
+
+
+def _select(condition: Any, new: TrainState, old: TrainState) -> TrainState:
     """``new`` where ``condition`` holds, else ``old``. The key never changes."""
     step, params, opt_state = jax.tree.map(
         lambda a, b: jnp.where(condition, a, b),

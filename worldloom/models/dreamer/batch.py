@@ -74,7 +74,9 @@ def prepare_batch(config: DreamerV3Config, batch: Mapping[str, Any], dtype: jnp.
     if context is None:
         previous = jnp.pad(actions[:, :-1], ((0, 0), (1, 0), (0, 0)))
         return TrainBatch(obs, previous, rewards, first, last, terminal, None)
-    initial = Latent(_stored(context, "deter", dtype), _stored(context, "stoch", dtype))
+    windows, stoch = shape[0], (config.num_latents, config.num_categories)
+    deter = _stored(context, "deter", (windows, config.deter_dim), dtype)
+    initial = Latent(deter, _stored(context, "stoch", (windows, *stoch), dtype))
     obs, rewards, first, last, terminal = jax.tree.map(lambda x: x[:, 1:], (obs, rewards, first, last, terminal))
     return TrainBatch(obs, actions[:, :-1], rewards, first, last, terminal, initial)
 
@@ -86,7 +88,9 @@ def _flag(batch: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> jax.Ar
     return flag
 
 
-def _stored(context: Mapping[str, Any], name: str, dtype: jnp.dtype) -> jax.Array:
+def _stored(context: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     if name not in context:
         raise DataError(f"The batch's context has no '{name}'; it holds the stored deter [B, D] and stoch [B, S, C].")
+    if jnp.shape(context[name]) != shape:
+        raise DataError(f"context['{name}'] has shape {jnp.shape(context[name])}; the config needs {shape}.")
     return jax.lax.stop_gradient(jnp.asarray(context[name], dtype))

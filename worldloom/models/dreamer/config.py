@@ -108,23 +108,23 @@ class DreamerV3Config(BaseConfig):
     bins: Annotated[int, Ge(3)] = 255
     """Classes of the reward and value distributions, odd."""
 
-    kl_scale: Annotated[float, Between(0, inf)] = 1.0
+    kl_scale: Annotated[float, Ge(0)] = 1.0
     """Weight of both KL terms together; the reference program's (1.0, 0.1) are ``1.1`` with balance ``1/1.1``."""
     kl_balance: Annotated[float, Between(0, 1)] = 0.8
     """Share of the dynamics loss in the KL terms; the representation loss has the rest."""
-    kl_free: Annotated[float, Between(0, inf)] = 1.0
+    kl_free: Annotated[float, Ge(0)] = 1.0
     """Free nats: each KL, summed over latents, counts as at least this."""
-    reconstruction_scale: Annotated[float, Between(0, inf)] = 1.0
+    reconstruction_scale: Annotated[float, Ge(0)] = 1.0
     """Weight of the decoder's loss."""
-    reward_scale: Annotated[float, Between(0, inf)] = 1.0
+    reward_scale: Annotated[float, Ge(0)] = 1.0
     """Weight of the reward loss."""
-    continue_scale: Annotated[float, Between(0, inf)] = 1.0
+    continue_scale: Annotated[float, Ge(0)] = 1.0
     """Weight of the continue loss."""
-    actor_scale: Annotated[float, Between(0, inf)] = 1.0
+    actor_scale: Annotated[float, Ge(0)] = 1.0
     """Weight of the actor's loss."""
-    critic_scale: Annotated[float, Between(0, inf)] = 1.0
+    critic_scale: Annotated[float, Ge(0)] = 1.0
     """Weight of the critic's loss on imagined states."""
-    replay_critic_scale: Annotated[float, Between(0, inf)] = 0.3
+    replay_critic_scale: Annotated[float, Ge(0)] = 0.3
     """Weight of the critic's loss on replayed states."""
 
     imagination_horizon: Annotated[int, Ge(1)] = 15
@@ -136,13 +136,13 @@ class DreamerV3Config(BaseConfig):
     """Discount horizon in steps: γ = 1 − 1 / horizon, learned into the continue head."""
     return_lambda: Annotated[float, Between(0, 1)] = 0.95
     """λ of imagined and replayed returns."""
-    entropy_scale: Annotated[float, Between(0, inf)] = 3e-4
+    entropy_scale: Annotated[float, Ge(0)] = 3e-4
     """Weight η of the policy's entropy (``actent``)."""
-    min_std: Annotated[float, Between(0, inf)] = 0.1
+    min_std: Annotated[float, Ge(0)] = 0.1
     """Smallest standard deviation of a continuous action."""
-    max_std: Annotated[float, Between(0, inf)] = 1.0
+    max_std: Annotated[float, Ge(0)] = 1.0
     """Largest standard deviation of a continuous action."""
-    slow_critic_scale: Annotated[float, Between(0, inf)] = 1.0
+    slow_critic_scale: Annotated[float, Ge(0)] = 1.0
     """Weight of the critic's regression to its slow copy (``slowreg``)."""
     slow_critic_rate: Annotated[float, Between(0, 1)] = 0.02
     """Part of the new critic mixed into its slow copy after every update."""
@@ -152,7 +152,7 @@ class DreamerV3Config(BaseConfig):
     explore: Annotated[str, OneOf("none", "disagreement")] = "none"
     """``disagreement`` adds an intrinsic reward to what the agent maximises: how differently several networks predict
     the next latent (Plan2Explore). For tasks whose reward random actions never find."""
-    explore_weight: Annotated[float, Between(0, inf)] = 1.0
+    explore_weight: Annotated[float, Ge(0)] = 1.0
     """Weight of the intrinsic reward at the start; a transition of twice the average spread is worth that much."""
     explore_updates: Annotated[int, Ge(1)] = 20_000
     """Updates until that weight has fallen to 0, linearly."""
@@ -161,12 +161,12 @@ class DreamerV3Config(BaseConfig):
 
     agc: Annotated[float, Between(0, inf)] = 0.3
     """Adaptive gradient clipping: largest ‖gradient‖ / ‖parameter‖ of a tensor; 0 is off."""
-    beta1: Annotated[float, Between(0, 1)] = 0.9
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """LaProp's decay of the first moment."""
-    beta2: Annotated[float, Between(0, 1)] = 0.999
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     """LaProp's decay of the second moment."""
-    eps: Annotated[float, Between(0, 1)] = 1e-20
-    """LaProp's ε."""
+    eps: Annotated[float, Between(1e-30, 1)] = 1e-20
+    """LaProp's ε; not 0, as heads that start at 0 have gradients of exactly 0 at first."""
     replay_context: bool = True
     """Windows start from the latent stored with the row before them, and fresh latents are written back;
     False starts every window from zeros."""

@@ -171,7 +171,7 @@ def loss(
     replayed_rewards, exploring = rows.rewards, {}
     if config.explore == "disagreement":
         bonus = exploration(model, frozen, latents, rows, dream_features, actions)
-        losses["disagreement"], exploring = bonus.errors, {"explore_spread": bonus.spread}
+        losses["disagreement"], exploring = bonus.errors, {"explore_spread": bonus.spread, "explore_rows": bonus.rows}
         rewards, replayed_rewards = rewards + bonus.imagined, replayed_rewards + bonus.replayed
     values = symexp_twohot_mean(sg(critic_logits))
     returns = lambda_return(rewards, continues[1:], values[1:], config.return_lambda)
@@ -263,13 +263,15 @@ class Exploration(NamedTuple):
 
     Attributes:
       errors: the explorer's loss [B, T − 1].
-      spread: mean spread of its networks, [].
+      spread: spread of its networks, [], the mean over the batch with 0 for an episode's first row.
+      rows: share of the other rows, [].
       imagined: intrinsic rewards of arriving at imagined states 1 … H, [H, N].
       replayed: those of arriving at the batch's rows, [B, T]; 0 for an episode's first row.
     """
 
     errors: jax.Array
     spread: jax.Array
+    rows: jax.Array
     imagined: jax.Array
     replayed: jax.Array
 
@@ -295,11 +297,11 @@ def exploration(
     before = jnp.concatenate([latents.features[:, :-1], rows.previous_actions[:, 1:]], -1)
     same_episode = 1 - rows.is_first[:, 1:]
     errors = same_episode * model.explorer.errors(before, latents.flat_stoch[:, 1:])
-    spread = jnp.sum(same_episode * frozen.explorer.spread(before)) / jnp.maximum(jnp.sum(same_episode), 1)
+    spread = jnp.mean(same_episode * frozen.explorer.spread(before))
     replayed = jnp.pad(same_episode * frozen.explorer.reward(before), ((0, 0), (1, 0)))
     embedded = embed_actions(model.config, unwrap_single_action(model.config, actions), 2, model.dtype)
     imagined = frozen.explorer.reward(jnp.concatenate([dream_features, embedded], -1)[:-1])
-    return Exploration(errors, spread, imagined, replayed)
+    return Exploration(errors, spread, jnp.mean(same_episode), imagined, replayed)
 
 
 def reconstruction_loss(decoded: Mapping[str, jax.Array], obs: Mapping[str, jax.Array]) -> jax.Array:

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from worldloom.algorithm import LATENTS, Batch, Params, ReplaySpec, TrainState, Update
+from worldloom.config import check
 from worldloom.devices import compute_dtype
+from worldloom.models.base import check_new_metrics
 from worldloom.models.compilation import freeze_constants, merge
 from worldloom.models.disagreement import advance
 from worldloom.models.dreamer.config import DreamerV3Config
@@ -19,6 +21,9 @@ from worldloom.models.dreamer.losses import update_return_range
 from worldloom.models.dreamer.world_model import ActorCarry, DreamerV3WorldModel, zero_carry
 from worldloom.models.microbatch import accumulate, join_rows, part_keys, split_rows
 from worldloom.optim import clip_by_agc, clip_by_norm, decay_kernels, learning_rate_schedule, scale_by_laprop
+
+_OWN_PARTS = frozenset({*DreamerV3WorldModel.__annotations__} - {"config", "loss_terms"})
+"""Names of the parts that the family itself has."""
 
 
 def optimizer(config: DreamerV3Config, training: Any) -> optax.GradientTransformation:
@@ -93,12 +98,15 @@ def make_update(
         slow = jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, fixed["slow_critic"], trained["critic"])
         params = {**fixed, **trained, "slow_critic": slow, "return_range": return_range}
         if config.explore == "disagreement":
+            extras["explore_spread"] /= jnp.maximum(extras.pop("explore_rows"), 1e-6)
             weight, updates = config.explore_weight, config.explore_updates
             params["explorer"] = advance(params["explorer"], extras["explore_spread"], weight=weight, updates=updates)
             extras["explore_weight"] = params["explorer"]["weight"]
 
         learning_rate = learning_rate_schedule(training)(state.step)
-        metrics = terms | extras | {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(learning_rate)}
+        extras |= {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(learning_rate)}
+        check_new_metrics(extras, terms)
+        metrics = terms | extras
         if config.replay_context:
             metrics[LATENTS] = {
                 "deter": latents.deter.astype(jnp.float32),
@@ -122,7 +130,8 @@ def _accumulated(
     Every term is a mean over the batch, so gradients average. Only the advantages are not: they are divided by a range
     of *all* returns, which is known when the last microbatch is done. But the actor's gradient is affine in 1 / scale:
     each microbatch is computed at the scale so far together with its slope, and the average is then moved to the scale
-    of the whole batch.
+    of the whole batch. So are the gradients of parts that a subclass has added, whose terms may read the actor's; a
+    term of another power of 1 / scale is that of the scale so far, to first order.
     """
     inverse = 1 / jnp.maximum(1.0, return_range["hi"] - return_range["lo"])
 
@@ -131,13 +140,14 @@ def _accumulated(
         at_scale = lambda inverse: gradients(rows, key, 1 / inverse)  # noqa: E731
         means, (grad_slopes, term_slopes), aux = jax.jvp(at_scale, (inverse,), (jnp.ones(()),), has_aux=True)
         latents, returns, _, extras = aux
-        return (means, (grad_slopes["actor"], term_slopes), extras), (latents, returns)
+        moving = {name: slope for name, slope in grad_slopes.items() if name == "actor" or name not in _OWN_PARTS}
+        return (means, (moving, term_slopes), extras), (latents, returns)
 
     averaged, (latents, returns) = accumulate(part, (split_rows(dict(batch), parts), part_keys(key, parts)))
-    (grads, terms), (actor_slope, term_slopes), extras = averaged
+    (grads, terms), (grad_slopes, term_slopes), extras = averaged
     return_range, scale = update_return_range(return_range, returns, rate)
     moved = functools.partial(jax.tree.map, lambda mean, slope: mean + (1 / scale - inverse) * slope)
-    grads = {**grads, "actor": moved(grads["actor"], actor_slope)}
+    grads = {**grads, **{name: moved(grads[name], slope) for name, slope in grad_slopes.items()}}
     return (grads, moved(terms, term_slopes)), (join_rows(latents), return_range, extras | {"return_scale": scale})
 
 
@@ -151,7 +161,10 @@ def replay_spec(config: DreamerV3Config, training: Any) -> ReplaySpec:
 
     They run across episode ends: ``is_first`` resets the state inside. Fresh rows are replayed first, as by the online
     queue of the reference.
+
+    Raises ``ConfigError`` for a ``sequence_length`` of 1: a loss needs two rows, the second led to by an action.
     """
+    check(training.sequence_length >= 2, "sequence_length=1 leaves DreamerV3 no step to learn; give at least 2.")
     latents = {"deter": (config.deter_dim,), "stoch": (config.num_latents, config.num_categories)}
     context = config.replay_context
     return ReplaySpec(training.sequence_length + context, True, latents if context else {}, fresh_first=True)

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from worldloom.describe import described_fields
-from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
+from worldloom.models.base import (
+    WorldModel,
+    check_environments,
+    check_one_batch,
+    check_time_first,
+    compiled,
+)
 from worldloom.models.disagreement import Disagreement
 from worldloom.models.dreamer.arrays import (
     embed_actions,
@@ -137,12 +143,15 @@ class DreamerV3WorldModel(WorldModel):
         """State [B, ...] after acting [B, ...] in ``state`` and seeing ``obs`` [B, ...]."""
         obs = prepare_observations(self.config, obs, 1)
         action = embed_actions(self.config, action, 1, self.dtype)
+        windows = next(iter(obs.values())).shape[:1]
+        check_one_batch(obs=windows, state=state.deter.shape[:-1], action=action.shape[:-1])
         return self._posterior(ActorCarry(state, action, jnp.zeros(action.shape[0], bool)), obs, key)
 
     @compiled
     def predict(self, state: Latent, action: Any, key: jax.Array | None = None) -> Latent:
         """State [B, ...] imagined after acting [B, ...] in ``state``."""
         embedded = embed_actions(self.config, action, 1, self.dtype)
+        check_one_batch(state=state.deter.shape[:-1], action=embedded.shape[:-1])
         return self.rssm.predict(state, embedded, self.rssm.sampling_uniforms(key, embedded.shape[0]))
 
     @compiled
@@ -218,10 +227,11 @@ class DreamerV3WorldModel(WorldModel):
         """
         obs = prepare_observations(self.config, obs, 1)
         count = next(iter(obs.values())).shape[0]
+        is_first = None if is_first is None else jnp.asarray(is_first, bool)
         check_environments(count, None if carry is None else carry.is_first.shape[0], is_first)
         carry = carry or self.initial_carry(count)
         if is_first is not None:
-            carry = dataclasses.replace(carry, is_first=carry.is_first | jnp.asarray(is_first, bool))
+            carry = dataclasses.replace(carry, is_first=carry.is_first | is_first)
         latent_key, action_key = split_key(key)
         latent = self._posterior(carry, obs, latent_key)
         action = unwrap_single_action(self.config, sample_actions(self.actor(latent.features), action_key))

@@ -82,12 +82,15 @@ def prepare_batch(config: TDMPC2Config, batch: Mapping[str, Any]) -> TrainBatch:
         },
         "actions": (actions.shape, (*rewards.shape, config.action_dim)),
         "is_terminal": (terminated.shape, rewards.shape),
+        "is_first": (jnp.shape(batch.get("is_first", rewards)), rewards.shape),
     }
     for name, (given, needed) in shapes.items():
         if given != needed:
             raise DataError(f"{name} has shape {given}; {needed} is needed beside rewards of shape {rewards.shape}.")
     task = batch.get("task")
-    if config.multitask and (task is None or jnp.shape(task) != rewards.shape[:1]):
+    if config.multitask and (
+        task is None or jnp.shape(task) != rewards.shape[:1] or not jnp.issubdtype(jnp.asarray(task).dtype, jnp.integer)
+    ):
         raise DataError(f"A multitask batch needs task, integers of shape {rewards.shape[:1]}.")
 
     column = jnp.asarray(task)[:, None] if config.multitask else None

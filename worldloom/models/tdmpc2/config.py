@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from math import inf, prod
+from math import prod
 from typing import Annotated, Any, ClassVar, Self, cast
 
 from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
@@ -74,7 +74,7 @@ class TDMPC2Config(BaseConfig):
     """Width of the vector encoder's hidden layers (``enc_dim``)."""
     encoder_layers: Annotated[int, Ge(1), Lt(1000)] = 2
     """Layers of the vector encoder including its last; below 2 counts as 2 (``num_enc_layers``)."""
-    simnorm_dim: Annotated[int, Ge(1)] = 8
+    simnorm_dim: Annotated[int, Ge(2)] = 8
     """Features V per simplex of the latent."""
     num_bins: Annotated[int, Ge(2)] = 101
     """Bins K of reward and value."""
@@ -133,8 +133,8 @@ class TDMPC2Config(BaseConfig):
     1 / (1 − α) times. None is 0.9 for discrete and 0 for continuous actions. See ``advantage_weight``."""
     encoder_lr_scale: Annotated[float, Ge(0)] = 0.3
     """Factor on the learning rate of the encoder."""
-    pi_adam_eps: Annotated[float, Ge(0)] = 1e-5
-    """Adam's ε of the policy; the model's is 1e-8."""
+    pi_adam_eps: Annotated[float, Between(1e-30, 1)] = 1e-5
+    """Adam's ε of the policy; the model's is 1e-8. Not 0: the first gradients are exactly 0 where Q networks start."""
     log_std_min: float = -10.0
     """Lower bound of the policy's log standard deviation."""
     log_std_max: float = 2.0
@@ -156,14 +156,15 @@ class TDMPC2Config(BaseConfig):
     """λ of a candidate's value: 1 bootstraps from the last latent alone (the reference); below 1 the Q values of
     earlier latents count too. None is 1 for continuous and 0.5 for discrete actions. See ``value_lambda``."""
     min_std: Annotated[float, Ge(0)] = 0.05
-    """Lower bound of the plan's standard deviation; for discrete actions, the share of uniform candidates."""
+    """Lower bound of the plan's standard deviation. For discrete actions see ``least_std``: it keeps the share
+    2 · min_std / (1 + 2 · min_std) of candidates uniform, 9 % by default, however many actions there are."""
     max_std: Annotated[float, Ge(0)] = 2.0
-    """Initial and largest standard deviation of the plan (continuous actions)."""
+    """Initial and largest standard deviation of the plan."""
 
     explore: Annotated[str, OneOf("none", "disagreement")] = "none"
     """``disagreement`` adds an intrinsic reward to what the agent maximises: how differently several networks predict
     the next latent (Plan2Explore). For tasks whose reward random actions never find."""
-    explore_weight: Annotated[float, Between(0, inf)] = 1.0
+    explore_weight: Annotated[float, Ge(0)] = 1.0
     """Weight of the intrinsic reward at the start; a transition of twice the average spread is worth that much."""
     explore_updates: Annotated[int, Ge(1)] = 20_000
     """Updates until that weight has fallen to 0, linearly."""
@@ -287,6 +288,15 @@ class TDMPC2Config(BaseConfig):
         if self.iterations is not None:
             return self.iterations
         return 8 if self.action_dim >= 20 else 6
+
+    @property
+    def least_std(self) -> float:
+        """Lower bound of a plan's spread: ``min_std``; of A discrete actions, each has 2 / A of it.
+
+        Candidates are drawn with probability ∝ mean + std, so that A times a fixed bound would be mostly uniform where
+        there are many actions.
+        """
+        return self.min_std if self.action_type == "continuous" else 2 * self.min_std / self.action_dim
 
     @property
     def advantage_weight(self) -> float:

@@ -202,8 +202,7 @@ def model_loss(model: LossModel, batch: TrainBatch, key: jax.Array | None, *, re
     if c.explore == "disagreement":
         errors, spread = model.explorer_loss(z, actions, task, next_z)
         exploring = _mean_over_steps(errors, weights, rho=1.0)
-        spread = jnp.sum(spread * weights) / jnp.maximum(jnp.sum(weights), 1.0)
-        terms |= {"disagreement": exploring, "explore_spread": spread}
+        terms |= {"disagreement": exploring, "explore_spread": _mean_over_steps(spread, weights, rho=1.0)}
     total = (
         c.consistency_coef * terms["consistency"]
         + c.reward_coef * terms["reward"]

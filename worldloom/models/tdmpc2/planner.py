@@ -9,7 +9,7 @@ Discrete actions are not in the reference; here the same loop is the cross-entro
 scoring and refitting are shared. Two things differ:
 
 - Candidates are drawn with probability ∝ mean + std. A Gaussian keeps its spread in std; adding it to the categorical's
-  mean keeps that from collapsing, and ``max_std`` and ``min_std`` bound it in the same way.
+  mean keeps that from collapsing, and ``max_std`` and ``min_std`` bound it in the same way (``least_std``).
 - A candidate's value is the λ-mixture of its estimates of all lengths (as in TD(λ), in the spirit of the value
   expansions of Buckman et al. 2018). One discrete action often changes the value after H steps by less than the model
   errs in H steps; the shortest estimate uses no model prediction at all.
@@ -267,7 +267,7 @@ def _plan_one(
         num_elites=c.num_elites,
         num_prior=c.num_pi_trajs,
         temperature=c.temperature,
-        min_std=c.min_std * mask,
+        min_std=c.least_std * mask,
         max_std=c.max_std * mask,
         explore=explore,
         noise=noise,

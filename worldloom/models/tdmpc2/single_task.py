@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,10 @@ def single_task_weights(
     width, valid = config.vector_dim, config.valid_actions[number]
     obs_dim, actions = width if obs_dim is None else obs_dim, valid if action_dim is None else action_dim
     check(1 <= obs_dim <= width, f"obs_dim={obs_dim} must lie in 1 … {width}, the multitask model's.")
+    check(
+        obs_dim == width or not isinstance(config.obs_shape, Mapping),
+        f"obs_dim={obs_dim} cuts off observations by name; leave it out, the model takes {dict(config.observations)}.",
+    )
     check(1 <= actions <= config.action_dim, f"action_dim={actions} must lie in 1 … {config.action_dim}.")
     # What explores reads the embedding too, and is of use in training only.
     flat = {name: np.asarray(array) for name, array in flatten(params).items() if not name.startswith("explorer.")}
@@ -74,7 +79,8 @@ def single_task_weights(
         episode_lengths=(),
         episode_length=lengths[number],
         action_dim=actions,
-        obs_shape=(obs_dim,),
+        obs_shape=config.obs_shape if obs_dim == width else (obs_dim,),
+        iterations=config.planner_iterations,
         explore="none",
     )
     return single, unflatten(flat)

@@ -11,6 +11,7 @@ import optax
 
 from worldloom.algorithm import Batch, Params, ReplaySpec, TrainState, Update
 from worldloom.errors import ConfigError, DataError
+from worldloom.models.base import check_new_metrics
 from worldloom.models.compilation import freeze_constants, merge
 from worldloom.models.disagreement import advance
 from worldloom.models.microbatch import accumulate, part_keys, split_rows
@@ -129,13 +130,15 @@ def make_update(
         # 3. Target networks.
         params["target_q"] = optax.incremental_update(params["q"], params["target_q"], config.tau)
 
-        metrics = {
-            **with_f1(terms),
+        of_policy_step = {
             "grad_norm": optax.tree.norm(grads),
             "pi_grad_norm": optax.tree.norm(of_policy),
             **pi_metrics,
             "lr": learning_rate_schedule(training)(state.step),
         }
+        terms = with_f1(terms)
+        check_new_metrics(of_policy_step, terms)
+        metrics = terms | of_policy_step
         opt_state = {"model": model_opt, "policy": policy_opt, "policy_grad_of_tasks": _tasks(pi_grads)}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics

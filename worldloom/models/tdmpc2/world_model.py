@@ -11,10 +11,11 @@ from flax import nnx
 
 from worldloom.describe import described_fields
 from worldloom.errors import DataError
-from worldloom.models.base import WorldModel, check_environments, check_time_first, compiled
+from worldloom.models.base import WorldModel, check_one_batch, check_time_first, compiled
 from worldloom.models.disagreement import Disagreement
 from worldloom.models.tdmpc2 import losses, planner
 from worldloom.models.tdmpc2.batch import TrainBatch, check_batch_axis, prepare_batch, prepare_observations
+from worldloom.models.tdmpc2.checks import check_keys, check_tasks_fit, check_what_acts
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.encoders import ImageEncoder, JointEncoder, SimNorm, VectorEncoder, make_encoder
 from worldloom.models.tdmpc2.latent import LatentState
@@ -187,7 +188,9 @@ class TDMPC2WorldModel(WorldModel):
         The dynamics are deterministic; ``key`` is unused. Raises ``DataError`` for actions of another shape.
         """
         del key
-        return LatentState(self.next_latent(state.z, self.as_vectors(action, state.z.ndim), task))
+        action = self.as_vectors(action, state.z.ndim)
+        check_one_batch(state=state.z.shape[:-1], action=action.shape[:-1])
+        return LatentState(self.next_latent(state.z, action, task))
 
     @compiled
     def imagine(
@@ -250,8 +253,9 @@ class TDMPC2WorldModel(WorldModel):
         Args:
           batch: ``obs`` [B, T, *obs_shape], ``actions`` [B, T, A] or integers [B, T]; multitask ``task`` [B].
 
-        Raises ``DataError`` for arrays of another shape.
+        Raises ``DataError`` for arrays of another shape, or that are missing.
         """
+        check_keys(batch, "obs", "actions")
         task = jnp.asarray(batch["task"])[:, None] if self.config.multitask and "task" in batch else None
         z, actions = self.latent(batch["obs"], task), self.as_vectors(batch["actions"], 3)
         return {"q_disagreement": self.q_values(z, actions, task, jnp.arange(self.config.num_q)).std(0)}
@@ -283,12 +287,13 @@ class TDMPC2WorldModel(WorldModel):
           action: [B, A] in [−1, 1], or integers [B].
 
         Raises:
-          DataError: ``obs`` has no batch axis, or ``carry`` or ``is_first`` belongs to another number of environments.
+          DataError: ``obs`` has no batch axis, ``explore`` is an array, or something is of other environments.
         """
         encode_key, plan_key = split_key(key, 2)
         check_batch_axis(self.config, obs)
         z = self.latent(obs, task, encode_key)
-        check_environments(z.shape[0], None if carry is None else carry.shape[0], is_first)
+        is_first = None if is_first is None else jnp.asarray(is_first, bool)
+        check_what_acts(z.shape[0], carry, is_first, task, explore)
         if carry is None:
             carry = jnp.zeros((z.shape[0], self.config.horizon, self.config.action_dim), jnp.float32)
         if is_first is not None:
@@ -419,14 +424,11 @@ class TDMPC2WorldModel(WorldModel):
     def embed(self, task: jax.Array | None, batch_shape: tuple[int, ...]) -> jax.Array:
         """Task embeddings [*batch_shape, E]; of width 0 for a single-task model.
 
-        Raises ``DataError`` if a multitask model gets no ``task``, or a single-task model gets one.
+        Raises ``DataError`` for a ``task`` that is missing, of another shape, or of a model that has a single one.
         """
-        if not self.config.multitask:
-            if task is not None:
-                raise DataError("This model has one task; leave task out, or build it with num_tasks.")
-            return jnp.zeros((*batch_shape, 0), jnp.float32)
+        check_tasks_fit(self.config, task, batch_shape)
         if task is None:
-            raise DataError(f"This model has {self.config.num_tasks} tasks; give task=, integers of shape [B].")
+            return jnp.zeros((*batch_shape, 0), jnp.float32)
         return jnp.broadcast_to(self.task_embedding(jnp.asarray(task)), (*batch_shape, self.config.embedding_dim))
 
     def as_vectors(self, actions: jax.Array, ndim: int) -> jax.Array:
