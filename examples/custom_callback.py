@@ -62,12 +62,12 @@ class Solved(Callback):
 def main():
     env = make_env("Pendulum-v1", seed=0, time_limit=50 if FAST else None)
     model_fields, training_fields, _ = recipe("tdmpc2:tiny", env)
-    training_fields |= {"env_steps": 8_000}
+    training_fields |= {"env_steps": 5_000}
     if FAST:
-        training_fields |= {"env_steps": 140, "prefill": 100, "prefill_updates": 20, "batch_size": 8}
+        training_fields |= {"env_steps": 140, "prefill": 100, "prefill_updates": 20, "batch_size": 8, "train_ratio": 32}
         training_fields |= {"log_interval": 20}
     episodes = 2 if FAST else 10
-    evaluation = EvalCallback(env.another(episodes, seed=1), every=30 if FAST else 1_000, episodes=episodes)
+    evaluation = EvalCallback(env.another(episodes, seed=1), every=30 if FAST else 2_000, episodes=episodes)
     trainer = Trainer(
         create_world_model("tdmpc2:tiny", **model_fields),
         TrainingConfig(**training_fields),

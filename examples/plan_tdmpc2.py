@@ -23,7 +23,7 @@ def learn(env):
     model_fields, training_fields, _ = recipe("tdmpc2:tiny", env)
     training_fields |= {"env_steps": 3_000}
     if FAST:
-        training_fields |= {"env_steps": 120, "prefill": 100, "prefill_updates": 20, "batch_size": 8}
+        training_fields |= {"env_steps": 120, "prefill": 100, "prefill_updates": 20, "batch_size": 8, "train_ratio": 32}
     model = create_world_model("tdmpc2:tiny", **model_fields)
     Trainer(model, TrainingConfig(**training_fields)).train(env)
     return model

@@ -23,7 +23,7 @@ FAST = os.environ.get("FAST") == "1"
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="Pendulum-v1")
-    parser.add_argument("--steps", type=int, default=120 if FAST else 10_000, help="environment steps")
+    parser.add_argument("--steps", type=int, default=120 if FAST else 5_000, help="environment steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", default=f"runs/train_tdmpc2-{time.strftime('%Y%m%d-%H%M%S')}")
     args = parser.parse_args()
@@ -34,7 +34,7 @@ def main():
     model_fields, training_fields, _ = recipe("tdmpc2:tiny", env)
     training_fields |= {"env_steps": args.steps, "seed": args.seed}
     if FAST:
-        training_fields |= {"prefill": 100, "prefill_updates": 20, "batch_size": 8, "eval_interval": 30}
+        training_fields |= {"prefill": 100, "prefill_updates": 20, "batch_size": 8, "eval_interval": 30, "train_ratio": 32}
 
     model = create_world_model("tdmpc2:tiny", **model_fields, seed=args.seed)
     print(f"{model.num_parameters():,} parameters; the run folder is {args.run}")

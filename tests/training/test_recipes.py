@@ -44,11 +44,19 @@ def test_tdmpc2_is_episodic_wherever_episodes_may_terminate(spec, only_time_limi
 def test_given_fields_take_precedence_and_others_are_derived_from_them():
     with make_env("Pendulum-v1") as env:
         model, training, reasons = recipe("tdmpc2:tiny", env, {"prefill": 7, "episodic": True, "batch_size": 3})
-        assert (training["prefill"], training["prefill_updates"], training["batch_size"]) == (7, 7, 3)
+        assert (training["prefill"], training["prefill_updates"], training["batch_size"]) == (7, 14, 3)
         assert model["episodic"] is True
         assert not {"prefill", "episodic"} & reasons.keys()
-        assert recipe("tdmpc2:tiny", env).training["prefill"] == 1_000
+        training = recipe("tdmpc2:tiny", env).training
+        assert (training["prefill"], training["prefill_updates"]) == (2_000, 4_000)
+        # Two updates a step.
+        assert training["train_ratio"] == 2 * training["batch_size"] * training["sequence_length"]
+        given = {"batch_size": 8, "sequence_length": 5, "horizon": 6}
+        assert recipe("tdmpc2:tiny", env, given).training["train_ratio"] == 2 * 8 * 7
         assert recipe("tdmpc2:tiny", env, {"episode_length": 500}).training["prefill"] == 2_500
+        larger = recipe("tdmpc2:5m", env).training
+        assert "train_ratio" not in larger
+        assert larger["prefill"] == larger["prefill_updates"] == 1_000
 
 
 @pytest.mark.parametrize("name", ["tdmpc2:tiny", "dreamerv3:tiny"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from worldloom.algorithm import Recipe, env_shapes, window_prefill
 from worldloom.models.pictures import MIN_SIDE, picture_layout
-from worldloom.models.tdmpc2.config import PICTURE_CHANNELS, picture_features
+from worldloom.models.tdmpc2.config import PICTURE_CHANNELS, TDMPC2Config, picture_features
 from worldloom.spaces import OBS, named
 
 _log = logging.getLogger("worldloom")
@@ -37,6 +37,10 @@ _TINY: dict[str, Any] = {
     "log_interval": 250,
 }
 
+# With one update a step, and 1,000 steps of prefill, two of ten agents unlearned Pendulum-v1 for a while.
+_TINY_CONTINUOUS: dict[str, Any] = {"eval_interval": 2_000, "save_interval": 4_000, "log_interval": 500}
+_TINY_UPDATES = 2
+"""Updates of the tiny size for each step in tasks with continuous actions, those of the prefill included."""
 # The reference has no discrete actions; these learn CartPole-v1 with the tiny size.
 _DISCRETE_MODEL = {
     "entropy_coef": 1e-3,
@@ -54,6 +58,8 @@ _PREFILL_EPISODES, _LEAST_PREFILL = 5, 1_000
 """The reference begins with five whole episodes of random actions and as many updates; here at least 1,000 steps."""
 PREFILL_RULE = f"max({_LEAST_PREFILL}, {_PREFILL_EPISODES} × episode length)"
 """The same in words, for the reference's single environment."""
+_TINY_PREFILL = 2_000
+"""The tiny size's least prefill in tasks with continuous actions."""
 
 JAX_SUITES = ("jax", "gymnax", "craftax", "brax", "playground", "navix", "jumanji")
 """Prefixes of environments in JAX, whose images ``make_env`` does not stack."""
@@ -73,6 +79,13 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
         model |= _DISCRETE_MODEL
         training |= _DISCRETE_TRAINING
         reasons |= dict.fromkeys((*_DISCRETE_MODEL, *_DISCRETE_TRAINING), "discrete actions")
+    tiny_continuous = size == "tiny" and env.action_type == "continuous"
+    if tiny_continuous:
+        training |= _TINY_CONTINUOUS
+        sizes = {"horizon": TDMPC2Config.horizon} | training | dict(given)
+        rows = max(sizes["sequence_length"], sizes["horizon"] + 1)
+        training["train_ratio"] = float(_TINY_UPDATES * sizes["batch_size"] * rows)
+        reasons["train_ratio"] = "two updates a step"
     endless = never_terminates(env)
     model["episodic"] = not endless
     reasons["episodic"] = "only time limits end its episodes" if endless else "its episodes may terminate"
@@ -91,10 +104,13 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     length = given.get("episode_length", env.episode_length) or 0
     # The reference takes five times the longest episode. Random actions may end episodes long before; the tiny size,
     # which has learned such tasks with the least prefill, does without.
-    training["prefill"] = max(_LEAST_PREFILL, _PREFILL_EPISODES * length if endless or size != "tiny" else 0)
-    reasons |= {"prefill": "random actions first", "prefill_updates": "as many as prefill"}
+    least = _TINY_PREFILL if tiny_continuous else _LEAST_PREFILL
+    training["prefill"] = max(least, _PREFILL_EPISODES * length if endless or size != "tiny" else 0)
+    reasons["prefill"] = "random actions first"
     reasons |= window_prefill(training, env, given)
-    training["prefill_updates"] = given.get("prefill", training["prefill"])
+    for_each = _TINY_UPDATES if tiny_continuous else 1
+    training["prefill_updates"] = for_each * given.get("prefill", training["prefill"])
+    reasons["prefill_updates"] = "as many as prefill" if for_each == 1 else "two a step of prefill"
     return Recipe(model, training, reasons).override(given)
 
 
