@@ -57,4 +57,4 @@ def test_the_film_is_small():
 def test_the_commands_are_valid():
     typed = re.findall(r"^\.venv/bin/worldloom (.*)$", README, flags=re.M)
     assert [line.split()[0] for line in typed] == ["train", "play"]
-    assert _flags(get_family("tdmpc2")).parse(typed[0].split()[1:])["env_steps"] == 10_000
+    assert _flags(get_family("tdmpc2")).parse(typed[0].split()[1:])["env_steps"] == 5_000
