@@ -34,7 +34,8 @@ def main():
     model_fields, training_fields, _ = recipe("tdmpc2:tiny", env)
     training_fields |= {"env_steps": args.steps, "seed": args.seed}
     if FAST:
-        training_fields |= {"prefill": 100, "prefill_updates": 20, "batch_size": 8, "eval_interval": 30, "train_ratio": 32}
+        training_fields |= {"prefill": 100, "prefill_updates": 20, "eval_interval": 30}
+        training_fields |= {"batch_size": 8, "train_ratio": 32}
 
     model = create_world_model("tdmpc2:tiny", **model_fields, seed=args.seed)
     print(f"{model.num_parameters():,} parameters; the run folder is {args.run}")

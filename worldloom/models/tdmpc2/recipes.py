@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from worldloom.algorithm import Recipe, env_shapes, window_prefill
+from worldloom.config import is_integer
 from worldloom.models.pictures import MIN_SIDE, picture_layout
 from worldloom.models.tdmpc2.config import PICTURE_CHANNELS, TDMPC2Config, picture_features
 from worldloom.spaces import OBS, named
@@ -83,9 +84,10 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
     if tiny_continuous:
         training |= _TINY_CONTINUOUS
         sizes = {"horizon": TDMPC2Config.horizon} | training | dict(given)
-        rows = max(sizes["sequence_length"], sizes["horizon"] + 1)
-        training["train_ratio"] = float(_TINY_UPDATES * sizes["batch_size"] * rows)
-        reasons["train_ratio"] = "two updates a step"
+        batch, length, horizon = (sizes[name] for name in ("batch_size", "sequence_length", "horizon"))
+        if all(map(is_integer, (batch, length, horizon))):  # Others are refused where the configs are made.
+            training["train_ratio"] = float(_TINY_UPDATES * batch * max(length, horizon + 1))
+            reasons["train_ratio"] = "two updates a step"
     endless = never_terminates(env)
     model["episodic"] = not endless
     reasons["episodic"] = "only time limits end its episodes" if endless else "its episodes may terminate"
