@@ -38,7 +38,7 @@ def test_train_writes_a_run_folder(run_folder, run_command):
     assert settings["model"]["episodic"] is False
     assert settings["model"]["episode_length"] == 6
     assert settings["training"]["env_steps"] == 30
-    assert settings["training"]["prefill_updates"] == 12
+    assert settings["training"]["prefill_updates"] == 24  # two for each step
     assert settings["env"] == {
         "spec": "Pendulum-v1", "num_envs": 1, "parallel": "sync", "seed": 42, "time_limit": 6, "worker_timeout": 60.0,
     }  # fmt: skip
@@ -47,9 +47,9 @@ def test_train_writes_a_run_folder(run_folder, run_command):
 def test_eval_evaluates_the_final_weights_or_a_checkpoint(run_folder, run_command):
     code, out, _ = run_command("eval", run_folder)
     assert code == 0
-    assert "0 of 10 episodes terminated; weights after 30 updates" in out
+    assert "0 of 10 episodes terminated; weights after 60 updates" in out
     assert run_command("eval", run_folder)[1] == out
-    assert "after 10 updates" in run_command("eval", run_folder, "--checkpoint", "10")[1]
+    assert "after 50 updates" in run_command("eval", run_folder, "--checkpoint", "50")[1]
 
 
 def test_a_video_must_be_a_gif_and_the_weights_of_a_run_are_in_its_model_folder(run_folder, run_command):
