@@ -30,6 +30,8 @@ from worldloom.training.interrupts import Interrupts
 from worldloom.training.on_device.fit import Device, fit_members
 from worldloom.training.run_state import Run
 
+ONE_UPDATE_A_STEP = {"train_ratio": 0.0, "prefill_updates": 0, "log_interval": 10_000}
+
 
 class Clock:
     """CPU time of this process, or wall-clock time."""
@@ -67,7 +69,7 @@ def training(clock, options):
     trainers = {}
     for loop in ("device", "host"):
         env = make_env("jax:Pendulum-v1", seed=0)
-        model, config = model_in("tdmpc2:tiny", env, loop=loop, prefill=300, prefill_updates=0, log_interval=10_000)
+        model, config = model_in("tdmpc2:tiny", env, loop=loop, prefill=300, **ONE_UPDATE_A_STEP)
         trainers[loop] = Trainer(model, config, callbacks=[]), env
 
     def go_on(loop):
@@ -140,7 +142,7 @@ def seeds(clock, options):
         runs, runners = [], []
         for seed in range(count):
             env = make_env("jax:Pendulum-v1", seed=seed)
-            model, config = model_in("tdmpc2:tiny", env, seed, prefill=100, prefill_updates=0, log_interval=10_000)
+            model, config = model_in("tdmpc2:tiny", env, seed, prefill=100, **ONE_UPDATE_A_STEP)
             runs.append(Run(model, config.replace(seed=seed)))
             runs[-1].use_env(env)
             runners.append(CallbackRunner([]))
