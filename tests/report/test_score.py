@@ -42,9 +42,11 @@ def test_a_rule_without_a_window_takes_the_last_twentieth_of_the_budget():
 
 
 @pytest.mark.parametrize("why", ["crashed", "bad_step"])
-def test_episodes_that_were_cut_do_not_count(why):
+def test_episodes_that_were_cut_do_not_count(why, tmp_path):
     cut = [*EPISODES, {"env_steps": 3_950, "return": 1e9, why: True}]
-    assert score(rule("training"), cut, [], budget=4_000).value == np.mean([38, 39])
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cut))
+    whole = read_episodes(tmp_path / "episodes.jsonl")
+    assert score(rule("training"), whole, [], budget=4_000).value == np.mean([38, 39])
 
 
 def test_an_evaluation_counts_up_to_the_end_of_the_budget():

@@ -116,12 +116,11 @@ def score(
     end = min(last, reached) if at is None else at
     if rule.source in ("evaluation", "greedy"):
         return _evaluation_score(records, end, "eval/return" if rule.source == "evaluation" else "eval/greedy_return")
-    whole = [line for line in episodes if not (line.get("crashed") or line.get("bad_step"))]
     if rule.source == "achievements":
-        return _achievements_score([line for line in whole if line["env_steps"] <= end], end)
+        return _achievements_score([line for line in episodes if line["env_steps"] <= end], end)
     if window is None:
         window = rule.window[1] - rule.window[0] if rule.window else max(1, round(_LAST_PART * budget))
-    found = [line["return"] for line in whole if end - window < line["env_steps"] <= end]
+    found = [line["return"] for line in episodes if end - window < line["env_steps"] <= end]
     if not found:
         raise DataError(f"No training episode ended between {end - window:,} and {end:,} environment steps.")
     text = f"mean of {len(found)} training episodes that end in {max(0, end - window):,}–{end:,} environment steps"
