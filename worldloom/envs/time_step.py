@@ -99,7 +99,7 @@ def scalars(info: Mapping[str, Any], _around: tuple[int, ...] = ()) -> dict[str,
     """The numbers and booleans in an ``info``, as floats; those in dicts under ``outer/inner``.
 
     Arrays of no axes are numbers. Left out are other arrays, texts, NaN, infinities, integers too large for a float,
-    and a dict within itself.
+    a dict within itself, and those within more than seven others.
     """
     found: dict[str, float] = {}
     around = (*_around, id(info))
