@@ -194,7 +194,17 @@ def test_seeds_on_the_device_are_numpys(seed):
     from worldloom.ops.seed_sequence import entropy_words, spawned_state
 
     for env, episode in ((0, 0), (3, 17), (255, 2**31 - 1)):
-        assert int(spawned_state(entropy_words(seed), env, episode) >> 1) == episode_seed(seed, env, episode)
+        assert int(spawned_state(entropy_words(seed), env, episode)[0] >> 1) == episode_seed(seed, env, episode)
+
+
+@pytest.mark.parametrize("seed", [0, 42, 2**31 + 5, 2**63 - 1])
+def test_keys_of_many_generators_are_those_that_numpy_derives(seed):
+    from worldloom.ops.seed_sequence import philox_keys
+
+    found = philox_keys(seed, 2**32 - 1, 2**31 - 3, 5)
+    for i, key in enumerate(found):
+        of_numpy = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(2**32 - 1, 2**31 - 3 + i)))
+        np.testing.assert_array_equal(key, of_numpy.state["state"]["key"])
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, TrainingConfig, evaluation, offline_then_online
 from worldloom.training.callbacks import Callback, CheckpointCallback, ProgressCallback, StopTraining
 from worldloom.training.on_device import fit as loop_module
-from worldloom.training.on_device.transfer import _of_episodes
+from worldloom.training.on_device import transfer as transfer_module
+from worldloom.training.on_device.episodes import episodes_so_far
 
 SLOW = pytest.mark.slow
 CASES = [
@@ -109,7 +110,7 @@ def test_neither_further_calls_nor_their_length_change_a_run(monkeypatch):
     env = make_env(DRIFT, 2, seed=3)
     parts = trainer_in(env, LikeTDMPC2, CONFIG.replace(loop="device"))
     monkeypatch.setattr(loop_module, "_MOST_UPDATES", 3)
-    monkeypatch.setattr(loop_module, "_MOST_STEPS", 2)
+    monkeypatch.setattr(transfer_module, "_MOST_STEPS", 2)
     for total in (1, 17, 40):
         parts.train(env, total_steps=total)
     assert_same(content(whole), content(parts))
@@ -121,7 +122,7 @@ def test_returns_of_many_steps_are_those_of_one_step_after_the_other(steps, envs
     is_first = rng.random((steps, envs)) < 0.2
     rewards = np.where(is_first, 0, rng.normal(size=(steps, envs))).astype(np.float32)
     returns, lengths = rng.normal(size=envs), rng.integers(0, 9, envs)
-    totals, ages = _of_episodes(is_first, rewards, returns, lengths)
+    totals, ages = episodes_so_far(is_first, rewards, returns, lengths)
     for step in range(steps):
         for env in range(envs):
             returns[env] = (0.0 if is_first[step, env] else returns[env]) + rewards[step, env]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,8 @@ def entropy_words(entropy: int) -> np.ndarray:
     return np.array([entropy >> 32 * i & _MASK for i in range(_POOL)], np.uint32)
 
 
-def spawned_state(entropy: jax.Array, *spawn_key: jax.Array) -> jax.Array:
-    """``SeedSequence(entropy, spawn_key=…).generate_state(1)[0]``, uint32.
+def spawned_state(entropy: Any, *spawn_key: Any, words: int = 1) -> jax.Array:
+    """``SeedSequence(entropy, spawn_key=…).generate_state(words)``, uint32 [words, ...].
 
     NumPy guarantees this function not to change between versions. Its constants and mixing steps are those of M.
     O'Neill's ``seed_seq_fe``.
@@ -27,8 +29,9 @@ def spawned_state(entropy: jax.Array, *spawn_key: jax.Array) -> jax.Array:
     Args:
       entropy: uint32 [4], from :func:`entropy_words`.
       *spawn_key: at least one; integers below 2^32, arrays of shapes that broadcast.
+      words: at most four, more are not needed.
     """
-    words = [entropy[i] for i in range(_POOL)] + [jnp.asarray(key).astype(jnp.uint32) for key in spawn_key]
+    sources = [entropy[i] for i in range(_POOL)] + [jnp.asarray(key).astype(jnp.uint32) for key in spawn_key]
     constant = _INIT_A
 
     def hashed(value: jax.Array) -> jax.Array:
@@ -40,14 +43,32 @@ def spawned_state(entropy: jax.Array, *spawn_key: jax.Array) -> jax.Array:
     def mixed(x: jax.Array, y: jax.Array) -> jax.Array:
         return _xorshift(jnp.uint32(_MIX_L) * x - jnp.uint32(_MIX_R) * y)
 
-    pool = [hashed(word) for word in words[:_POOL]]
+    pool = [hashed(word) for word in sources[:_POOL]]
     for source in range(_POOL):
         for target in range(_POOL):
             if source != target:
                 pool[target] = mixed(pool[target], hashed(pool[source]))
-    for word in words[_POOL:]:
+    for word in sources[_POOL:]:
         pool = [mixed(each, hashed(word)) for each in pool]
-    return _xorshift((pool[0] ^ jnp.uint32(_INIT_B)) * jnp.uint32(_INIT_B * _MULT_B & _MASK))
+    state, constant = [], _INIT_B
+    for each in pool[:words]:
+        state.append(_xorshift((each ^ jnp.uint32(constant)) * jnp.uint32(constant * _MULT_B & _MASK)))
+        constant = constant * _MULT_B & _MASK
+    return jnp.stack(state)
+
+
+@jax.jit
+def _philox_words(entropy: Any, *spawn_key: Any) -> jax.Array:
+    return spawned_state(entropy, *spawn_key, words=_POOL)
+
+
+def philox_keys(entropy: int, purpose: int, first: int, count: int) -> np.ndarray:
+    """Keys of ``Philox(SeedSequence(entropy, spawn_key=(purpose, first + i)))`` for ``count`` i, uint64 [count, 2]."""
+    # To the next power of two: few programs are compiled.
+    numbers = np.arange(first, first + (1 << (count - 1).bit_length())).astype(np.uint32)
+    words = np.asarray(_philox_words(entropy_words(entropy), np.uint32(purpose), numbers))[:, :count]
+    low, high = words[::2].astype(np.uint64), words[1::2].astype(np.uint64)
+    return np.ascontiguousarray((low | high << np.uint64(32)).T)
 
 
 def _xorshift(value: jax.Array) -> jax.Array:

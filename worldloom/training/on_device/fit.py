@@ -26,10 +26,28 @@ from worldloom.training.update_loop import CompiledUpdate, Learner
 
 _log = logging.getLogger("worldloom")
 
-_MOST_UPDATES, _MOST_STEPS = 256, 256
-"""Updates, and steps of the prefill, in one call at most."""
+_MOST_UPDATES = 256
+"""Updates in one call at most; steps are limited by memory, see ``Transfer``."""
 _SECONDS = 1.0
 """About how long a call may take: so long the host does not react to signals."""
+
+
+class Pace:
+    """How much one call may do, so that it takes about ``_SECONDS``.
+
+    Args:
+      first: for the first calls.
+      most: at most.
+    """
+
+    def __init__(self, first: int, most: int):
+        self.count, self._most, self._compiled = min(first, most), most, False
+
+    def note(self, done: int, seconds: float) -> None:
+        """Choose :attr:`count` for the next call; the first call compiles, and is not counted."""
+        if self._compiled:
+            self.count = int(np.clip(_SECONDS * done / seconds, 1, self._most))
+        self._compiled = True
 
 
 def runs_on_device(run: Run) -> bool:
@@ -127,9 +145,9 @@ class Device:
             assert run.collector is not None
             run.collector.begin(run.state)  # the first rows, and the first actions
         ends = [run.ratio.decisions(max(0, total_steps - _before(run))) for run in runs]
-        # Rows that one call may collect: each step adds one of every environment.
-        self._room = 2 * _MOST_STEPS * self._num_envs
-        self._transfers = [Transfer(*each, self._room) for each in zip(runs, updates, ends, strict=True)]
+        self._transfers = [Transfer(*each) for each in zip(runs, updates, ends, strict=True)]
+        # All members' environments are of one kind.
+        self._most_steps, self._room = self._transfers[0].most_steps, self._transfers[0].room
         # Seeds and settings may differ, so that one member ends after more decision steps than another.
         slots = max(each.spec.slots for each in self._transfers)
         for each in self._transfers:
@@ -155,8 +173,8 @@ class Device:
         )
         self.learner: Learner = self._stack([run.learner for run in self.runs])
         self.give_learners()
-        self._most = 1 if first.unrolled else min(8, _MOST_UPDATES)
-        self._speed = 0.0
+        self._updates = Pace(8, 1 if first.unrolled else _MOST_UPDATES)
+        self._steps, self._random_steps = Pace(16, self._most_steps), Pace(64, self._most_steps)
         for run, each in zip(self.runs, self._transfers, strict=True):
             if not run.metrics.names:
                 run.metrics.open(each.names, () if run.config.skip_nonfinite else each.guarded)
@@ -181,7 +199,7 @@ class Device:
     def train(self, end: int) -> None:
         """Do updates up to number ``end``, or fewer if they would take long."""
         step = self.runs[0].step
-        count = min(end - step, self._most)
+        count = min(end - step, self._updates.count)
         decisions, ends = (np.atleast_1d(x) for x in jax.device_get((self.state.actor.decisions, self.state.ring.end)))
 
         def rows(count: int) -> int:
@@ -202,7 +220,7 @@ class Device:
         started = time.perf_counter()
         self.learner, self.state, output = self._loop.train(self.learner, self.state, chunk, self._settings)
         trouble = np.atleast_1d(np.asarray(self.state.actor.trouble))
-        self._time(count, time.perf_counter() - started)
+        self._updates.note(count, time.perf_counter() - started)
         if self._transfers[0].keeps_latents:
             ids = np.asarray(output.ids)
             for index, transfer in enumerate(self._transfers):
@@ -241,9 +259,15 @@ class Device:
     # ---- parts ------------------------------------------------------------------------------------------------------
 
     def _collect(self, due: Sequence[int]) -> None:
-        state = self._loop.collect(self.learner, self.state, self._each(due), np.int32(_MOST_STEPS))
-        self.state = state
+        started, before = time.perf_counter(), self._calls
+        self.state = self._loop.collect(self.learner, self.state, self._each(due), np.int32(self._steps.count))
         self.download()
+        self._steps.note(self._calls - before, time.perf_counter() - started)
+
+    @property
+    def _calls(self) -> int:
+        """Steps of the environments so far, in the run that has taken most."""
+        return max(run.collector.calls for run in self.runs if run.collector)
 
     @property
     def _num_envs(self) -> int:
@@ -254,13 +278,20 @@ class Device:
     def _collect_random(self, due: Sequence[int]) -> None:
         collectors = [run.collector for run in self.runs if run.collector]
         missing = max(limit - each.decisions for limit, each in zip(due, collectors, strict=True))
-        most = min(_MOST_STEPS, -(-missing // collectors[0].env.num_envs) + 1)
-        drawn = [[each.draw_random(each.calls + 1 + i) for i in range(most)] for each in collectors]
-        pad = lambda parts: np.resize(np.stack(parts), (_MOST_STEPS, *parts[0].shape))  # noqa: E731
-        actions = self._stack([pad([action for action, _ in each]) for each in drawn])
-        kept = self._stack([pad([again for _, again in each]) for each in drawn])
-        self.state = self._loop.collect_random(self.state, actions, kept, self._each(due), np.int32(most))
+        started, before = time.perf_counter(), self._calls
+        count = min(self._random_steps.count, -(-missing // self._num_envs) + 1)
+        drawn = [each.draw_random_calls(each.calls + 1, count) for each in collectors]
+
+        def padded(parts: list[np.ndarray]) -> np.ndarray:
+            whole = np.zeros((self._most_steps, *parts[0].shape), parts[0].dtype)
+            whole[:count] = parts
+            return whole
+
+        actions = self._stack([padded([action for action, _ in each]) for each in drawn])
+        kept = self._stack([padded([again for _, again in each]) for each in drawn])
+        self.state = self._loop.collect_random(self.state, actions, kept, self._each(due), np.int32(count))
         self.download()
+        self._random_steps.note(self._calls - before, time.perf_counter() - started)
         if not any(each.acts_randomly for each in collectors):
             # The policy chooses the first actions after the prefill.
             self.state = self.state._replace(actor=self._loop.choose(self.learner, self.state.actor))
@@ -295,14 +326,6 @@ class Device:
     def _due(self, run: Run, step: int) -> int:
         """Decision steps at which the update after ``step`` updates is due."""
         return run.ratio.decisions(step + 1 - _before(run)) if step >= _before(run) else 0
-
-    def _time(self, count: int, seconds: float) -> None:
-        """Choose how many updates the next calls may do; the first call compiles, and is not counted."""
-        if self.runs[0].unrolled:
-            return
-        if self._speed:
-            self._most = int(np.clip(_SECONDS * count / seconds, 1, _MOST_UPDATES))
-        self._speed = count / seconds
 
     def _ring(self, transfer: Transfer) -> Any:
         return self._of(self.state.ring, self._transfers.index(transfer))

@@ -91,7 +91,7 @@ def _program(env: Any, limit: int | None, act: Any, steps: int) -> Callable[...,
             inputs = jax.lax.optimization_barrier((params, carry, obs, is_first))
             carry, actions, _ = jax.lax.optimization_barrier(act(inputs[0], key, *inputs[1:], number))
             episodes = episodes + over
-            seeds = spawned_state(entropy, jnp.arange(len(over)), episodes) >> 1
+            seeds = spawned_state(entropy, jnp.arange(len(over)), episodes)[0] >> 1
             executed, good = executed_actions(env, actions, over)
             envs, arrival = advance(env, limit, envs, executed, over, seeds)
             floats = [x for x in jax.tree.leaves((arrival.obs, arrival.reward)) if x.dtype == jnp.float32]

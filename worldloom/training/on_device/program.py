@@ -179,7 +179,7 @@ class Loop:
         row = {"obs": now.obs, "actions": stored, "rewards": now.reward, "flags": flags.astype(jnp.uint8)}
         ring = add_rows(self.ring, ring, row | {"info": now.info, "latents": actor.latents}, enabled)
         episodes = actor.episodes + over
-        seeds = spawned_state(actor.entropy, jnp.arange(len(over)), episodes) >> 1
+        seeds = spawned_state(actor.entropy, jnp.arange(len(over)), episodes)[0] >> 1
         envs, arrival = advance(self.env, self.limit, actor.envs, actor.actions, over, seeds)
         good = _finite((arrival.obs, arrival.reward))
         after = actor._replace(

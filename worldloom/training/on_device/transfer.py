@@ -27,6 +27,7 @@ from worldloom.replay.online import add_steps, is_interleaved
 from worldloom.replay.ring import COLUMNS, Episodes, Ring, RingSpec, empty_ring, take
 from worldloom.spaces import ACTION, OBS, named
 from worldloom.training.collector import EpisodeRecord
+from worldloom.training.on_device.episodes import episodes_so_far
 from worldloom.training.on_device.program import BAD_ACTION, FINE, NO_WINDOW, Actor, LoopState, WaitingLatents
 from worldloom.training.run_state import Run
 from worldloom.training.update_loop import CompiledUpdate
@@ -34,6 +35,8 @@ from worldloom.training.writeback import strip_prefix
 
 _PIECE_BYTES = 1 << 25
 """About how many bytes of rows are copied at a time."""
+_FEWEST_STEPS, _MOST_STEPS = 16, 1024
+"""Limits of ``Transfer.most_steps``."""
 _MOST_ROWS = 2**31 - 2**24
 """Numbers of rows are int32 on the device."""
 
@@ -65,17 +68,18 @@ class Transfer:
       run: an online run for which :func:`why_on_host` is None, and whose collector is ``ready``.
       update: its compiled update.
       decisions: decision steps at which it will end.
-      room: rows that one call may collect.
 
     Attributes:
       spec: what replay is on the device.
+      most_steps: steps of all environments in one call at most.
+      room: rows that one call may collect; each step adds one of every environment.
       names: names of the update's metrics.
       guarded: positions among them of those that must be finite.
 
     Raises ``ConfigError`` if rows can no longer be numbered on the device.
     """
 
-    def __init__(self, run: Run, update: CompiledUpdate, decisions: int, room: int):
+    def __init__(self, run: Run, update: CompiledUpdate, decisions: int):
         assert run.collector is not None
         assert run.sampler is not None
         assert run.learner is not None
@@ -88,11 +92,17 @@ class Transfer:
         coming = 2 * max(0, decisions - self.collector.decisions) + 4 * num_envs
         if end + coming > _MOST_ROWS:
             raise ConfigError(f"Rows after number {_MOST_ROWS:,} cannot be collected on the device; use loop='host'.")
+        self.keeps_latents = run.sampler.uses_latents
+        self._row = self._row_shapes()
+        row_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._row))
+        self._piece = max(1, _PIECE_BYTES // row_bytes)
+        self.most_steps = int(np.clip(self._piece // num_envs, _FEWEST_STEPS, _MOST_STEPS))
+        self.room = 2 * self.most_steps * num_envs
         # As many as from the beginning on: with fewer, a run that is continued would be compiled anew.
         slots = 1 << (max(held + coming, 2 * decisions + 4 * num_envs) - 1).bit_length()
         self.spec = RingSpec(
             # Rows of a call are copied to the host afterwards: there is room for them beside those that are held.
-            slots=min(slots, replay.capacity + room),
+            slots=min(slots, replay.capacity + self.room),
             capacity=min(replay.capacity, _MOST_ROWS),
             num_envs=num_envs,
             batch_size=run.config.batch_size,
@@ -101,21 +111,7 @@ class Transfer:
             open_episodes=spec.open_episodes,
             fresh_first=spec.fresh_first,
         )
-        self.keeps_latents = run.sampler.uses_latents
-        # Shapes of a row, of a batch and of what an update returns.
-        latent_dtype = jnp.dtype(run.config.latent_dtype)
-        obs = {n: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for n, v in self._obs_now().items()}
-        single = not isinstance(self.env.obs_shape, Mapping)
-        self._row: dict[str, Any] = {
-            "obs": obs[OBS] if single else obs,
-            "actions": jax.ShapeDtypeStruct((self.env.action_dim,), jnp.float32),
-            "rewards": jax.ShapeDtypeStruct((), jnp.float32),
-            "flags": jax.ShapeDtypeStruct((), jnp.uint8),
-            "info": self.backend.spec.info,
-            "latents": {n: jax.ShapeDtypeStruct(tuple(s), latent_dtype) for n, s in replay.latents.items()}
-            if self.keeps_latents
-            else {},
-        }
+        # Shapes of a batch and of what an update returns.
         ids = jax.ShapeDtypeStruct((self.spec.batch_size, self.spec.rows), jnp.int32)
         batch = jax.eval_shape(lambda ids: take(self.spec, empty_ring(self.spec, self._row), ids), ids)
         batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
@@ -123,12 +119,25 @@ class Transfer:
         self.guarded = update.guarded(self.names)
         output = update.abstract_metrics(run.learner.state, batches)
         self._fresh = output.get(LATENTS, {}) if self.keeps_latents else {}
-        row_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._row))
-        self._piece = max(1, _PIECE_BYTES // row_bytes)
         self._synced = end
         self._returns: np.ndarray | None = None
         self._dirty = np.zeros(0, bool)
         self._ring_now: Callable[[], Ring] | None = None
+
+    def _row_shapes(self) -> dict[str, Any]:
+        """Shapes and dtypes of a row."""
+        obs = {n: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for n, v in self._obs_now().items()}
+        single = not isinstance(self.env.obs_shape, Mapping)
+        latent_dtype = jnp.dtype(self.run.config.latent_dtype)
+        latents = self.collector.replay.latents if self.keeps_latents else {}
+        return {
+            "obs": obs[OBS] if single else obs,
+            "actions": jax.ShapeDtypeStruct((self.env.action_dim,), jnp.float32),
+            "rewards": jax.ShapeDtypeStruct((), jnp.float32),
+            "flags": jax.ShapeDtypeStruct((), jnp.uint8),
+            "info": self.backend.spec.info,
+            "latents": {n: jax.ShapeDtypeStruct(tuple(s), latent_dtype) for n, s in latents.items()},
+        }
 
     # ---- to the device ----------------------------------------------------------------------------------------------
 
@@ -325,7 +334,7 @@ class Transfer:
             chosen = in_prefill == prefill
             collector.seen.add_rewards(rewards[chosen][~over[chosen]], prefill=prefill)
         saved = env.state()
-        totals, lengths = _of_episodes(flags & FIRST > 0, rewards, saved["returns"], saved["lengths"])
+        totals, lengths = episodes_so_far(flags & FIRST > 0, rewards, saved["returns"], saved["lengths"])
         steps, streams = np.nonzero(flags & LAST)
         ends = zip(
             steps.tolist(),
@@ -403,27 +412,6 @@ class Transfer:
                     "on_bad_step='restart' in make_env (--on-bad-step restart), such episodes are cut there, and the "
                     "next begin."
                 )
-
-
-def _of_episodes(
-    is_first: np.ndarray, rewards: np.ndarray, returns: np.ndarray, lengths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return and length of each environment's episode after each of S steps, float64 and int64 [S, N].
-
-    Rewards are added one after the other, as ``VectorEnv`` does, so that the sums are the same to the last bit.
-
-    Args:
-      is_first: whether an episode begins there, bool [S, N].
-      rewards: [S, N].
-      returns: before these steps, float64 [N].
-      lengths: before these steps, integers [N].
-    """
-    totals = np.empty(rewards.shape)
-    for step in range(len(rewards)):
-        returns = totals[step] = np.where(is_first[step], 0.0, returns) + rewards[step]
-    steps = np.arange(len(rewards))[:, None]
-    begun = np.maximum.accumulate(np.where(is_first, steps, -1 - lengths))
-    return totals, steps - begun
 
 
 def _put(slots: np.ndarray, column: np.ndarray, values: np.ndarray) -> None:
