@@ -196,3 +196,21 @@ def test_the_learning_rate_in_the_log_is_that_of_the_step_after_a_skipped_update
 
 def _is_schedule(part):
     return type(part).__name__ == "ScaleByScheduleState"
+
+
+@pytest.mark.parametrize("method", ["predict", "imagine", "observe", "decode"])
+@pytest.mark.parametrize("state", [np.zeros((2, 16), np.float32), None, "latent"], ids=["array", "none", "text"])
+def test_a_state_that_is_none_is_refused_by_name(model, method, state):
+    further = {"predict": (np.zeros((2, 2)),), "imagine": (np.zeros((3, 2, 2)),), "decode": ()}
+    further["observe"] = (np.zeros((2, 2)), np.zeros((2, 3)))
+    with pytest.raises(DataError, match=f"{method} must be a {model.state_class.__name__}"):
+        getattr(model, method)(state, *further[method])
+
+
+@pytest.mark.parametrize(
+    ("obs", "said"),
+    [("text", "is of type str"), (np.array([["a", "b", "c"]]), "dtype <U1"), (np.zeros((1, 3), complex), "complex128")],
+)
+def test_what_is_no_real_number_is_refused_by_name(model, obs, said):
+    with pytest.raises(DataError, match=f"obs given to .*{said}"):
+        model.encode(obs)

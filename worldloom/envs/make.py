@@ -231,6 +231,18 @@ def is_jax_env(value: Any) -> bool:
     return not isinstance(value, type | VectorEnv) and all(hasattr(value, name) for name in JAX_ENV)
 
 
+def check_made(env: Any) -> None:
+    """Raise ``ConfigError`` unless ``env`` is what :func:`make_env` returns."""
+    if not isinstance(env, VectorEnv):
+        hint = " make_env makes them from it." if is_env(env) else ""
+        raise ConfigError(f"Environments as make_env returns them are expected, not {_kind(env)}.{hint}")
+
+
+def _kind(value: Any) -> str:
+    """``value`` in a sentence."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
 def module_of(spec: str) -> str:
     """The module that making the environment ``spec`` imports first, as ``module:Id`` says; empty for none."""
     return "" if _is_of({**SUITES, **JAX_SUITES}, spec) else spec.rpartition(":")[0]
@@ -337,6 +349,8 @@ def _build(base: Callable[[], Any], changes: _Changes, action_repeat: int, time_
             f"The function given to make_env returned a {type(env).__name__}; a gymnasium.Env is needed."
             f"{about_object(env)}"
         )
+    if missing := [name for name in ("observation_space", "action_space") if getattr(env, name, None) is None]:
+        raise ConfigError(f"{type(env).__name__} has no {' and no '.join(missing)}; agents need to know its spaces.")
     if changes.drop_keys:
         env = DropKeys(env, changes.drop_keys)
     if changes.action_bounds is not None:

@@ -101,6 +101,8 @@ class WorldModel(nnx.Module):
     """
 
     config_class: ClassVar[type[Any]]
+    state_class: ClassVar[type[Any]] = object
+    """The named tuple of its latent states: what methods take as ``state`` must have its fields."""
     algorithm: ClassVar[Algorithm]
     """The family's algorithm; set by :func:`worldloom.register_family`."""
     untrained: ClassVar[tuple[str, ...]] = ()

@@ -36,21 +36,26 @@ def compiled(method: F) -> F:
     runs inline. Arguments must be pytrees of arrays (or None). Each call reads the model's newest weights, see
     :mod:`worldloom.models.live_weights`.
 
-    Numbers on the host are refused with ``DataError`` where they are NaN or infinite, as environments and replay refuse
+    Arguments that are no arrays, and a ``state`` without the fields of the model's ``state_class``, are refused with
+    ``DataError``. Numbers on the host are refused where they are NaN or infinite, as environments and replay refuse
     them. Arrays on devices are not read: that would wait for them. A ``task`` that the model does not have is refused
     wherever it lies, as it is a few integers; in a trace it is not known, and its embedding is NaN.
     """
 
+    takes_state = "state" in inspect.signature(method).parameters
+
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if takes_state and (args or "state" in kwargs):
+            _check_state(self, method.__name__, args[0] if args else kwargs["state"])
         leaves = jax.tree.leaves((args, kwargs))
         if any_traced(leaves):
             return method(self, *args, **kwargs)
         weights, arrays = live_weights(self)
         if any_traced(arrays):
             return method(self, *args, **kwargs)
-        if not all(map(_is_finite, leaves)):
-            raise DataError(_where_not_finite(method, self, args, kwargs))
+        if not all(map(_is_fine, leaves)):
+            raise DataError(_what_is_wrong(method, self, args, kwargs))
         if kwargs.get("task") is not None:
             _check_tasks(kwargs["task"], getattr(self.config, "num_tasks", 0))
         cls, version = self.__class__, class_version(self.__class__)
@@ -63,11 +68,22 @@ def compiled(method: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def _is_finite(leaf: Any) -> bool:
-    """Whether a leaf has no NaN or infinity; True for what is not on the host, or not of floats."""
+def _check_state(model: Any, name: str, state: Any) -> None:
+    """Raise ``DataError`` unless ``state`` has the fields of the model's latent states."""
+    if not all(hasattr(state, field) for field in getattr(model.state_class, "__annotations__", ())):
+        raise DataError(
+            f"state given to {type(model).__name__}.{name} must be a {model.state_class.__name__}, as encode and "
+            f"predict return it; its type is {type(state).__name__}."
+        )
+
+
+def _is_fine(leaf: Any) -> bool:
+    """Whether a leaf is an array or a number without NaN or infinity; of arrays on devices that is not known."""
     if isinstance(leaf, np.ndarray | np.generic):
-        return leaf.dtype.kind != "f" or bool(np.isfinite(leaf).all())
-    return not isinstance(leaf, float) or math.isfinite(leaf)
+        return leaf.dtype.kind in "biuV" or (leaf.dtype.kind == "f" and bool(np.isfinite(leaf).all()))
+    if isinstance(leaf, float):
+        return math.isfinite(leaf)
+    return isinstance(leaf, jax.Array | int)
 
 
 def _check_tasks(task: Any, num_tasks: int) -> None:
@@ -82,23 +98,25 @@ def _check_tasks(task: Any, num_tasks: int) -> None:
         raise DataError(f"There is no task {wrong.flat[0]}; the model has the tasks 0 … {num_tasks - 1}.")
 
 
-def _where_not_finite(method: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> str:
-    """The sentence for arguments that are not finite, with the argument's name and its first bad row."""
+def _what_is_wrong(method: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> str:
+    """The sentence for arguments that are no arrays or not finite, with the argument's name and its first bad row."""
     given = inspect.signature(method).bind(model, *args, **kwargs).arguments
     found = (
         (name, path, leaf)
         for name, value in given.items()
         if value is not model
         for path, leaf in jax.tree.leaves_with_path(value)
-        if not _is_finite(leaf)
+        if not _is_fine(leaf)
     )
     name, path, leaf = next(found)
+    what = f"{name}{jax.tree_util.keystr(path)} given to {type(model).__name__}.{method.__name__}"
+    kind = getattr(getattr(leaf, "dtype", None), "kind", None)
+    if kind != "f" and not isinstance(leaf, float):
+        found_type = f"of type {type(leaf).__name__}" if kind is None else f"an array of dtype {leaf.dtype}"
+        return f"{what} is {found_type}; arrays of real numbers are expected."
     bad = np.argwhere(~np.isfinite(leaf))
     where = f", first at {tuple(bad[0].tolist())}" if np.ndim(leaf) else ""
-    return (
-        f"{name}{jax.tree_util.keystr(path)} given to {type(model).__name__}.{method.__name__} is NaN or infinite"
-        f"{where}; nothing was computed. Check where it comes from."
-    )
+    return f"{what} is NaN or infinite{where}; nothing was computed. Check where it comes from."
 
 
 def merge(cls: Any, config: Any, params: Params, dtype: jnp.dtype | None = None) -> Any:

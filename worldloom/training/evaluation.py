@@ -13,6 +13,7 @@ import numpy as np
 
 from worldloom.config import as_integer
 from worldloom.envs import EpisodeEnd, TimeStep, VectorEnv
+from worldloom.envs.make import check_made
 from worldloom.training.collector import check_env_fits, compiled_policy
 from worldloom.training.config import TrainingConfig
 from worldloom.training.interrupts import Interrupted, interrupted
@@ -93,6 +94,7 @@ def play(
     """
     episodes = as_integer("episodes", episodes)
     max_steps = None if max_steps is None else as_integer("max_steps", max_steps)
+    check_made(env)
     check_env_fits(env, model)
     algorithm = model.algorithm
     policy = algorithm.policy if explore else algorithm.evaluation_policy

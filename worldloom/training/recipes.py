@@ -8,6 +8,7 @@ from typing import Any
 
 from worldloom.algorithm import Recipe
 from worldloom.config import nearest
+from worldloom.envs.make import check_made
 from worldloom.errors import UnknownFieldError
 from worldloom.families import get_family
 from worldloom.training.config import TrainingConfig
@@ -27,9 +28,12 @@ def recipe(name: str, env: Any, given: Mapping[str, Any] | None = None) -> Recip
         from their values.
 
     Raises:
+      ConfigError: ``env`` is not what :func:`~worldloom.envs.make_env` returns.
       UnknownModelError: there is no such family.
       UnknownFieldError: a given field is one of neither config.
     """
+    if env is not None:
+        check_made(env)
     name, _, size = name.partition(":")
     family = get_family(name)
     fixed = dict(given or {})

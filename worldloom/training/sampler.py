@@ -48,7 +48,10 @@ class SequenceSampler:
     def __init__(self, buffer: Any, model: Any, config: TrainingConfig, *, allow_empty: bool = False):
         mixed = isinstance(buffer, MixedReplay)
         if not mixed and not callable(getattr(buffer, "sample", None)):
-            raise TypeError(f"A ReplayBuffer is expected as the source of data, not a {type(buffer).__name__}.")
+            raise TypeError(
+                "A ReplayBuffer of recorded episodes is expected, or environments (an id, a function, what make_env "
+                f"returns), not an object of type {type(buffer).__name__}."
+            )
         if not len(buffer) and not allow_empty:
             raise DataError("The buffer is empty; add episodes first.")
         if hasattr(buffer, "match") and (len(buffer) or mixed):

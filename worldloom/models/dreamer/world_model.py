@@ -76,6 +76,7 @@ class DreamerV3WorldModel(WorldModel):
     """
 
     config_class = DreamerV3Config
+    state_class = Latent
     untrained = ("slow_critic", "return_range")
     loss_hooks = ("losses",)
     views = ("compute_loss", "encode", "observe", "predict", "imagine")

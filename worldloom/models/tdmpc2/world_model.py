@@ -67,6 +67,7 @@ class TDMPC2WorldModel(WorldModel):
 
     config: TDMPC2Config
     config_class = TDMPC2Config
+    state_class = LatentState
     untrained = ("target_q", "scale")
     loss_hooks = ("model_loss", "policy_loss")
     views = ("compute_loss", "encode", "observe", "predict", "imagine")
