@@ -6,11 +6,12 @@ import pytest
 
 from worldloom import create_world_model, list_models
 from worldloom.envs import make_env
+from worldloom.envs.jax.classic import Pendulum
 from worldloom.envs.make import JAX_SUITES
-from worldloom.errors import UnknownFieldError
+from worldloom.errors import ConfigError, UnknownFieldError
 from worldloom.models.tdmpc2 import recipes as tdmpc2_recipes
 from worldloom.models.tdmpc2.recipes import never_terminates
-from worldloom.training import TrainingConfig
+from worldloom.training import TrainingConfig, play
 from worldloom.training.recipes import recipe
 
 
@@ -140,3 +141,21 @@ def test_tdmpc2_warns_of_single_images_whatever_their_size(env, warns, caplog):
     recipe("tdmpc2:tiny", env)
     assert ("shows no velocities" in caplog.text) == warns
     assert set(tdmpc2_recipes.JAX_SUITES) == set(JAX_SUITES)
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [(gym.make("Pendulum-v1"), "make_env makes them"), ("Pendulum-v1", "make_env makes them"), (Pendulum(), "make_env"),
+     (gym.Env, "the class Env"), (3, "type int"), ({}, "type dict")],
+    ids=["gymnasium", "id", "jax", "class", "number", "dict"],
+)  # fmt: skip
+def test_what_make_env_has_not_made_is_refused_by_recipe_and_play(env, said):
+    model = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1, device="cpu")
+    for refuse in (lambda: recipe("tdmpc2:tiny", env), lambda: play(model, env, episodes=1)):
+        with pytest.raises(ConfigError, match=f"as make_env returns them are expected, not .*{said}"):
+            refuse()
+
+
+def test_an_environment_without_spaces_is_refused():
+    with pytest.raises(ConfigError, match="Env has no observation_space and no action_space"):
+        make_env(gym.Env)

@@ -232,8 +232,8 @@ def is_jax_env(value: Any) -> bool:
 
 
 def check_made(env: Any) -> None:
-    """Raise ``ConfigError`` unless ``env`` is what :func:`make_env` returns."""
-    if not isinstance(env, VectorEnv):
+    """Raise ``ConfigError`` unless ``env`` is what :func:`make_env` returns, or describes environments as it does."""
+    if not (hasattr(env, "obs_shape") and hasattr(env, "settings")):  # A JAX environment has the former.
         hint = " make_env makes them from it." if is_env(env) else ""
         raise ConfigError(f"Environments as make_env returns them are expected, not {_kind(env)}.{hint}")
 
