@@ -49,7 +49,7 @@ class SequenceSampler:
         mixed = isinstance(buffer, MixedReplay)
         if not mixed and not callable(getattr(buffer, "sample", None)):
             raise TypeError(
-                "A ReplayBuffer of recorded episodes is expected, or environments (an id, a function, what make_env "
+                "A ReplayBuffer is expected as the source of data, or environments (an id, a function, what make_env "
                 f"returns), not an object of type {type(buffer).__name__}."
             )
         if not len(buffer) and not allow_empty:
