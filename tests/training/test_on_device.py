@@ -116,6 +116,23 @@ def test_neither_further_calls_nor_their_length_change_a_run(monkeypatch):
     assert_same(content(whole), content(parts))
 
 
+def test_many_steps_between_two_updates_are_calls_of_their_own(monkeypatch):
+    config = {"train_ratio": 0.05, "total_steps": 4}
+    whole = trained(LikeTDMPC2, "host", **config)
+    steps, train = [], loop_module.Device.train
+
+    def noted(self, end):
+        before = int(self.state.actor.calls)
+        train(self, end)
+        steps.append(int(self.state.actor.calls) - before)
+
+    monkeypatch.setattr(loop_module.Device, "train", noted)
+    monkeypatch.setattr(loop_module, "_SECONDS", 0.0)  # Every call takes too long.
+    assert_same(content(whole), content(trained(LikeTDMPC2, "device", **config)))
+    assert sum(steps) > 300
+    assert max(steps) <= 64
+
+
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_returns_of_many_steps_are_those_of_one_step_after_the_other(steps, envs, seed):
     rng = np.random.default_rng(seed)

@@ -174,7 +174,7 @@ class Device:
         self.learner: Learner = self._stack([run.learner for run in self.runs])
         self.give_learners()
         self._updates = Pace(8, 1 if first.unrolled else _MOST_UPDATES)
-        self._steps, self._random_steps = Pace(16, self._most_steps), Pace(64, self._most_steps)
+        self._steps, self._random_steps = Pace(64, self._most_steps), Pace(64, self._most_steps)
         for run, each in zip(self.runs, self._transfers, strict=True):
             if not run.metrics.names:
                 run.metrics.open(each.names, () if run.config.skip_nonfinite else each.guarded)
@@ -202,16 +202,22 @@ class Device:
         count = min(end - step, self._updates.count)
         decisions, ends = (np.atleast_1d(x) for x in jax.device_get((self.state.actor.decisions, self.state.ring.end)))
 
+        def missing(count: int) -> int:
+            """Decision steps that a call of ``count`` updates takes."""
+            due = (self._due(run, step + count - 1) - done for run, done in zip(self.runs, decisions, strict=True))
+            return max(0, int(max(due)))
+
         def rows(count: int) -> int:
             """Rows that a call of ``count`` updates collects at most: an episode of n steps has n + 1."""
-            missing = max(
-                self._due(run, step + count - 1) - done for run, done in zip(self.runs, decisions, strict=True)
-            )
-            return 2 * max(0, int(missing)) + 2 * self._num_envs
+            return 2 * missing(count) + 2 * self._num_envs
 
+        # Nothing ends a call within the steps between two updates: where they take long, they are calls of their own.
+        longest = self._steps.count * self._num_envs
+        if missing(2) - missing(1) > longest:
+            count = 1
         while count > 1 and rows(count) > self._room:
             count //= 2
-        if rows(count) > self._room:
+        if missing(1) > longest or rows(count) > self._room:
             self._collect([self._due(run, step) for run in self.runs])
             return
         if any(e - each.synced + rows(count) > each.spec.slots for e, each in zip(ends, self._transfers, strict=True)):
