@@ -81,11 +81,11 @@ def training(clock, options):
     return {"ratio": ratio, "device_ms_per_update": ours, "host_ms_per_update": theirs}
 
 
-def collecting(clock, options, name, num_envs, steps):
-    """Decision steps of the prefill: random ones, or the policy's."""
+def collecting(clock, options, name, num_envs, steps, capacity):
+    """Decision steps of the prefill: random ones, or the policy's; replay of ``capacity`` rows."""
 
     env = make_env("jax:CartPole-v1" if name.startswith("dreamer") else "jax:Pendulum-v1", num_envs, seed=0)
-    model, config = model_in(name, env, prefill=10**9, replay_capacity=2**22)
+    model, config = model_in(name, env, prefill=10**9, replay_capacity=capacity)
     run = Run(model, config)
     run.use_env(env)
     run.begin(1)
@@ -170,8 +170,8 @@ def main():
     clock = Clock(options.wall or jax.default_backend() != "cpu")
     parts = {
         "training": lambda: training(clock, options),
-        "random": lambda: collecting(clock, options, "tdmpc2:tiny", 256, 1000),
-        "policy": lambda: collecting(clock, options, "dreamerv3:tiny", 16, 200),
+        "random": lambda: collecting(clock, options, "tdmpc2:tiny", 256, 1000, 2**22),
+        "policy": lambda: collecting(clock, options, "dreamerv3:tiny", 16, 200, 100_000),
         "evaluation": lambda: evaluating(clock, options),
         "seeds": lambda: seeds(clock, options),
     }
