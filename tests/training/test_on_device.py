@@ -29,6 +29,7 @@ from worldloom.replay import ReplayBuffer
 from worldloom.training import Trainer, TrainingConfig, evaluation, offline_then_online
 from worldloom.training.callbacks import Callback, CheckpointCallback, ProgressCallback, StopTraining
 from worldloom.training.on_device import fit as loop_module
+from worldloom.training.on_device import play as play_module
 from worldloom.training.on_device import transfer as transfer_module
 from worldloom.training.on_device.episodes import episodes_so_far
 
@@ -256,6 +257,15 @@ def test_an_evaluation_on_the_device_plays_the_episodes_of_the_host(monkeypatch,
         monkeypatch.setattr(evaluation, "is_on_device", lambda env: True)
         assert evaluation.play(model, env, seed=7, **options) == on_host
         assert len({end.length for end in on_host}) > 1
+
+
+def test_an_evaluation_on_the_device_is_compiled_once(monkeypatch):
+    made, program = [], play_module._program
+    monkeypatch.setattr(play_module, "_MOST", 4)  # several calls
+    monkeypatch.setattr(play_module, "_program", lambda *key: made.append(program(*key)) or made[-1])
+    env = make_env(DRIFT, 3, seed=1)
+    evaluation.play(trainer_in(env, Plain, CONFIG).model, env, episodes=7)
+    assert [each._cache_size() for each in made] == [1]
 
 
 def test_an_evaluation_on_the_device_stops_where_the_last_episode_ends(monkeypatch):

@@ -47,14 +47,15 @@ def steps_on_device(
     count = env.num_envs
     none = np.zeros(count, bool)
     state = (carry, jax.tree.map(jnp.copy, backend.batch), first.obs, none, first.is_first, np.zeros(count, np.int32))
-    returns, lengths, number, remaining = np.zeros(count), np.zeros(count, int), 0, episodes.astype(np.int32)
+    # Where the weights are, as the program returns them: from other places it would be compiled twice.
+    home = next(iter(jax.tree.leaves(params)[0].devices()))
+    state, remaining = jax.device_put((state, episodes.astype(np.int32)), home)
+    returns, lengths, number = np.zeros(count), np.zeros(count, int), 0
     while remaining.any():
         state, remaining, done, arrivals = program(
             params, key, entropy_words(env.seed), state, remaining, np.int32(number)
         )
-        remaining, done, (reward, is_first, is_last, is_terminal, info, good) = jax.device_get(
-            (remaining, done, arrivals)
-        )
+        done, (reward, is_first, is_last, is_terminal, info, good) = jax.device_get((done, arrivals))
         for step in range(done):
             if not good[step]:
                 env.close()
