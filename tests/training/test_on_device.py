@@ -117,6 +117,27 @@ def test_neither_further_calls_nor_their_length_change_a_run(monkeypatch):
     assert_same(content(whole), content(parts))
 
 
+@pytest.mark.parametrize("kind", [LikeDreamer, LikeTDMPC2])
+def test_training_goes_on_after_an_error_of_a_callback_as_if_it_had_not_been(kind):
+    class Full(Callback):
+        every, raised = 13, False
+
+        def on_step(self, info):
+            if not self.raised:
+                self.raised = True
+                raise OSError("no space left")
+
+    latents = kind is LikeDreamer
+    whole, full = trained(kind, "device", latents=latents), Full()
+    env = make_env(DRIFT, 2, seed=3)
+    broken = trainer_in(env, kind, CONFIG.replace(loop="device"), latents=latents, callbacks=[full])
+    with pytest.raises(OSError, match="no space"):
+        broken.train(env)
+    assert broken.step == 13
+    broken.train(env)
+    assert_same(content(whole), content(broken))
+
+
 def test_many_steps_between_two_updates_are_calls_of_their_own(monkeypatch):
     config = {"train_ratio": 0.05, "total_steps": 4}
     whole = trained(LikeTDMPC2, "host", **config)

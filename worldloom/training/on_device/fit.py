@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from worldloom.config import check
-from worldloom.errors import DataError
+from worldloom.errors import ConfigError, DataError, NonFiniteError
 from worldloom.replay.ring import uniforms_of
 from worldloom.training.callbacks.runner import CallbackRunner
 from worldloom.training.collector import compiled_policy
@@ -113,8 +114,10 @@ def fit_members(
                 device.give_learners()
                 for run, each in zip(runs, callbacks, strict=True):
                     each.on_step(run)
-    finally:
-        device.give_learners()
+    except BaseException as error:
+        device.leave(error)
+        raise
+    device.give_learners()
     device.finish()
     for run, each in zip(runs, callbacks, strict=True):
         run.sync()
@@ -250,10 +253,29 @@ class Device:
     def finish(self) -> None:
         """Leave all runs on the host as after a call of ``fit``."""
         self.download()
-        for transfer, run in zip(self._transfers, self.runs, strict=True):
+        self._detach()
+        for run in self.runs:
+            run.read_state()  # notes how many updates were skipped
+
+    def leave(self, error: BaseException) -> None:
+        """Leave what can be saved on the host after ``error``, so that training can go on in the same runs.
+
+        After a NaN the rows and counts of the newest call are left behind, as the last update before it is the state.
+        """
+        self.give_learners()
+        try:
+            if not isinstance(error, NonFiniteError):
+                with contextlib.suppress(DataError, ConfigError):  # of the environments, which were said already
+                    self.download()
+            self._detach()
+        except Exception as also:  # what was donated to a failed call is gone
+            _log.warning("Replay on the device could not be copied to the host after the error: %s", also)
+
+    def _detach(self) -> None:
+        """Copy rewritten latents to the buffers; from now on nothing is read from the device."""
+        for transfer in self._transfers:
             transfer.write_back()
             transfer.write_back_from(None)
-            run.read_state()  # notes how many updates were skipped
 
     def give_learners(self) -> None:
         """Let each run hold its own state: before anybody reads it, as cutting it out costs time at every call."""
