@@ -89,6 +89,20 @@ def test_a_further_call_continues_the_file(tmp_path):
     assert lines(tmp_path) == lines(tmp_path / "whole")
 
 
+def test_lines_go_on_in_other_environments(tmp_path):
+    env = make_env(Reporting, 2, seed=3)
+    callbacks = [EpisodeLog(tmp_path), CheckpointCallback(str(tmp_path / "checkpoints"), 7, save_best=False)]
+    trainer = Trainer(toy(env, PrefillingToy), ONLINE_CONFIG, callbacks)
+    trainer.train(env, total_steps=20)
+    before, taken = lines(tmp_path), trainer.run.env_steps
+    for total, resume in ((35, False), (50, True)):
+        trainer.train(make_env(Reporting, 2, seed=8), total_steps=total, replay=trainer.replay, resume=resume)
+    found = lines(tmp_path)
+    assert found[: len(before)] == before
+    assert [line["episode"] for line in found] == list(range(trainer.run.collector.episodes))
+    assert min(line["env_steps"] for line in found[len(before) :]) > taken
+
+
 def test_a_new_run_renames_the_file_of_another(tmp_path):
     run(tmp_path / "a", total=10)
     before = lines(tmp_path / "a")
@@ -361,6 +375,19 @@ def test_correlated_actions_are_kept_for_ten_steps_on_average():
         within = ~rows["is_first"][1:] & ~rows["is_last"][1:]
         uniform.append((rows["actions"][1:] == rows["actions"][:-1]).all(-1)[within])
     assert abs(np.mean(np.concatenate(uniform)) - 0.5) < 0.15
+
+
+def test_another_policy_of_the_prefill_acts_from_the_next_call_on():
+    env = make_env(Walk, 2, seed=3)
+    trainer = Trainer(toy(env, PrefillingToy), ONLINE_CONFIG.replace(prefill_policy="random"), [])
+    trainer.train(env, total_steps=4)
+    begin = len(trainer.replay)
+    trainer.config = trainer.config.replace(prefill=600, prefill_policy="correlated")
+    trainer.train(env, total_steps=5)
+    rows = trainer.replay.take(np.arange(begin, len(trainer.replay) - 2))
+    same = (rows["actions"][2:] == rows["actions"][:-2]).all(-1)[~rows["is_first"][2:] & ~rows["is_last"][2:]]
+    assert len(same) > 300
+    assert same.mean() > 0.9  # two classes: 0.95 is expected, and 0.5 of "random"
 
 
 def test_auto_is_the_choice_of_the_family():

@@ -42,7 +42,7 @@ class EpisodeRecord(NamedTuple):
 
     Attributes:
       number: it is the run's ``number``-th, counted from 0.
-      env_steps: environment steps of the run at its end.
+      env_steps: environment steps of the run at its end, those in other environments before included.
       prefill: whether it ended before the first update.
       end: return, length and what else the environments report of it.
     """
@@ -69,9 +69,11 @@ class Collector:
       config: the run's config.
       store_latents: whether replay stores the model's latents with the rows.
       updates_before: updates done before the first step; updates due are counted from there.
+      former: the run's collector in other environments before, if there was one.
 
     Attributes:
       updates_before: see above.
+      steps_before: environment steps taken in former environments.
       calls: how often actions were chosen for all environments.
       decisions: decision steps taken so far, summed over all environments.
       episodes: training episodes that ended so far.
@@ -91,6 +93,7 @@ class Collector:
         *,
         store_latents: bool,
         updates_before: int = 0,
+        former: Collector | None = None,
     ):
         algorithm = model.algorithm
         self.updates_before = updates_before
@@ -98,17 +101,18 @@ class Collector:
         self._policy = compiled_policy(
             algorithm.policy, model.__class__, model.config, algorithm.stored_latents if store_latents else None
         )
-        self._validate_data = algorithm.validate_data
+        self._validate_data, self._random_prefill = algorithm.validate_data, algorithm.random_prefill
         self._carry = algorithm.initial_carry(model.config, env.num_envs)
-        self._prefill, self._prefill_policy = config.prefill, config.prefill_policy
-        if self._prefill_policy == "auto":
-            self._prefill_policy = "random" if algorithm.random_prefill else "initial"
-        self._max_episode_steps = config.max_episode_steps
+        self._prefill = config.prefill
+        self.use_config(config)
         self._time_step: TimeStep | None = None
         # Actions and latents for the newest time step, possibly still being computed.
         self._pending: tuple[Any, Mapping[str, Any]] | None = None
         self.calls = self._moves = 0
-        self.decisions = self.restarts = self.bad_steps = self.episodes = 0
+        self.decisions = self.restarts = self.bad_steps = 0
+        # Episodes are numbered, and their environment steps counted, through all environments of a run.
+        self.episodes: int = former.episodes if former else 0
+        self.steps_before: int = former.steps_before + former.env_steps if former else 0
         self.ends: list[EpisodeRecord] = []
         self.seen = RewardsSeen()
         # Rows that are there before were not collected by this run.
@@ -116,7 +120,7 @@ class Collector:
 
     @property
     def env_steps(self) -> int:
-        """Environment steps taken so far: decision steps times action repeat."""
+        """Environment steps taken in these environments so far: decision steps times action repeat."""
         return self.decisions * self.env.action_repeat
 
     @property
@@ -142,6 +146,13 @@ class Collector:
     def updates_due(self, ratio: TrainRatio) -> int:
         """Total number of updates due by now, including those before the first step."""
         return self.updates_before + ratio.updates(self.decisions)
+
+    def use_config(self, config: TrainingConfig) -> None:
+        """Act as ``config`` says from the next step on; what is counted changes in :meth:`count_from`."""
+        self._prefill_policy = config.prefill_policy
+        if self._prefill_policy == "auto":
+            self._prefill_policy = "random" if self._random_prefill else "initial"
+        self._max_episode_steps = config.max_episode_steps
 
     def count_from(self, updates: int, ratio: TrainRatio) -> None:
         """Switch to a new ``ratio`` when ``updates`` updates are done."""
@@ -170,6 +181,7 @@ class Collector:
             "restarts": self.restarts,
             "bad_steps": self.bad_steps,
             "episodes": self.episodes,
+            "steps_before": self.steps_before,
             "ends": [[*record[:-1], list(record.end)] for record in self.ends],
             "seen": self.seen.to_dict(),
             "drawn": self.queue.drawn,
@@ -199,6 +211,7 @@ class Collector:
             # Checkpoints of earlier versions do not number episodes, and say nothing of rewards and of fresh rows.
             numbered = "episodes" in counts
             self.episodes = int(counts.get("episodes", len(counts["ends"])))
+            self.steps_before = int(counts.get("steps_before", 0))
             self.ends = [
                 EpisodeRecord(record[0], record[1], record[2], EpisodeEnd(*record[3]))
                 if numbered
@@ -284,7 +297,8 @@ class Collector:
         for event in time_step.events:
             if isinstance(event, EpisodeEnd):
                 prefill = self.decisions <= self._prefill
-                self.ends.append(EpisodeRecord(self.episodes, self.env_steps, prefill, event))
+                env_steps = self.steps_before + self.env_steps
+                self.ends.append(EpisodeRecord(self.episodes, env_steps, prefill, event))
                 self.episodes += 1
                 if event.whole:
                     self.seen.add_return(event.episode_return, event.length)

@@ -148,7 +148,13 @@ class Run:
         if not continues:
             store_latents = self.sampler.uses_latents
             self.collector = Collector(
-                env, replay, self.model, self.config, store_latents=store_latents, updates_before=self.step
+                env,
+                replay,
+                self.model,
+                self.config,
+                store_latents=store_latents,
+                updates_before=self.step,
+                former=self.collector,
             )
         self.writeback.switch_buffer(self.sampler.buffer)
         return not continues
@@ -424,6 +430,7 @@ class Run:
         self.config = config
         if self.collector is not None:
             self.sampler = self._online_sampler(self.collector.replay)
+            self.collector.use_config(config)
             if self.ratio != ratio:
                 self.collector.count_from(self.step, self.ratio)
 

@@ -78,7 +78,8 @@ class EpisodeLog(Callback):
     """Writes ``episodes.jsonl``: a line for each training episode that ended, at every log record.
 
     ``{"episode": 7, "env_steps": 1600, "return": -812.3, "length": 200, "terminated": false, "worker": 0}``, where
-    ``env_steps`` are those of the run at its end, ``length`` counts decision steps and ``worker`` is the environment.
+    ``env_steps`` are those of the run at its end, those in other environments before included, ``length`` counts
+    decision steps and ``worker`` is the environment.
     Where they apply: ``"prefill": true``; ``"crashed": true`` or ``"bad_step": true`` where a crash or NaN cut the
     episode, whose return is then incomplete; and ``"info"``, the numbers in the last step's ``info``.
     A resumed run has the lines of an uninterrupted one; a new run first renames an existing file.
