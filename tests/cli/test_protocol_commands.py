@@ -138,6 +138,18 @@ def test_scores_of_runs_are_printed_by_task_with_an_interval(followed, run_comma
     assert "3 runs; mean of 4 training episodes that end in 10–30" in out
     assert "interquartile mean of 3 runs, 1 task: -" in out
     assert "95 % interval from -" in out
+    # They have one seed between them; then each its own, and the last another model.
+    assert "not independent: several runs of seed 42" in out
+    for number, other in enumerate(others):
+        settings = json.loads((other / "config.json").read_text())
+        settings["training"]["seed"] = number
+        (other / "config.json").write_text(json.dumps(settings))
+    _, apart, _ = run_command("score", folder, *others, *words)
+    assert apart.splitlines() == [line for line in out.splitlines() if "not independent" not in line]
+    (other / "config.json").write_text(json.dumps({**settings, "model": {**settings["model"], "latent_dim": 24}}))
+    _, unlike, _ = run_command("score", folder, *others, *words)
+    assert "not seeds of one experiment, they differ in latent_dim (8, 24)" in unlike
+    out = unlike
     # A run counts once, by whatever path, and so does a copy of it.
     copy = shutil.copytree(others[0], tmp_path / "copy")
     again = [f"{folder}/", folder / ".." / folder.name, copy]

@@ -10,12 +10,14 @@ import numpy as np
 
 from worldloom.algorithm import Curve, ScoreRule
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser
+from worldloom.config import shown
 from worldloom.errors import ConfigError, DataError
 from worldloom.report.curves import read_records
 from worldloom.report.score import Score, bootstrap_interval, interquartile_mean, published_at, read_episodes
 from worldloom.report.score import score as score_run
 from worldloom.training.callbacks.episodes import EPISODES_FILE
 from worldloom.training.callbacks.logs import FILE_NAME
+from worldloom.training.protocols import what_is_trained
 from worldloom.training.run_folder import RunFolder
 
 _STATISTICS = {
@@ -77,6 +79,20 @@ def score(words: Sequence[str]) -> int:
     return 0
 
 
+def _unlike(runs: Sequence[_Run]) -> Iterator[str]:
+    """Lines about what keeps ``runs`` from being seeds of one experiment."""
+    settings = [each.run.settings() for each in runs]
+    trained = [what_is_trained(each) for each in settings]
+    names = sorted(set().union(*trained))
+    values = {name: list(dict.fromkeys(shown(each.get(name)) for each in trained)) for name in names}
+    differing = [f"{name} ({', '.join(found)})" for name, found in values.items() if len(found) > 1]
+    if differing:
+        yield f"    not seeds of one experiment, they differ in {', '.join(differing)}"
+    seeds = [each["training"].get("seed") for each in settings]
+    if not differing and (repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1})):
+        yield f"    not independent: several runs of seed {', '.join(map(str, repeated))}"
+
+
 def _different(folders: Sequence[str]) -> tuple[list[RunFolder], list[str]]:
     """The runs in ``folders``, each once, and a remark on each copy of another one."""
     paths: dict[Path, RunFolder] = {}
@@ -133,6 +149,7 @@ def _task_lines(env: str, runs: Sequence[_Run]) -> Iterator[str]:
     ends = {each.score.env_steps for each in runs}
     if len(ends) > 1:
         yield f"    not at the same point: {', '.join(f'{end:,}' for end in sorted(ends))} environment steps (--at)"
+    yield from _unlike(runs)
     for each in runs:
         if each.changed:
             yield f"    {each.run.path} changes the protocol: {', '.join(each.changed)}"

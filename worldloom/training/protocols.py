@@ -143,6 +143,17 @@ def protocol_names() -> list[str]:
     return [f"{family}/{name}" for family in family_names() for name in get_family(family).algorithm.protocols]
 
 
+def what_is_trained(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's ``settings``, as its folder holds them, makes the experiment, by name.
+
+    Seed, device, end, and how often it is logged, saved and evaluated are left out.
+    """
+    training = {name: value for name, value in settings["training"].items() if name not in _FREE_TRAINING | _EVALUATION}
+    given = {name: value for name, value in (settings.get("env") or {}).items() if value is not None}
+    env = {**(settings.get("env_defaults") or {}), **given}
+    return {**settings["model"], **training, **{name: env[name] for name in env.keys() - _FREE_ENV}}
+
+
 def protocol(name: str, env: str | None = None) -> Experiment:
     """The published experiment ``name`` in the environment ``env``.
 
