@@ -217,7 +217,7 @@ def test_crafter_has_its_success_rates_and_its_score(followed, run_command, tmp_
     assert "eat_cow                 25.00 %" in out
 
 
-def test_doctor_says_what_a_run_has_seen_of_rewards(followed, run_command):
+def test_doctor_says_what_a_run_has_seen_of_rewards(followed, run_command, tmp_path):
     folder, _ = followed
     code, out, _ = run_command("doctor", folder)
     assert code == 0
@@ -236,6 +236,18 @@ def test_doctor_says_what_a_run_has_seen_of_rewards(followed, run_command):
         del content["collector"]["seen"]  # as an earlier version wrote it
         record.write_text(json.dumps(content))
         assert "no checkpoint of a run in environments says yet" in run_command("doctor", folder)[1]
+        # Of a damaged checkpoint and an older one, the older one is read.
+        whole = shutil.copytree(folder, tmp_path / "run")
+        newest = whole / "checkpoints" / record.parent.name
+        older = shutil.copytree(newest, newest.with_name("1"))
+        (older / "run.json").write_text(saved)
+        (newest / "run.json").write_text(saved[:40])
+        _, out, _ = run_command("doctor", whole)
+        assert f"checkpoint {newest.name} cannot be read" in out
+        assert "rewards of a step: -" in out
+        settings = json.loads((whole / "config.json").read_text())
+        (whole / "config.json").write_text(json.dumps({**settings, "env": None}))
+        assert "trained from recorded episodes" in run_command("doctor", whole)[1]
     finally:
         record.write_text(saved)
     assert run_command("doctor", folder / "nothing")[0] == 2

@@ -11,13 +11,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from worldloom.algorithm import ReplaySpec
+from worldloom.cli.diagnosis import rewards_seen
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser, config_flags
 from worldloom.cli.mesh_report import (
     bytes_per_device,
@@ -38,13 +38,9 @@ from worldloom.models.base import merge
 from worldloom.models.params import count_parameters
 from worldloom.models.pretrained import WEIGHTS_FILE, default_cache_dir, read_model
 from worldloom.models.registry import config_from_dict, get_config, list_models
-from worldloom.report.score import read_episodes
-from worldloom.training.callbacks.episodes import EPISODES_FILE
 from worldloom.training.checkpoint import Checkpointer
-from worldloom.training.checkpoint_files import read_summary
 from worldloom.training.config import TrainingConfig
 from worldloom.training.recipes import recipe
-from worldloom.training.rewards_seen import RewardsSeen
 from worldloom.training.run_folder import RunFolder
 from worldloom.training.run_lock import RunLock
 
@@ -316,39 +312,6 @@ def _diagnose(words: Sequence[str]) -> int:
     run = RunFolder(flags.parse(words)["folder"])
     print(*rewards_seen(run), sep="\n")
     return 0
-
-
-def rewards_seen(run: RunFolder) -> Iterator[str]:
-    """Lines about the rewards and returns of a run: of its prefill, and since.
-
-    Raises ``FileFormatError`` if ``run`` is not the folder of a run.
-    """
-    yield run.title()
-    # Rewards of single steps, from the newest checkpoint.
-    steps = Checkpointer(run.checkpoints).steps()
-    collector = read_summary(run.checkpoints / str(steps[-1])).get("collector", {}) if steps else {}
-    seen = RewardsSeen(**collector.get("seen", {}))
-    if seen.low is None:
-        yield "  no checkpoint of a run in environments says yet which rewards it has met"
-    else:
-        range_ = f"{_number(seen.low)} to {_number(seen.high)}, mean {_number(seen.mean)}"
-        yield f"  rewards of a step: {range_} in the prefill, at most {_number(seen.since)} since"
-    # Returns of episodes.
-    lines = read_episodes(run.path / EPISODES_FILE)
-    for when, returns in (
-        ("in the prefill", [line["return"] for line in lines if line.get("prefill")]),
-        ("since", [line["return"] for line in lines if not line.get("prefill")]),
-    ):
-        if returns:
-            newest = "" if when != "since" else f"; mean of the last {len(returns[-20:])}: {fmean(returns[-20:]):.6g}"
-            yield f"  returns of {len(returns):,} episodes {when}: best {max(returns):.6g}{newest}"
-    if seen.low is not None:
-        text = None if run.training_config().offline_updates else seen.nothing_new()
-        yield f"  {text or 'nothing conspicuous'}"
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.6g}"
 
 
 def _versions() -> Iterator[str]:
