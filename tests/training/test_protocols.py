@@ -17,6 +17,7 @@ from worldloom.envs import make_env
 from worldloom.envs.make import SUITES, _Suite
 from worldloom.errors import ConfigError, UnknownFieldError
 from worldloom.families import get_family
+from worldloom.models.dreamer import DreamerV3Config
 from worldloom.models.dreamer import recipes as dreamer_recipes
 from worldloom.models.registry import get_config
 from worldloom.training import TrainingConfig, protocol
@@ -354,3 +355,19 @@ def test_recipes_carry_the_weights_of_the_reference():
             assert model["kl_scale"] * model["kl_balance"] == pytest.approx(1.0)
             assert model["kl_scale"] * (1 - model["kl_balance"]) == pytest.approx(0.1)
         assert dreamer_recipes.recipe("size12m", env, {"kl_balance": 0.8}).model["kl_balance"] == 0.8
+
+
+def test_options_of_a_suite_are_left_out_in_other_environments_and_said():
+    experiment = protocol("dreamerv3/atari", "CartPole-v1")
+    assert "noops" in experiment.protocol.env_options
+    assert "noops" not in experiment.env_options
+    env = experiment.make_env(num_envs=1)
+    model, training, _ = recipe("dreamerv3:tiny", env)
+    changes = experiment.changes(DreamerV3Config.from_size("tiny", **model), TrainingConfig(**training), env)
+    assert changes["noops"] == [30, None]
+    assert changes["env"][1] == "CartPole-v1"
+
+
+def test_what_an_environment_lacks_is_said_to_be_the_protocols():
+    with pytest.raises(ConfigError, match=r"frame_stack.* The protocol tdmpc2/dmc-pixels asks for .*frame_stack=3"):
+        protocol("tdmpc2/dmc-pixels", "Pendulum-v1").make_env()

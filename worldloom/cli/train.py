@@ -252,8 +252,9 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
     if source and spec is None:
         return _run_of_data(source, name, model_given, training_given, run or RunFolder(new_folder(of, name)), given)
     # Environment, recipe, model.
-    env_fixed = dict(experiment.protocol.env_options) if experiment else {}
-    env, env_chosen = _make_env(spec, split_name(name)[0], {**env_fixed, **env_given}, seed)
+    env_fixed = experiment.env_options if experiment else {}
+    with experiment.named_in_errors() if experiment else contextlib.nullcontext():
+        env, env_chosen = _make_env(spec, split_name(name)[0], {**env_fixed, **env_given}, seed)
     try:
         fixed = {**model_given, **training_given}
         recommended = experiment.recipe(env, fixed) if experiment else recipe(name, env, fixed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from worldloom.algorithm import ExperimentProtocol, Recipe, env_shapes
@@ -46,9 +48,28 @@ class Experiment(NamedTuple):
         """Whether ``env`` is one of the protocol's environments."""
         return any(fnmatch.fnmatchcase(self.env, pattern) for pattern in self.protocol.envs)
 
+    @property
+    def env_options(self) -> dict[str, Any]:
+        """The protocol's arguments of ``make_env``; options of its suite are left out for an environment of another."""
+        options = dict(self.protocol.env_options)
+        arguments = inspect.signature(make_env).parameters
+        return options if self.in_scope else {name: options[name] for name in options if name in arguments}
+
     def make_env(self, **changes: Any) -> VectorEnv:
         """The environments, with ``changes`` to the arguments of ``make_env``."""
-        return make_env(self.env, **{**self.protocol.env_options, **changes})
+        with self.named_in_errors():
+            return make_env(self.env, **{**self.env_options, **changes})
+
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Let errors say that arguments of the environments are the protocol's, where it is not published for them."""
+        try:
+            yield
+        except ConfigError as error:
+            if self.in_scope or not self.env_options:
+                raise
+            options = ", ".join(f"{name}={value!r}" for name, value in self.env_options.items())
+            raise ConfigError(f"{error} The protocol {self.name} asks for {options}.") from error
 
     def recipe(self, env: VectorEnv, given: Mapping[str, Any] | None = None) -> Recipe:
         """All settings: the family's recipe with the protocol's values, and those ``given``, in place of its own.
