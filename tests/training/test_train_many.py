@@ -1,6 +1,7 @@
 """Many members in one program are the runs that each of them would be alone."""
 
 import json
+import shutil
 import types
 
 import jax
@@ -62,6 +63,26 @@ def test_members_keep_the_keys_in_the_states_of_their_environments(family, tmp_p
     single = alone(family, 6, KEYED)
     for one, other in zip(*map(jax.tree.leaves, (found[1].model.params, single.model.params)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_members_saved_up_to_different_updates_go_on_from_the_last_one_in_common(family, tmp_path, caplog):
+    options = {"num_envs": 2, "model": LATENTS, "config": CONFIG, "eval_interval": 0, "folder": tmp_path}
+    options |= {"save_interval": 20, "eval_at_end": False}
+    whole = train_many("toy", DRIFT, [5, 6], **options)
+    # As a kill between the two saves of update 40 leaves them.
+    shutil.rmtree(whole[1].run.checkpoints / "40")
+    found = train_many("toy", DRIFT, [5, 6], resume=True, **options)
+    assert "saved up to the updates [20, 40]: all go on from 20" in caplog.text
+    for one, other in zip(whole, found, strict=True):
+        for x, y in zip(*map(jax.tree.leaves, (one.model.params, other.model.params)), strict=True):
+            np.testing.assert_array_equal(x, y)
+        assert (other.run.checkpoints / "40").is_dir()
+    shutil.rmtree(whole[1].run.checkpoints / "20")
+    shutil.rmtree(whole[0].run.checkpoints / "40")
+    with pytest.raises(ConfigError, match=r"whose newest are at \[20, 40\]"):
+        train_many("toy", DRIFT, [5, 6], resume=True, **options)
+    with pytest.raises(ConfigError, match=r"no checkpoint in .*seed7, and members begin together"):
+        train_many("toy", DRIFT, [5, 6, 7], resume=True, **options)
 
 
 def test_each_member_has_the_folder_of_a_run_and_is_resumed_alone(family, members):

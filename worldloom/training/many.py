@@ -26,12 +26,13 @@ from worldloom.sharding import resolve_mesh
 from worldloom.training.callbacks import EpisodesCallback
 from worldloom.training.callbacks.base import as_callback
 from worldloom.training.callbacks.runner import CallbackRunner
+from worldloom.training.checkpoint import Checkpointer
 from worldloom.training.config import TrainingConfig
 from worldloom.training.interrupts import Interrupts
 from worldloom.training.on_device.fit import fit_members
 from worldloom.training.on_device.transfer import why_on_host
 from worldloom.training.recipes import recipe
-from worldloom.training.resume import resume_run
+from worldloom.training.resume import resume_run, save_dirs
 from worldloom.training.run_folder import RunFolder
 from worldloom.training.run_state import Run
 from worldloom.training.update_loop import CompiledUpdate
@@ -136,11 +137,11 @@ def train_many(
         own = RunFolder(path / _member_name(_texts(chosen, vary), seed))
         given: Sequence[Any] = callbacks(index) if callbacks else own.callbacks(world, progress=index == 0)
         runner = CallbackRunner([EpisodesCallback(run.collector), *(as_callback(each) for each in given)])
-        if resume:
-            resume_run(run, runner, "auto")
         runs.append(run)
         folders.append(own)
         runners.append(runner)
+    if resume:
+        _resume(runs, runners, folders)
     _check_together(runs, vary)
     _fit(runs, runners, vary, plans, devices)
     members = [
@@ -304,6 +305,36 @@ def _new_model(name: str, fields: Mapping[str, Any], seed: int, device: str) -> 
     return family.model_class(config, seed=seed, device=device)
 
 
+def _resume(runs: Sequence[Run], runners: Sequence[CallbackRunner], folders: Sequence[RunFolder]) -> None:
+    """Restore all members from the newest update of which every one of them has a checkpoint.
+
+    They are saved one after the other: one that was killed in between leaves some behind. Raises ``ConfigError`` if
+    there is no such update, but some member has a checkpoint.
+    """
+    saves = [folder for runner in runners for folder in save_dirs(runner)[:1]]
+    steps = [set(Checkpointer(each).steps()) for each in saves]
+    if not any(steps) or len(steps) < len(runs):  # The latter without callbacks that save, which is said.
+        for run, runner in zip(runs, runners, strict=True):
+            resume_run(run, runner, "auto")
+        return
+    missing = [str(own.path) for own, each in zip(folders, steps, strict=True) if not each]
+    check(
+        not missing,
+        f"There is no checkpoint in {', '.join(missing)}, and members begin together; train those alone, or in a call "
+        "of train_many with a folder of its own.",
+    )
+    newest, common = {max(each) for each in steps}, set.intersection(*steps)
+    check(
+        bool(common),
+        f"No update is in the checkpoints of all members, whose newest are at {sorted(newest)}. Resume them alone, by "
+        "worldloom train --run FOLDER --resume.",
+    )
+    if len(newest) > 1:
+        _log.warning("Members were saved up to the updates %s: all go on from %d.", sorted(newest), max(common))
+    for run, runner, folder in zip(runs, runners, saves, strict=True):
+        resume_run(run, runner, "auto" if len(newest) == 1 else folder / str(max(common)))
+
+
 def _check_together(runs: Sequence[Run], vary: Mapping[str, Any]) -> None:
     check(
         not runs[0].config.env_steps or len(set(vary.get("train_ratio", [0]))) == 1,
@@ -313,8 +344,8 @@ def _check_together(runs: Sequence[Run], vary: Mapping[str, Any]) -> None:
     steps = {run.step for run in runs}
     check(
         len(steps) == 1,
-        f"The members are at the updates {sorted(steps)}: resume those that are behind alone, by worldloom train --run "
-        "FOLDER --resume, then all of them.",
+        f"The members are at the updates {sorted(steps)}, as the newest checkpoint of one cannot be read: delete those "
+        f"after update {min(steps)} of the others, then resume all of them.",
     )
 
 
