@@ -210,7 +210,7 @@ def read_checkpoint(
         if not _fits(saved, {"params": tree["params"]}, path):
             raise ConfigError(
                 f"The weights in {path} have other shapes than the model of this run, so nothing can be taken along; "
-                "give the model the config of the run, or begin a new one."
+                "give the model the config of the run, or begin a new run with init_from, which takes weights that fit."
             )
         saved = OptimizerLayout.between(saved, _flatten(tree)).shapes(saved)
         if not _fits(saved, {"opt_state": tree["opt_state"]}, path):
