@@ -2,6 +2,8 @@
 
 import os
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax_worlds import assert_same, content
 
@@ -34,7 +36,26 @@ def trained(name, spec, *, seed=0, **changes):
     return trainer
 
 
-@pytest.mark.parametrize("spec", ["jax:Pendulum-v1", "jax:CartPole-v1"])
+class Hover:
+    """A point that is pushed in ``action_dim`` directions."""
+
+    obs_shape, action_type, time_limit = (4,), "continuous", 50
+
+    def __init__(self, action_dim):
+        self.action_dim = action_dim
+
+    def reset(self, key):
+        position = jax.random.normal(key, (4,))
+        return position, position
+
+    def step(self, key, state, action):
+        state = 0.75 * state + 0.125 * jnp.sum(action)
+        return state, state, -jnp.abs(state[0]), jnp.asarray(False), jnp.asarray(False), {}
+
+
+@pytest.mark.parametrize(
+    "spec", ["jax:Pendulum-v1", "jax:CartPole-v1", Hover(2), Hover(6)], ids=["pendulum", "cartpole", "two", "six"]
+)
 @pytest.mark.parametrize("name", ["tdmpc2:tiny", "dreamerv3:tiny"])
 def test_both_loops_collect_the_same_rows_and_arrive_at_the_same_weights(name, spec):
     host, device = (trained(name, spec, loop=loop) for loop in ("host", "device"))

@@ -129,8 +129,7 @@ def to_official_tdmpc2(model: TDMPC2WorldModel | TrainState, *, config: TDMPC2Co
     arrays["log_std_min"] = _as_buffer(low)
     arrays["log_std_dif"] = _as_buffer(high - low)
     if layout.multitask and config is not None:
-        dimensions = np.arange(config.action_dim)
-        arrays["_action_masks"] = (dimensions < np.array(config.valid_actions)[:, None]).astype(np.float32)
+        arrays["_action_masks"] = config.action_masks
     return arrays
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any, ClassVar, Self, cast
 
+import numpy as np
+
 from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
 from worldloom.errors import ConfigError
 from worldloom.models.pictures import check_sides, picture_layout
@@ -328,6 +330,11 @@ class TDMPC2Config(BaseConfig):
     def valid_actions(self) -> tuple[int, ...]:
         """Valid action dimensions of every task (one entry for a single-task model)."""
         return self.action_dims or (self.action_dim,) * max(self.num_tasks, 1)
+
+    @property
+    def action_masks(self) -> np.ndarray:
+        """float32 [tasks, A]: 1 for dimensions that a task has, 0 for others."""
+        return (np.arange(self.action_dim) < np.array(self.valid_actions)[:, None]).astype(np.float32)
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
