@@ -138,6 +138,22 @@ def test_training_goes_on_after_an_error_of_a_callback_as_if_it_had_not_been(kin
     assert_same(content(whole), content(broken))
 
 
+def test_the_pace_of_calls_follows_their_time_but_not_that_of_short_ones():
+    pace = loop_module.Pace(64, 1024)
+    pace.note(64, 30.0)  # compiles
+    assert pace.count == 64
+    pace.note(64, 0.25)
+    assert pace.count == 256
+    pace.note(3, 0.1)  # Had only 3 steps to do, and says nothing about more.
+    assert pace.count == 256
+    pace.note(100, 0.1)
+    assert pace.count == 1000
+    pace.note(1000, 4.0)
+    assert pace.count == 250
+    pace.note(3, 3.0)  # Each takes a second.
+    assert pace.count == 1
+
+
 def test_many_steps_between_two_updates_are_calls_of_their_own(monkeypatch):
     config = {"train_ratio": 0.05, "total_steps": 4}
     whole = trained(LikeTDMPC2, "host", **config)

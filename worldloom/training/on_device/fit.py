@@ -45,9 +45,13 @@ class Pace:
         self.count, self._most, self._compiled = min(first, most), most, False
 
     def note(self, done: int, seconds: float) -> None:
-        """Choose :attr:`count` for the next call; the first call compiles, and is not counted."""
+        """Choose :attr:`count` for the next call; the first call compiles, and is not counted.
+
+        A call that had less to do than :attr:`count` says how much is possible, but not how little.
+        """
         if self._compiled:
-            self.count = int(np.clip(_SECONDS * done / seconds, 1, self._most))
+            possible = int(np.clip(_SECONDS * done / seconds, 1, self._most))
+            self.count = max(possible, self.count) if done < self.count and seconds < _SECONDS else possible
         self._compiled = True
 
 

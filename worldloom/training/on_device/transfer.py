@@ -384,9 +384,10 @@ class Transfer:
             return {}
         group, step = self.run.writeback.group, self.run.step
         arrays: dict[str, np.ndarray] = {}
-        fetched = jax.device_get(waiting)
+        applied = np.asarray(waiting.applied)
         oldest = max(0, ((step - 1) // group - 1) * group)
-        numbers = [n for n in range(oldest, step) if fetched.applied[n % (2 * group)]]
+        numbers = [n for n in range(oldest, step) if applied[n % (2 * group)]]
+        fetched = jax.device_get(waiting) if numbers else waiting
         for i, number in enumerate(numbers):
             place = slice(number % (2 * group), number % (2 * group) + 1)
             arrays |= {f"{i}/step": np.array(number), f"{i}/row_ids": fetched.ids[place].astype(np.int64)}
