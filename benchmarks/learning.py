@@ -94,8 +94,10 @@ def summary(runs, target):
     """Per seed: best and last return, when the target was reached, and whether that was kept."""
     rows = []
     for one in runs:
-        reached = next((point for point in one["curve"] if point["return"] >= target), None)
-        since = [point["return"] for point in one["curve"] if reached and point["env_steps"] >= reached["env_steps"]]
+        first = next((i for i, point in enumerate(one["curve"]) if point["return"] >= target), len(one["curve"]))
+        reached = one["curve"][first] if first < len(one["curve"]) else None
+        # By position: there are two evaluations at the same step, before and after the updates of the prefill.
+        since = [point["return"] for point in one["curve"][first:]]
         rows.append(
             {
                 "seed": one["seed"],
