@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import statistics
 import tempfile
 from collections import defaultdict
@@ -14,8 +15,10 @@ from work import measure
 
 PEAKS = {  # TFLOP/s of dense matrix products, from NVIDIA's data sheets: bfloat16, TF32, float32
     "B200": (2250, 1125, 75),
+    "H200 NVL": (836, 418, 60),
     "H200": (989, 494, 67),
     "H100 PCIe": (756, 378, 51),
+    "H100 NVL": (836, 418, 60),
     "H100": (989, 494, 67),
     "A100": (312, 156, 19.5),
     "L40S": (362, 183, 91.6),
@@ -23,13 +26,14 @@ PEAKS = {  # TFLOP/s of dense matrix products, from NVIDIA's data sheets: bfloat
     "A10G": (70, 35, 35),
     "RTX 4090": (165, 82.6, 82.6),
 }
-"""The first name that ``device_kind`` contains counts. Other devices only have the measured ceiling."""
+"""The first name that is a word of ``device_kind`` counts. Other devices, and parts of a card (MIG), only have the
+measured ceiling."""
 
 
 def published_peak(kind, precision):
     """FLOP/s of the data sheet for ``bfloat16``, ``tf32`` or ``float32``; None for a device that is not in it."""
     for name, row in PEAKS.items():
-        if f"{name} " in f"{kind} " or f"{name}-" in kind:
+        if re.search(rf"\b{name}\b", kind) and "MIG" not in kind:
             return 1e12 * row[("bfloat16", "tf32", "float32").index(precision)]
     return None
 
@@ -105,18 +109,25 @@ def profile(call, calls):
             for _ in range(calls):
                 call()
         (file,) = Path(folder).rglob("*.xplane.pb")
-        return kernels_of(jax.profiler.ProfileData.from_file(str(file)).planes, calls)
+        return kernels_of(jax.profiler.ProfileData.from_file(str(file)).planes, calls, jax.default_backend())
 
 
-def kernels_of(planes, calls, top=20):
+def kernels_of(planes, calls, platform="cpu", top=20):
     """Kernels per call, the time between them, and the ``top`` names by time, from the planes of a profile.
 
     On a GPU a kernel is an event of a stream; XLA records the kernels of a command buffer one by one only where CUPTI
-    can. On a CPU an event is an operation of the compiled program. ``gaps`` are the times in which no kernel of the
-    device ran, between two that did: the launch gaps, and the waiting for the host between two calls.
+    can. On a CPU an event is an operation of the compiled program. Copies between host and device, and within it, are
+    no kernels. ``gaps`` are the times in which the device did nothing, between two events: the launch gaps, and the
+    waiting for the host between two calls. Of several cards, the first that did something counts.
+
+    Raises ``ValueError`` for a profile of the ``platform`` "gpu" without a card's events; the host's are no kernels.
     """
     planes = list(planes)
     cards = [plane for plane in planes if plane.name.startswith("/device:GPU")]
+    cards = [plane for plane in cards if any(line.name.startswith("Stream") for line in plane.lines)][:1]
+    if platform == "gpu" and not cards:
+        names = ", ".join(plane.name for plane in planes)
+        raise ValueError(f"the profile holds no stream of a GPU, only {names}; the driver may refuse profiling (CUPTI)")
     events = [
         (event.start_ns, event.duration_ns, event.name)
         for plane in cards or planes
@@ -134,13 +145,15 @@ def kernels_of(planes, calls, top=20):
             gaps.append(start - end)
         busy += max(0, start + length - max(start, end))
         end = max(end, start + length)
-    by_name = defaultdict(list)
+    by_name, copies = defaultdict(list), []
     for _, length, name in events:
-        by_name[name].append(length)
+        (copies if re.match(r"mem(cpy|set)", name, re.IGNORECASE) else by_name[name]).append(length)
     ranked = sorted(by_name.items(), key=lambda item: -sum(item[1]))
     return {
         "calls": calls,
-        "kernels_per_call": len(events) / calls,
+        "kernels_per_call": sum(map(len, by_name.values())) / calls,
+        "copies_per_call": len(copies) / calls,
+        "copies_ms_per_call": sum(copies) / calls / 1e6,
         "ms_per_call": (end - events[0][0]) / calls / 1e6,
         "busy": busy / max(end - events[0][0], 1),
         "gaps_per_call": len(gaps) / calls,

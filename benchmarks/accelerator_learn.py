@@ -18,9 +18,11 @@ STOPPED = (143, -15)
 """Exit codes after SIGTERM: of a run that has saved, and of one that had not begun."""
 GRACE = 45.0
 """Seconds in which a run that is stopped saves its replay and a checkpoint."""
+SHORTEST = 150.0
+"""Least seconds in which a run begins, compiles, gets somewhere and saves itself."""
 TINY = {  # seeds on a card; the file of the CPU's seeds, whose range is the band
-    "tdmpc2:tiny Pendulum-v1": ("pendulum-tdmpc2-tiny.json", ["--steps", 10_000]),
-    "dreamerv3:tiny CartPole-v1": ("cartpole-dreamerv3-tiny.json", ["--steps", 12_000, "--num-envs", 4]),
+    "tdmpc2:tiny Pendulum-v1": ("pendulum-tdmpc2-tiny.json", ["--steps", 10_000, "--eval-episodes", 30]),
+    "dreamerv3:tiny CartPole-v1": ("cartpole-dreamerv3-tiny.json", ["--steps", 30_000, "--num-envs", 4]),
 }
 PUBLISHED = {
     "tdmpc2/dmc": ["--env", "dmc:cartpole_swingup", "--steps", 100_000],
@@ -34,7 +36,7 @@ SMALL = [  # a run of the protocol that ends at once, without dm_control
 LOOPS = {"training": 90, "random": 60, "policy": 60, "evaluation": 60, "seeds": 150}
 MANY = {
     "tdmpc2:tiny": ("jax:Pendulum-v1", {"env_steps": 10_000}),
-    "dreamerv3:tiny": ("jax:CartPole-v1", {"env_steps": 12_000, "num_envs": 4}),
+    "dreamerv3:tiny": ("jax:CartPole-v1", {"env_steps": 30_000, "num_envs": 4}),
 }
 FEW = {"env_steps": 60, "prefill": 40, "prefill_updates": 2, "batch_size": 4, "eval_at_end": False,
        "env_options": {"time_limit": 20}, "model": {"iterations": 1}}  # fmt: skip
@@ -49,7 +51,7 @@ def tasks(smoke):
     for name, (file, words) in TINY.items():
         for seed in (0, 1):
             yield Task(
-                f"{name} seed {seed}", 120,
+                f"{name} seed {seed}", SHORTEST,
                 lambda place, name=name, file=file, words=words, seed=seed: tiny(place, name, file, words, seed),
                 resumes=True,
             )  # fmt: skip
@@ -57,12 +59,16 @@ def tasks(smoke):
         yield in_worker(f"device loop, {what}", seconds, "accelerator_learn:device_loop", what=what)
     for name, (_, settings) in MANY.items():
         yield Task(
-            f"16 seeds {name}", 150, lambda place, name=name, settings=settings: many(place, name, 16, settings),
+            f"16 seeds {name}", SHORTEST + 60,
+            lambda place, name=name, settings=settings: many(place, name, 16, settings),
             resumes=True,
         )  # fmt: skip
     for name, words in PUBLISHED.items():
         yield Task(
-            f"{name} seed 1", 120, lambda place, name=name, words=words: published(place, name, words), resumes=True
+            f"{name} seed 1",
+            SHORTEST,
+            lambda place, name=name, words=words: published(place, name, words),
+            resumes=True,
         )
 
 
@@ -129,8 +135,8 @@ def device_loop(what):
     clock = script.Clock(True)
     return {
         "training": lambda: script.training(clock, options),
-        "random": lambda: script.collecting(clock, options, "tdmpc2:tiny", 256, 256),
-        "policy": lambda: script.collecting(clock, options, "dreamerv3:tiny", 16, 200),
+        "random": lambda: script.collecting(clock, options, "tdmpc2:tiny", 256, 1000, 2**22),
+        "policy": lambda: script.collecting(clock, options, "dreamerv3:tiny", 16, 200, 100_000),
         "evaluation": lambda: script.evaluating(clock, options),
         "seeds": lambda: script.seeds(clock, options),
     }[what]()

@@ -7,6 +7,9 @@ from typing import Any
 
 from accelerator_worker import Clock, OutOfTime, run_command
 
+SMOKE_SECONDS, RESUMING_SMOKE_SECONDS = 20, 75
+"""Of any measurement of a smoke run, and of one that needs time to save itself."""
+
 
 class LeftOut(Exception):
     """A measurement that cannot be made here and is no failure; the text says what it needs."""
@@ -27,7 +30,8 @@ class Task:
     Attributes:
       name: of its figure, unique in its part.
       seconds: what it needs on a card, with compilation; it is started if so much time is left, and ended as failed
-        after three times as long. Of one that resumes: the shortest useful time.
+        after three times as long, or when it has taken half of the time that is left for the second time. Of one that
+        resumes: the shortest useful time.
       call: "module:function" in a worker process, which gives the figure; or a function of ``Place`` in this process,
         which measures in processes that it starts.
       arguments: of a worker's function, as JSON values.
@@ -43,6 +47,10 @@ class Task:
     env: Mapping[str, str] = field(default_factory=dict)
     alone: bool = False
     resumes: bool = False
+
+    def seconds_of(self, smoke):
+        """Seconds that must be left; those of a smoke run are no card's."""
+        return (RESUMING_SMOKE_SECONDS if self.resumes else SMOKE_SECONDS) if smoke else self.seconds
 
 
 def in_worker(name, seconds, call, /, *, alone=False, flags=None, env=None, **arguments):

@@ -24,6 +24,10 @@ class Failed(Exception):
     """A measurement that gave no figure; the text says why."""
 
 
+class TooLong(Failed):
+    """A measurement that took longer than it may, and was ended."""
+
+
 class OutOfTime(Exception):
     """The time of this start is over; the measurement is not a failure, and is left."""
 
@@ -41,7 +45,7 @@ class Clock:
         """Seconds that a process may take, and the exception if it takes longer."""
         if self.left() < most:
             return max(self.left(), 0.0), OutOfTime("the time of this start was over")
-        return most, Failed(f"took longer than {most:.0f} s and was ended")
+        return most, TooLong(f"took longer than {most:.0f} s and was ended")
 
 
 def ending_with_me(*words):
@@ -85,6 +89,28 @@ def run_command(words, clock, most, *, env=None, cwd=None, stop_first=0.0):
     return process.returncode, output, last_lines(errors)
 
 
+MARK = "WORLDLOOM_ACCELERATOR"
+"""Variable in the environment of all processes of one ``--out``, those that its processes start too."""
+
+
+def end_leftovers(folder):
+    """End processes of an earlier start into ``folder`` that outlived it, and give back the card; returns how many.
+
+    A process ends with its parent, but a kill reaches none that its children have started. The caller holds the lock of
+    the folder, so that nobody else's are ended. Linux only; elsewhere there are none to be found.
+    """
+    mark, ended = f"{MARK}={folder}".encode(), 0
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        pid = int(place.parent.name)
+        with contextlib.suppress(OSError):
+            if pid != os.getpid() and mark in place.read_bytes().split(b"\0"):
+                os.kill(pid, signal.SIGKILL)
+                ended += 1
+    if ended:
+        time.sleep(2)  # The driver frees the memory of a process some time after its end.
+    return ended
+
+
 def last_lines(text, count=12):
     return "\n".join(text.strip().splitlines()[-count:])[-2000:]
 
@@ -92,7 +118,7 @@ def last_lines(text, count=12):
 class Worker:
     """A process that calls functions of the ``accelerator_*`` modules, one after the other."""
 
-    def __init__(self, env, log):
+    def __init__(self, env, log, clock):
         self.env = env
         self._log, self._rest = log, b""
         with log.open("wb") as errors:
@@ -101,8 +127,8 @@ class Worker:
                 stderr=errors, env=os.environ | env, start_new_session=True,
             )  # fmt: skip
         try:
-            # Not on the clock: what is measured begins after this.
-            self.about = self._answer(Clock(5), 300)["about"]
+            # A card takes some seconds to start, also for one that begins when the time is nearly over.
+            self.about = self._answer(Clock(max(clock.left(), 60) / 60), 300)["about"]
         except BaseException:
             self.kill()
             raise
@@ -166,6 +192,7 @@ def about():
         "worldloom": worldloom.__version__,
         "python": platform.python_version(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "products": os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", ""),
     }
 
 

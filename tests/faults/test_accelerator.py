@@ -1,7 +1,9 @@
 """``benchmarks/accelerator.py`` in tiny sizes on a CPU: killed and continued, out of time, and with failures."""
 
 import argparse
+import contextlib
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -175,6 +177,159 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(tmp_path, benchmarks
     assert "KeyError" in status["failed"]["speed/is wrong"]
 
 
+def test_one_that_hangs_leaves_time_to_the_others_and_fails_the_second_time(tmp_path, benchmarks, monkeypatch):
+    script, tasks, store, worker = (
+        benchmarks(f"accelerator{name}") for name in ("", "_tasks", "_store", "_worker")
+    )  # fmt: skip
+    monkeypatch.setattr(tasks, "SMOKE_SECONDS", 1)
+    (tmp_path / "hanging.py").write_text("import time\n\ndef hang():\n    time.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    args = argparse.Namespace(smoke=True, again=False)
+    planned = [
+        ("exact", tasks.in_worker("hangs", 1, "hanging:hang")),
+        ("exact", tasks.Task("hangs elsewhere", 1, lambda place: place.run(["sleep", "600"]))),
+        ("exact", tasks.in_worker("wanted", 1, "json:loads", s="1")),
+    ]
+    kept = store.Store(tmp_path)
+    done = []
+    try:
+        for _ in range(2):
+            clock = worker.Clock(0.3)
+            workers = script.Workers(script.variables(tmp_path, True), clock, tmp_path)
+            kept.open_for(workers.of().about | {"smoke": True, "revision": None})
+            monkeypatch.setattr(clock, "end", time.monotonic() + 8)  # the start of a worker is not what is timed
+            script.run(planned, kept, workers, args)
+            done.append((list(kept.status["done"]), sorted(kept.status["failed"])))
+            workers.kill()
+    finally:
+        kept.close()
+    assert done[0] == (["exact/wanted"], [])
+    assert done[1] == (["exact/wanted"], ["exact/hangs", "exact/hangs elsewhere"])
+    assert "started 2 times" in kept.status["failed"]["exact/hangs"]
+
+
+def test_what_outlived_a_kill_is_ended_at_the_next_start(tmp_path, benchmarks):
+    worker = benchmarks("accelerator_worker")
+    child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+    mark = {worker.MARK: str(tmp_path)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", child + "print(p.pid, flush=True); p.wait()"],
+        env=os.environ | mark, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    number = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    assert worker.end_leftovers(tmp_path / "another") == 0
+    assert Path(f"/proc/{number}/environ").read_bytes()
+    assert worker.end_leftovers(tmp_path) == 1
+    parent.stdout.close()
+    assert not Path(f"/proc/{number}").exists() or Path(f"/proc/{number}/environ").read_bytes() == b""
+
+
+def test_a_damaged_file_is_moved_aside_and_measured_again(tmp_path, benchmarks, capsys):
+    stored = benchmarks("accelerator_store")
+    about = {"device": "card", "platform": "gpu", "smoke": False, "jax": "1", "xla_flags": "", "revision": "a"}
+    with contextlib.closing(stored.Store(tmp_path)) as store:
+        store.open_for(about)
+        store.write("speed", "plan", 1.0, figure=1)
+        store.write("exact", "golden", 1.0, figure={"passed": 2, "wrong": {"test_loss": "0.1 != 0.2"}})
+        store.write_status([("speed", "plan"), ("exact", "golden")], {})
+        assert store.status["wrong"] == {"exact/golden": "1 of 3 tests have other values: test_loss"}
+    for content in ("", '{"plan": {"fig', "[]", '{"plan": 1}'):
+        (tmp_path / "speed.json").write_text(content)
+        with contextlib.closing(stored.Store(tmp_path)) as store:
+            assert store.open_for(about) == []
+            assert store.part("speed") == {}
+            assert "speed.json is damaged, and now speed.damaged" in capsys.readouterr().err
+        assert (tmp_path / "speed.damaged").read_text() == content
+
+
+def test_figures_of_other_devices_flags_and_sizes_are_not_mixed(tmp_path, benchmarks):
+    """Also where ``status.json`` is gone; those of another commit are kept and named."""
+    stored = benchmarks("accelerator_store")
+    about = {"device": "card", "platform": "gpu", "smoke": True, "jax": "1", "xla_flags": "", "revision": "a"}
+    with contextlib.closing(stored.Store(tmp_path)) as store:
+        store.open_for(about)
+        store.write("learn", "run", 1.0, progress={"env_steps": 1})
+    for change in ({"smoke": False}, {"device": "another"}, {"xla_flags": "--xla_gpu_autotune_level=0"}):
+        with contextlib.closing(stored.Store(tmp_path)) as store:
+            (name,) = change
+            with pytest.raises(SystemExit, match=f"figures of another {name}"):
+                store.open_for(about | change)
+    with contextlib.closing(stored.Store(tmp_path)) as store:
+        assert store.open_for(about | {"revision": "b"}) == ["learn/run"]
+        store.write("learn", "run", 1.0, progress={"env_steps": 2})
+        store.write("learn", "run", 1.0, figure={"env_steps": 3})
+        assert store.part("learn")["run"]["begun at"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "x", "--minutes", "0"], "--minutes: 0 is no number of minutes above 0"),
+        (["--out", "x", "--minutes", "nan"], "--minutes: nan is no number of minutes above 0"),
+        (["--out", "x", "--minutes", "inf"], "--minutes: inf is no number of minutes above 0"),
+        (["--out", __file__], "is no folder that takes files"),
+        (["--out", "/proc/x"], "is no folder that takes files"),
+        (["--out", ""], "--out DIR is needed"),
+        (["--out", "x", "--peers", "nowhere"], "--peers nowhere is no folder"),
+        (["--list-wheels", "--have", "nowhere"], "--have nowhere is no file"),
+        (["--list-wheels", "--have-python", "banana"], "--have-python banana is no version of Python"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_starts(options, words, benchmarks, monkeypatch, capsys):
+    script = benchmarks("accelerator")
+    monkeypatch.setattr(sys, "argv", ["accelerator.py", *options])
+    monkeypatch.setattr(script, "Workers", None)
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_process_that_falls_back_to_the_cpu_measures_nothing(tmp_path, benchmarks, monkeypatch):
+    script, worker = benchmarks("accelerator"), benchmarks("accelerator_worker")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    card = {"device": "NVIDIA H200", "platform": "gpu", "platform_version": "PJRT C API\ncuda 12090"}
+    abouts = iter([card, {"device": "cpu", "platform": "cpu", "platform_version": "cpu"}])
+    fake = lambda env, log, clock: SimpleNamespace(  # noqa: E731
+        env=env, about=next(abouts), close=lambda: None, kill=lambda: None
+    )
+    monkeypatch.setattr(script, "Worker", fake)
+    workers = script.Workers(script.variables(tmp_path, False), worker.Clock(1), tmp_path)
+    first = workers.of()
+    workers.stay()
+    assert workers.env["JAX_PLATFORMS"] == "cuda,cpu"
+    assert workers.of() is first
+    with pytest.raises(script.NoDevice, match=r"found cpu \(cpu\) in place of NVIDIA H200"):
+        workers.of({"XLA_FLAGS": "--xla_gpu_autotune_level=0"})
+
+
+def test_what_a_card_measures_of_the_device_loop_runs(benchmarks, monkeypatch):
+    """The calls are those that ``device_loop.py`` takes."""
+    learn, script = benchmarks("accelerator_learn"), benchmarks("device_loop")
+    for name in ("training", "collecting", "evaluating", "seeds"):
+        function = getattr(script, name)
+        bound = lambda *given, function=function: inspect.signature(function).bind(*given).args  # noqa: E731
+        monkeypatch.setattr(script, name, bound)
+    found = {what: learn.device_loop(what) for what in learn.LOOPS}
+    assert found["random"][2:] == ("tdmpc2:tiny", 256, 1000, 2**22)
+    assert found["policy"][2:] == ("dreamerv3:tiny", 16, 200, 100_000)
+
+
+def test_small_runs_are_those_of_the_cpu(benchmarks):
+    """Steps, environments, episodes and so the falling learning rate: otherwise their bands mean nothing."""
+    learn = benchmarks("accelerator_learn")
+    for name, (file, words) in learn.TINY.items():
+        report = json.loads((learn.RESULTS / file).read_text())
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        assert f"{report['model']} {report['env']}" == name
+        # The last evaluation is less than two intervals before the end.
+        assert 0 <= given["--steps"] - report["runs"][0]["curve"][-1]["env_steps"] < 2_000
+        assert given.get("--num-envs", 1) == report["num_envs"]
+        assert given.get("--eval-episodes", 10) == report.get("episodes", 10)
+
+
 def test_programs_that_take_too_long_are_ended(benchmarks):
     worker = benchmarks("accelerator_worker")
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -234,7 +389,9 @@ def test_peaks_are_found_by_the_name_of_the_card(benchmarks):
     assert peak("NVIDIA A100-SXM4-40GB", "float32") == 19.5e12
     assert peak("NVIDIA L40S", "bfloat16") == 362e12
     assert peak("NVIDIA L4", "bfloat16") == 121e12
-    assert peak("cpu", "bfloat16") is None
+    assert peak("NVIDIA H200 NVL", "bfloat16") == 836e12
+    for other in ("cpu", "NVIDIA GB200", "NVIDIA H200 MIG 1g.18gb"):
+        assert peak(other, "bfloat16") is None
 
 
 def test_kernels_and_gaps_are_those_of_the_streams(benchmarks):
@@ -245,17 +402,23 @@ def test_kernels_and_gaps_are_those_of_the_streams(benchmarks):
         name="/device:GPU:0",
         lines=[
             line("Stream #1(Compute)", event("gemm", 0, 1000), event("add", 3000, 1000), event("gemm", 6000, 1000)),
-            line("Stream #2(Memcpy)", event("copy", 3500, 1500)),
+            line("Stream #2(Memcpy)", event("MemcpyD2H", 3500, 1500)),
             line("XLA Modules", event("jit_update", 0, 7000)),
         ],
     )
     host = SimpleNamespace(name="/host:CPU", lines=[line("tf_XLA", event("op", 0, 9000))])
-    found = benchmarks("accelerator_counts").kernels_of([host, card], calls=2)
-    assert found["kernels_per_call"] == 2
+    other = SimpleNamespace(name="/device:GPU:1", lines=card.lines)
+    kernels_of = benchmarks("accelerator_counts").kernels_of
+    found = kernels_of([host, card, other], 2, "gpu")
+    assert found["kernels_per_call"] == 1.5
+    assert found["copies_per_call"] == 0.5
+    assert found["copies_ms_per_call"] == pytest.approx(0.75e-3)
     assert found["gaps_per_call"] == 1
     assert found["gap_us"] == {"median": 1.5, "longest": 2.0}
     assert found["busy"] == pytest.approx(4000 / 7000)
     assert found["top"][0] == {"name": "gemm", "per_call": 1.0, "ms_per_call": 1e-3}
+    with pytest.raises(ValueError, match="no stream of a GPU, only /host:CPU"):
+        kernels_of([host], 2, "gpu")
 
 
 def test_all_flags_are_known_to_this_jaxlib(benchmarks):
