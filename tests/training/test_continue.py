@@ -87,6 +87,26 @@ def test_what_fits_is_taken_along_and_what_changed_is_listed(saved, tmp_path, ca
     assert again.step == 15
 
 
+def test_steps_taken_under_another_action_repeat_keep_their_number(saved, tmp_path):
+    config = ONLINE_CONFIG.replace(env_steps=100)
+
+    def go_on(resume, **options):
+        with make_env(Glide, 2, seed=3, action_repeat=2) as env:
+            callbacks = [CheckpointCallback(str(tmp_path / "run"), save_best=False)]
+            trainer = Trainer(toy(env), config, callbacks)
+            trainer.train(env, resume=resume, **options)
+        return trainer.run.collector
+
+    before = saved.run.collector
+    after = go_on("continue", total_steps=14)
+    assert after.decisions > before.decisions
+    assert after.env_steps == before.env_steps + 2 * (after.decisions - before.decisions)
+    assert after.decisions_at(after.env_steps) == after.decisions
+    # The end of the run counts them too, and an exact resume knows them.
+    end = go_on("auto")
+    assert 100 - 2 * 2 * 2 <= end.env_steps <= 100
+
+
 def test_the_weights_and_moments_are_those_of_the_checkpoint(saved, tmp_path):
     config = ONLINE_CONFIG.replace(learning_rate=1e-30)
     trainer = train(tmp_path / "run", 11, resume="continue", config=config)

@@ -218,6 +218,14 @@ SPARSE = {
         lambda rng: simulated(COST, lambda o, r: 0.1 * r.normal(size=(1, 1)), 12_000),
         NEW,
     ),
+    # An agent that regulates and one that does nothing look alike.
+    "errors that are controlled to 0": (
+        lambda rng: played(
+            [-(np.cumsum(rng.normal(0, 0.3, 100)) ** 2) for _ in range(10)]
+            + [-1e-3 * rng.uniform(size=100) ** 2 for _ in range(40)]
+        ),
+        "If the task has no better one (no error, nothing hit), it is solved; if it pays more at a goal",
+    ),
     "action costs, always the largest": (lambda rng: simulated(COST, lambda o, r: np.ones((1, 1)), 12_000), NEW),
     "a goal of the prefill that was never met again": (
         lambda rng: played([[0.0] * 99 + [0.01 * (i < 10 and i % 3 == 0)] for i in range(100)]),
@@ -261,6 +269,9 @@ DENSE = {
     "a goal is met": lambda rng: played([[-0.1] * 99 + [100.0 * (i > 30)] for i in range(60)]),
     "a goal is met as often as in the prefill": lambda rng: played(
         [[0.0] * 99 + [1.0 * (i % 3 == 0)] for i in range(60)]
+    ),
+    "an end that costs, and is avoided": lambda rng: played(
+        [[0.0] * int(rng.integers(5, 30)) + [-10.0] for _ in range(60)] + [[0.0] * 100] * 30
     ),
     "the best reward is kept": lambda rng: played([rng.uniform(0.3, 1, 100)] * 10 + [np.full(100, 1.0)] * 30),
     "a path of costs that gets shorter": lambda rng: played([[-1.0] * 300 + [-9.0] * 100] * 10 + [[-1.0] * 13] * 400),
@@ -339,6 +350,23 @@ def test_the_log_says_so_once_but_not_after_recorded_data(tmp_path, caplog, offl
     found = trainer.run.collector.seen
     assert (found.low, found.high, found.since, found.least) == (-5.0, -1.0, -1.0, -5.0)
     assert (found.worst, found.best, found.lengths) == (-15.0, -15.0, [5] * 10)
+
+
+class Failing(Walk):
+    """A walk in which every step costs 1, and the fourth breaks the simulator."""
+
+    def step(self, action):
+        obs, *_, info = super().step(action)
+        return (obs * np.nan if self.steps == 4 else obs), -1.0, False, False, info
+
+
+def test_where_an_episode_was_cut_nothing_was_paid():
+    with make_env(Failing, 2, seed=3, on_bad_step="restart") as env:
+        trainer = Trainer(toy(env, PrefillingToy), ONLINE_CONFIG.replace(prefill=20), [])
+        trainer.train(env, total_steps=20)
+    collector = trainer.run.collector
+    assert collector.bad_steps >= 10
+    assert (collector.seen.low, collector.seen.high, collector.seen.since) == (-1.0, -1.0, -1.0)
 
 
 def test_what_was_seen_survives_a_resume(tmp_path):

@@ -12,14 +12,14 @@ import numpy as np
 
 from worldloom.algorithm import Params, Policy, TrainState
 from worldloom.envs import BadStep, EpisodeEnd, TimeStep, VectorEnv
-from worldloom.envs.make import usual_options
 from worldloom.envs.native import check_config_fits
-from worldloom.errors import ConfigError, FileFormatError
+from worldloom.errors import FileFormatError
 from worldloom.ops.seed_sequence import philox_keys
 from worldloom.replay import ReplayBuffer
 from worldloom.replay.online import OnlineQueue
 from worldloom.spaces import ACTION
 from worldloom.training.config import TrainingConfig
+from worldloom.training.env_identity import env_identity
 from worldloom.training.rewards_seen import RewardsSeen
 from worldloom.training.train_ratio import TrainRatio
 from worldloom.training.writeback import strip_prefix
@@ -110,6 +110,7 @@ class Collector:
         self._pending: tuple[Any, Mapping[str, Any]] | None = None
         self.calls = self._moves = 0
         self.decisions = self.restarts = self.bad_steps = 0
+        self._more_steps = 0
         # Episodes are numbered, and their environment steps counted, through all environments of a run.
         self.episodes: int = former.episodes if former else 0
         self.steps_before: int = former.steps_before + former.env_steps if former else 0
@@ -120,8 +121,16 @@ class Collector:
 
     @property
     def env_steps(self) -> int:
-        """Environment steps taken in these environments so far: decision steps times action repeat."""
-        return self.decisions * self.env.action_repeat
+        """Environment steps taken in these environments so far, see :meth:`env_steps_at`."""
+        return self.env_steps_at(self.decisions)
+
+    def env_steps_at(self, decisions: int) -> int:
+        """Environment steps after ``decisions`` decision steps, some of which may have had another action repeat."""
+        return decisions * self.env.action_repeat + self._more_steps
+
+    def decisions_at(self, env_steps: int) -> int:
+        """Decision steps that ``env_steps`` environment steps allow."""
+        return (env_steps - self._more_steps) // self.env.action_repeat
 
     @property
     def acts_randomly(self) -> bool:
@@ -182,6 +191,7 @@ class Collector:
             "bad_steps": self.bad_steps,
             "episodes": self.episodes,
             "steps_before": self.steps_before,
+            "env_steps": self.env_steps,
             "ends": [[*record[:-1], list(record.end)] for record in self.ends],
             "seen": self.seen.to_dict(),
             "drawn": self.queue.drawn,
@@ -212,6 +222,10 @@ class Collector:
             numbered = "episodes" in counts
             self.episodes = int(counts.get("episodes", len(counts["ends"])))
             self.steps_before = int(counts.get("steps_before", 0))
+            # Those taken under another action repeat keep their number.
+            repeat = counts.get("env", {}).get("action_repeat", self.env.action_repeat)
+            taken = int(counts.get("env_steps", self.decisions * repeat))
+            self._more_steps = taken - self.decisions * self.env.action_repeat
             self.ends = [
                 EpisodeRecord(record[0], record[1], record[2], EpisodeEnd(*record[3]))
                 if numbered
@@ -286,7 +300,10 @@ class Collector:
         prefill = self.decisions < self._prefill
         self.decisions += int((~now.is_last).sum())
         following = self.env.step(actions)
-        self.seen.add_rewards(following.reward[~now.is_last], prefill=prefill)
+        stepped = ~now.is_last
+        # Where an episode was cut, the environment has paid nothing: that 0 is no reward of the task.
+        stepped[[event.env for event in following.events if not isinstance(event, EpisodeEnd)]] = False
+        self.seen.add_rewards(following.reward[stepped], prefill=prefill)
         self._receive(following)
 
     def _receive(self, time_step: TimeStep) -> None:
@@ -403,44 +420,6 @@ def check_env_fits(env: VectorEnv, model: Any) -> None:
     config = model.config
     model.algorithm.validate_data(config, has_terminals=False, online=True)
     check_config_fits(config, env.obs_shape, env.action_dim, env.action_type)
-
-
-def env_identity(env: VectorEnv) -> dict[str, Any]:
-    """The settings of ``env`` that determine its episodes, as JSON values; not those that say where and how it runs."""
-    plain: dict[str, Any] = {
-        name: value for name, value in env.settings.items() if isinstance(value, str | int | float | None)
-    }
-    plain |= {name: list(env.settings.get(name) or ()) or None for name in ("action_bounds", "drop_keys")}
-    plain["join_actions"] = env.settings.get("join_actions") or None
-    may_change = ("seed", "num_envs", "parallel", "worker_timeout", "on_bad_step", "action_repeat", "time_limit")
-    usual = usual_options(env.settings.get("spec"))
-    plain |= {name: value for name, value in usual.items() if plain.get(name) is None}
-    # The repeat and time limit in effect: the arguments may be None for the suite's own.
-    effective = {"action_repeat": env.action_repeat, "episode_length": env.episode_length}
-    return {name: value for name, value in plain.items() if name not in may_change} | effective
-
-
-def check_same_env(saved: Mapping[str, Any], env: VectorEnv) -> None:
-    """Raise ``ConfigError`` if ``saved``, the identity of a run's environments, is not that of ``env``."""
-    if not saved:
-        return
-    usual, identity = usual_options(env.settings.get("spec")), env_identity(env)
-    # An option that was not given is the suite's usual one, and the same as giving that.
-    before, now = {**usual, **_given(saved)}, {**usual, **_given(identity)}
-    for name in {**saved, **now}:
-        # Environments made from a function or an object have no spec to compare.
-        if name in ("spec", "action_repeat", "episode_length") and not (name in saved and name in identity):
-            continue
-        if before.get(name) != now.get(name):
-            raise ConfigError(
-                f"The run was collected from environments with {name}={before.get(name)!r}, these have "
-                f"{now.get(name)!r}. Resume with the saved value, or go on inexactly by resume='continue' (--resume "
-                "continue), or begin a new run from its weights: worldloom.training.checkpoint.load_weights."
-            )
-
-
-def _given(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in identity.items() if value is not None}
 
 
 def _no_action(over: np.ndarray, actions: np.ndarray) -> np.ndarray:

@@ -18,6 +18,8 @@ _CHANCE, _CONSTANT = 1.5, 0.1
 """Multiples of the spread by chance up to which returns differ by chance alone, or hardly differ at all."""
 _EQUAL = 1e-3
 """Relative difference up to which two returns of equal rewards are of equally long episodes."""
+_OTHERWISE = 1.5
+"""Ratio from which the lengths of episodes are other ones."""
 _ALL = 0.05
 """Part of the way from the mean reward of the prefill to its best one that may be missing from having all of it."""
 
@@ -41,6 +43,7 @@ class RewardsSeen:
       squares: sum of the squares of these deviations, ``spread = squares − total² / steps``.
       lengths: lengths of the first episodes.
       recent: the newest returns.
+      recent_lengths: and lengths of these episodes.
     """
 
     steps: int = 0
@@ -57,6 +60,7 @@ class RewardsSeen:
     squares: float = 0.0
     lengths: list[int] = dataclasses.field(default_factory=list)
     recent: list[float] = dataclasses.field(default_factory=list)
+    recent_lengths: list[int] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.steps and self.origin is None:
@@ -94,6 +98,7 @@ class RewardsSeen:
         if len(self.lengths) < _EPISODES:
             self.lengths = [*self.lengths, length]
         self.recent = [*self.recent, value][-_EPISODES:]
+        self.recent_lengths = [*self.recent_lengths, length][-_EPISODES:]
 
     def to_dict(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON values."""
@@ -109,7 +114,9 @@ class RewardsSeen:
         - where the best reward has been met again and is worth having: it is positive, or was a rare event in the
           prefill, such as a goal;
         - where returns show that there is something to learn: they differ by more than sums of the prefill's rewards do
-          by chance, or are better than those of the prefill, unless what was learned is to do nothing.
+          by chance, or are better than those of the prefill. Where they are better because every step now pays the best
+          reward of the prefill, which is not positive, and episodes last as long as before, there are two readings:
+          the task is solved, or what was learned is to do nothing.
         """
         if self.low is None or self.high is None or self.since is None or self.least is None:
             return None
@@ -120,20 +127,37 @@ class RewardsSeen:
         rare = self.high - self.mean > _RARE * (self.spread / self.steps) ** 0.5
         if self.since > self.high + noise or (again and (rare or self.high > 0)):
             return None
-        if not self._enough or not (self._no_better(self.high, again=again) or self._all_of_it(self.high)):
+        if not self._enough:
             return None
         length, newest = fmean(self.lengths), fmean(self.recent)
-        return (
+        met = (
             f"No step since the prefill has paid more than the best step of it ({self.since:.4g}, prefill "
             f"{self.high:.4g}), and the newest {_EPISODES} episodes have returned {newest:.4g} on average, "
             f"where {length:.0f} steps of the prefill paid {self.mean * length:.4g}. "
-            f"If the task pays more at its goal, the agent has not seen it. {_ADVICE}"
         )
+        if self._all_of_it(self.high):
+            if self._last_otherwise:
+                return None
+            return (
+                f"{met}Nearly every step pays that best reward now. If the task has no better one (no error, nothing "
+                f"hit), it is solved; if it pays more at a goal, the agent has learned to do nothing. {_ADVICE}"
+            )
+        if self._no_better(self.high, again=again):
+            return f"{met}If the task pays more at its goal, the agent has not seen it. {_ADVICE}"
+        return None
 
     @property
     def _enough(self) -> bool:
         """Whether enough episodes are over to compare their returns."""
         return len(self.lengths) == len(self.recent) == _EPISODES
+
+    @property
+    def _last_otherwise(self) -> bool:
+        """Whether the newest episodes are much longer or shorter than the first: their end was learned."""
+        if not self.recent_lengths:  # Checkpoints of earlier versions know none.
+            return False
+        ratio = fmean(self.recent_lengths) / fmean(self.lengths)
+        return not 1 / _OTHERWISE < ratio < _OTHERWISE
 
     def _all_alike(self, reward: float) -> str | None:
         """What to say where every step has paid ``reward``."""

@@ -24,8 +24,9 @@ from worldloom.sharding import ActingState, Placement
 from worldloom.training import run_info, update_loop
 from worldloom.training.batches import BatchSource, UpdateChunk
 from worldloom.training.checkpoint_files import FORMAT, NEW_OPTIMIZER, Snapshot, flatten_state
-from worldloom.training.collector import Collector, check_env_fits, check_same_env
+from worldloom.training.collector import Collector, check_env_fits
 from worldloom.training.config import TrainingConfig
+from worldloom.training.env_identity import check_same_env
 from worldloom.training.metrics import MetricsStream
 from worldloom.training.mixed_replay import check_same_data, data_changes, data_identity, mix_data
 from worldloom.training.sampler import SequenceSampler
@@ -165,7 +166,7 @@ class Run:
     def updates_for(self, env_steps: int) -> int:
         """Total number of updates due after ``env_steps`` environment steps. Raises ``ConfigError`` if it is 0."""
         assert self.collector is not None
-        decisions = env_steps // self.collector.env.action_repeat
+        decisions = self.collector.decisions_at(env_steps)
         due = self.ratio.updates(decisions)
         check(
             due >= 1,

@@ -349,7 +349,7 @@ class Transfer:
         for i, (step, stream, total, length, terminated) in enumerate(ends):
             numbers = {name: values[i] for name, values in info.items() if math.isfinite(values[i])}
             end = EpisodeEnd(stream, total, length, terminated, crashed=False, info=numbers)
-            env_steps = collector.steps_before + decisions[step + 1] * env.action_repeat
+            env_steps = collector.steps_before + collector.env_steps_at(decisions[step + 1])
             prefill = decisions[step + 1] <= collector.prefill
             collector.ends.append(EpisodeRecord(collector.episodes, env_steps, prefill, end))
             collector.episodes += 1
