@@ -13,6 +13,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
 from worldloom.config import nearest
@@ -170,7 +171,12 @@ class FlagParser:
         if name not in self._flags:
             return text
         if self._flags[name].kind is list:
-            return dict(parse_assignment(self._flags[name], each) for each in text)
+            found = [parse_assignment(self._flags[name], each) for each in text]
+            for option, values in itertools.groupby(sorted(found, key=itemgetter(0)), itemgetter(0)):
+                if len(several := list(values)) > 1:
+                    words = " and ".join(f"{option}={value}" for _, value in several)
+                    raise ConfigError(f"{self._flags[name].options[0]} was given {words}; give one.")
+            return dict(found)
         if isinstance(text, list):
             return tuple(parse_value(self._flags[name], word) for word in text)
         return parse_value(self._flags[name], text)

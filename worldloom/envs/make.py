@@ -15,6 +15,7 @@ from worldloom.envs.backends.base import Backend
 from worldloom.envs.backends.gym_vector import GymVectorBackend
 from worldloom.envs.backends.sync import SyncBackend
 from worldloom.envs.hints import JAX_ENV, about_object, install_line, suggestion
+from worldloom.envs.options import check_options, gym_options
 from worldloom.envs.vector import VectorEnv
 from worldloom.envs.wrappers import ActionRepeat, BoundActions, DropKeys, FrameStack, JoinActions, ResizeImages
 from worldloom.errors import ConfigError, MissingDependencyError
@@ -314,6 +315,7 @@ def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Cal
     if prefix in SUITES and task:
         suite = SUITES[prefix]
         require_package(suite.package)
+        _check_suite_options(prefix, options)
         repeat = suite.action_repeat if changes.action_repeat is None else changes.action_repeat
         # Suites repeat actions and resize images themselves: a wrapper would render frames that nothing uses.
         size = {} if changes.image_size is None else {"image_size": changes.image_size}
@@ -331,7 +333,9 @@ def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Cal
     elif isinstance(spec, str):
         # The limit replaces the registered one, so that it can also be longer.
         render_mode = {"render_mode": "rgb_array"} if changes.render else {}
-        base = functools.partial(_gym_make, _gym_spec(spec), limit, {**render_mode, **options})
+        registered = _gym_spec(spec)
+        _check_gym_options(registered, options)
+        base = functools.partial(_gym_make, registered, limit, {**render_mode, **options})
         limit = None
     else:
         raise ConfigError(
@@ -392,9 +396,24 @@ def _gym_spec(name: str) -> Any:
         raise ConfigError(f"{about} {name!r} was given to make_env.{hint}") from error
 
 
-def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym.Env[Any, Any]:
+def _check_suite_options(prefix: str, options: Mapping[str, Any]) -> None:
+    module = importlib.import_module(SUITES[prefix].adapter.partition(":")[0])
+    check_options(prefix, module.OPTIONS[prefix], options)
+
+
+def _check_gym_options(spec: Any, options: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for options that the constructor does not take; packages that it lacks are said later."""
     check("max_episode_steps" not in options, "max_episode_steps is called time_limit here.")
     check("disable_env_checker" not in options, "disable_env_checker is always on here; leave it out.")
+    if options:
+        try:
+            known, others = gym_options(spec)
+        except (ImportError, AttributeError, gym.error.Error):
+            return
+        check_options(spec.id, known, options, others=others)
+
+
+def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym.Env[Any, Any]:
     # Gymnasium's checker warns of float64 observations and the like, which are converted here.
     try:
         return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **options)

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from worldloom.config import nearest
+from worldloom.config import as_integer, nearest
 from worldloom.envs.wrappers import resize
 from worldloom.errors import ConfigError
 
@@ -24,6 +24,10 @@ USUAL: dict[str, dict[str, Any]] = {
     "atari100k": {"image_size": 64, "gray": False, "sticky": False, "noops": 30, "all_actions": False},
 }
 """Options by suite, unless others are given."""
+OPTIONS = {
+    prefix: {name: value for name, value in usual.items() if name != "image_size"} for prefix, usual in USUAL.items()
+}
+"""Options that ``make_env`` has no argument for, with their usual values."""
 
 
 class Atari(gym.Env[np.ndarray, Any]):
@@ -63,6 +67,7 @@ class Atari(gym.Env[np.ndarray, Any]):
         import ale_py
         from ale_py import roms
 
+        noops = as_integer("noops", noops, least=0)
         if game not in roms.get_all_rom_ids():
             raise ConfigError(f"There is no Atari game '{game}'.{nearest(game, roms.get_all_rom_ids())}")
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)

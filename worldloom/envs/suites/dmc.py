@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from worldloom.config import nearest
+from worldloom.config import as_integer, nearest
 from worldloom.errors import ConfigError, EnvError
 
 _ALIASES = {"cup": "ball_in_cup", "pointmass": "point_mass"}
@@ -23,6 +23,8 @@ _CAMERAS = {"quadruped": 2}
 
 USUAL: dict[str, dict[str, Any]] = {"dmc_vision": {"image_size": 64}}
 """Options by suite, unless others are given."""
+OPTIONS: dict[str, dict[str, Any]] = {"dmc": {"camera": None}, "dmc_vision": {"camera": None}}
+"""Options that ``make_env`` has no argument for, with their usual values."""
 
 _CHOOSE_OPENGL = (
     "Set the environment variable MUJOCO_GL to 'egl' (GPU or Mesa), 'osmesa' or 'glfw' (with a display), whichever "
@@ -64,6 +66,7 @@ class DMControl(gym.Env[np.ndarray, np.ndarray]):
         camera: int | None = None,
         render: bool = False,
     ):
+        camera = None if camera is None else as_integer("camera", camera, least=-1)  # -1 is the free camera.
         if image_size is not None or render:
             _select_headless_rendering()
         suite = _import_suite()
