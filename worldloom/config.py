@@ -192,6 +192,15 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_unused(config: Any, names: Iterable[str], needs: str) -> None:
+    """Raise :class:`ConfigError` unless the fields ``names``, which nothing reads without ``needs``, are as usual."""
+    for name in names:
+        value = getattr(config, name)
+        check(
+            value == type(config).__dataclass_fields__[name].default, f"{name}={value!r} has no effect without {needs}."
+        )
+
+
 MAX_INTEGER = 2**63 - 1
 """Integers beyond this, or below its negative, are no setting: no array has such a size."""
 

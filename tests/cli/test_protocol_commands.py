@@ -232,7 +232,7 @@ def test_doctor_says_what_a_run_has_seen_of_rewards(followed, run_command, tmp_p
         rewards = {"low": -1.0, "high": 0.0, "since": 0.0, "mean": -0.5, "spread": 9.0}
         content["collector"]["seen"] |= rewards | {"lengths": [6] * 10, "recent": [-0.01] * 10}
         record.write_text(json.dumps(content))
-        assert "If the task pays more at its goal, the agent has not seen it" in run_command("doctor", folder)[1]
+        assert "if it pays more at a goal, the agent has learned to do nothing" in run_command("doctor", folder)[1]
         del content["collector"]["seen"]  # as an earlier version wrote it
         record.write_text(json.dumps(content))
         assert "no checkpoint of a run in environments says yet" in run_command("doctor", folder)[1]
@@ -278,7 +278,7 @@ def test_protocols_are_listed_with_all_their_settings(run_command):
         ),
         (
             ["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--env-option", "noops"],
-            "cannot be made with --env-option noops=True",
+            "Pendulum-v1 has no option 'noops'; its options are g, render_mode",
         ),
         (
             ["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--env-option", "num_envs=3"],
@@ -290,6 +290,12 @@ def test_protocols_are_listed_with_all_their_settings(run_command):
         (["score", "/nowhere", "--window", "-3"], "--window is at least 1 environment step, not -3"),
         (["score", "/nowhere", "--statistic", "best"], "--statistic is training, evaluation"),
         (["doctor", "/nowhere"], "not the folder of a run"),
+        (["train", "--protocol", "foo", "--env", "Pendulum-v1"], "There are dreamerv3/"),
+        (["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--steps", "0"], "--steps 0 is no end of a run"),
+        (
+            ["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--explore-weight", "3", "--steps", "9"],
+            "explore_weight=3.0 has no effect without explore='disagreement'",
+        ),
         (["list", "protocol"], "'protocol' is not expected"),
     ],
 )

@@ -31,7 +31,7 @@ from worldloom.cli.mesh_report import (
 from worldloom.cli.train import ENV_FLAGS
 from worldloom.config import check
 from worldloom.devices import compiled_programs
-from worldloom.errors import CheckpointError, UnknownModelError
+from worldloom.errors import CheckpointError, ConfigError, UnknownModelError
 from worldloom.families import find_family, get_family
 from worldloom.files import absolute_path
 from worldloom.models.base import merge
@@ -67,6 +67,8 @@ def names(words: Sequence[str]) -> int:
     if words[:1] == ["protocols"]:
         return _list_protocols(words[1:])
     about = "Names of models and kinds of environments; with 'protocols', the published experiments and their settings."
+    if words and not words[0].startswith("-"):
+        raise ConfigError(f"'{words[0]}' is not expected: worldloom list stands alone, or takes 'protocols'.")
     FlagParser("list", about).parse(words)
     print("models, and their parameters for usual shapes (for yours: worldloom info NAME --env ENV):")
     for name, found in list_models(verbose=True).items():

@@ -76,10 +76,30 @@ def budget(plan: Plan) -> str:
     rate = f"{ratio.ratio / ratio.rows:.3g} updates per decision step"
     if config.env_steps:
         updates = ratio.updates(config.env_steps // repeat)
-        return f"{first}ends after {config.env_steps:,} environment steps, {updates:,} updates; {rate}"
+        last = ratio.decisions(updates) * repeat
+        # Steps after the last update would be trained on by none.
+        end = f"{config.env_steps:,}" if last == config.env_steps else f"{last:,} of {config.env_steps:,}"
+        remark = "" if last == config.env_steps else ", the last one within them"
+        return f"{first}ends after {end} environment steps, {updates:,} updates{remark}; {rate}"
     steps = ratio.decisions(max(0, config.total_steps - offline)) * repeat
     end = f"{config.total_steps:,} updates{' in all' if offline else ''}"
     return f"{first}ends after {end}, {steps:,} environment steps (--steps sets another end); {rate}"
+
+
+def remark(plan: Plan) -> str | None:
+    """What these settings come to that may not be meant, a sentence; None for nothing."""
+    config, training = plan.model.config, plan.config
+    if plan.env is None or getattr(config, "explore", "none") == "none":
+        return None
+    spec = plan.model.algorithm.replay_spec(config, training)
+    ratio = TrainRatio.of(training, spec.rows - bool(spec.latents))
+    total = ratio.updates(training.env_steps // plan.env.action_repeat) if training.env_steps else training.total_steps
+    if config.explore_updates <= total:
+        return None
+    return (
+        "The intrinsic reward is still part of what is maximised at the end: --explore-updates "
+        f"{config.explore_updates} in a run of {total:,} updates."
+    )
 
 
 def as_flag(name: str, value: Any, reason: str) -> str:

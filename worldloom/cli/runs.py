@@ -13,6 +13,7 @@ import numpy as np
 from worldloom.acting.loading import load_run_model
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser
 from worldloom.cli.train import ENV_FLAGS
+from worldloom.config import as_integer
 from worldloom.devices import keep_freed_memory
 from worldloom.errors import ConfigError
 from worldloom.families import import_from_current_folder
@@ -49,7 +50,7 @@ def evaluate(words: Sequence[str]) -> int:
     )
     flags.group("options", [*_FLAGS, Flag("tasks", str, "Of a multitask model: names or numbers of tasks.", words="+")])
     given = flags.parse(words)
-    episodes, seed = given.get("episodes", 10), given.get("seed", 0)
+    episodes, seed = as_integer("--episodes", given.get("episodes", 10)), given.get("seed", 0)
     settings = RunFolder(given["folder"]).settings()
     if settings["env"] is None and "env" not in given and settings["model"].get("num_tasks"):
         return _evaluate_tasks(given, episodes, seed)

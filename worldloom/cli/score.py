@@ -10,7 +10,7 @@ import numpy as np
 
 from worldloom.algorithm import Curve, ScoreRule
 from worldloom.cli.flags import FAMILY_FLAG, Flag, FlagParser
-from worldloom.config import shown
+from worldloom.config import as_integer, shown
 from worldloom.errors import ConfigError, DataError
 from worldloom.report.curves import read_records
 from worldloom.report.score import Score, bootstrap_interval, interquartile_mean, published_at, read_episodes
@@ -120,8 +120,9 @@ def _scored(run: RunFolder, given: dict[str, Any]) -> _Run:
     budget = settings["training"].get("env_steps") or max(
         [line.get("env_steps", 0) for line in (*records, *episodes)], default=0
     )
+    at = as_integer("--at", given["at"]) if "at" in given else None
     try:
-        found = score_run(rule, episodes, records, budget=budget, at=given.get("at"), window=given.get("window"))
+        found = score_run(rule, episodes, records, budget=budget, at=at, window=given.get("window"))
     except DataError as error:
         raise DataError(f"{run.path}: {error} Other statistics: --statistic {' | '.join(_STATISTICS)}.") from None
     env = settings["env"].get("spec") or settings["env"].get("made_of") or "?"

@@ -24,6 +24,7 @@ from worldloom.cli.plan import (
     headline,
     new_folder,
     protocol_lines,
+    remark,
     shown_path,
     slug,
 )
@@ -120,11 +121,18 @@ def train(words: Sequence[str]) -> int:
             episodes=plan.config.eval_episodes,
             experiment=plan.experiment,
             data=source.settings if source else None,
+            evaluate=bool(plan.config.eval_interval or plan.config.eval_at_start or plan.config.eval_at_end),
         )
         trainer = Trainer(plan.model, plan.config, callbacks)
         if plan.env:
             trainer.check_length(plan.env)
-        lines = [headline(plan), *(f"  {line}" for line in plan.settings), budget(plan), f"run folder {shown}"]
+        lines = [
+            headline(plan),
+            *(f"  {line}" for line in plan.settings),
+            budget(plan),
+            *filter(None, [remark(plan)]),
+            f"run folder {shown}",
+        ]
         if is_primary():
             print(*lines, sep="\n", flush=True)
         flags = "".join(f" --family-module {shlex.quote(name)}" for name in imported_modules)
@@ -226,6 +234,11 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
     run = RunFolder(given["run"]) if "run" in given else None
     if run and run.exists and not given.get("resume"):
         raise ConfigError(f"{run.path} holds a run; add --resume to continue it, or choose another folder by --run.")
+    if run and run.exists and "protocol" in given and not {"env", "data"} & set(given):
+        raise ConfigError(
+            f"{run.path} goes on with its own protocol: give --run {run.path} --resume alone, or the whole command "
+            "that began it, with --env."
+        )
     experiment = protocol(given["protocol"], given.get("env")) if "protocol" in given and "data" not in given else None
     check_data_flags(given, [flag.name for flag in ENV_FLAGS])
     spec = experiment.env if experiment else given.get("then_env", given.get("env"))
@@ -242,7 +255,11 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
         )
     model_given, training_given, env_given = _split_given(given)
     if experiment and split_name(name)[0].name != experiment.model.partition(":")[0]:
-        raise ConfigError(f"The protocol '{experiment.name}' is of another family than the model '{name}'.")
+        family, _, size = experiment.model.partition(":")
+        raise ConfigError(
+            f"The protocol '{experiment.name}' is of another family than the model '{name}': leave out --model for the "
+            f"published {size}, or give another size of {family}."
+        )
     seed = training_given.get("seed", TrainingConfig.seed)
     of = spec or str(given["data"])
     if given.get("resume") and "run" not in given:
@@ -379,6 +396,8 @@ def _split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
             raise ConfigError(f"--env-option {name}={value}: write --{name.replace('_', '-')} {value} instead.")
         env[name] = value
     training = {name: value for name, value in given.items() if name in training_names}
+    if training.get("env_steps") == 0 and not training.get("total_steps"):
+        raise ConfigError("--steps 0 is no end of a run; give its environment steps, or its updates as --total-steps.")
     if training.get("total_steps") and training.get("env_steps"):
         raise ConfigError("--steps (environment steps) and --total-steps (updates) both set the end; give one.")
     other_names = env_names | run_names | set(training_names)

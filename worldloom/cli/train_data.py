@@ -76,7 +76,10 @@ class DataSource:
             if not found.data:
                 raise ConfigError(f"The protocol '{protocol}' is run in an environment, not on recorded data.")
             if protocol.partition("/")[0] != split_name(name)[0].name:
-                raise ConfigError(f"The protocol '{protocol}' is of another family than the model '{name}'.")
+                raise ConfigError(
+                    f"The protocol '{protocol}' is of another family than the model '{name}': leave out --model for "
+                    f"the published {found.size}, or give another size of that family."
+                )
             fixed = {**found.model_fields, **found.data_fields, **found.training}
             # A model of another size differs in the fields of its preset alone.
             name = f"{protocol.partition('/')[0]}:{found.size}"

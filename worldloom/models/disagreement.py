@@ -23,6 +23,10 @@ _SCALE_RATE = 0.01
 """Rate of the running average of the spread."""
 
 
+EXPLORE_FIELDS = ("explore_weight", "explore_updates", "explore_heads")
+"""Fields of a config that only matter with ``explore="disagreement"``."""
+
+
 class Disagreement(nnx.Module):
     """An ensemble that predicts the next latent, with the weight of its reward.
 

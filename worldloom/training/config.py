@@ -62,7 +62,8 @@ class TrainingConfig(BaseConfig):
     seed: Annotated[int, Ge(0), Lt(2**63)] = 42
     """Seed of all randomness of the run: batches, sampling, dropout."""
     env_steps: Annotated[int, Ge(0)] = 0
-    """Total environment steps, counting action repeat, at which online training ends; 0: ``total_steps`` decides."""
+    """Total environment steps, counting action repeat, at which online training ends, with the last update that is due
+    by then; 0: ``total_steps`` decides."""
     prefill: Annotated[int, Ge(1)] = 1_000
     """Decision steps before the first online update: TD-MPC2 takes random actions, DreamerV3 its initial policy's."""
     prefill_policy: Annotated[str, OneOf("auto", "random", "initial", "correlated")] = "auto"

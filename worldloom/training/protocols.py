@@ -213,7 +213,8 @@ def find_protocol(name: str) -> ExperimentProtocol:
         raise ConfigError(f"A protocol is named by text such as 'tdmpc2/dmc', not {shown(name)}.")
     if name not in protocol_names():
         raise ConfigError(
-            f"There is no protocol '{name}'.{nearest(name, protocol_names())} See worldloom list protocols."
+            f"There is no protocol '{name}'.{nearest(name, protocol_names())} There are {', '.join(protocol_names())}; "
+            "worldloom list protocols describes them."
         )
     family, _, own = name.partition("/")
     return get_family(family).algorithm.protocols[own]

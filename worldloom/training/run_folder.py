@@ -211,6 +211,7 @@ class RunFolder:
         progress: bool = True,
         experiment: Experiment | None = None,
         data: Mapping[str, Any] | None = None,
+        evaluate: bool = True,
     ) -> list[Callback]:
         """Callbacks that write all files of the run, for one trainer.
 
@@ -225,14 +226,15 @@ class RunFolder:
           experiment: the published experiment that the run follows, see :func:`worldloom.training.protocol`; what
             differs from it is recorded. None is that of the run being resumed.
           data: where recorded episodes are from, as JSON values to record as ``data`` in ``config.json``.
+          evaluate: whether there are evaluations; without, no environments are made for them.
         """
         output: list[Callback] = [ProgressCallback("training"), EvalPrinter()] if progress else []
         online = isinstance(source, VectorEnv)
-        evaluation = self._evaluation(source, episodes) if online else None
+        evaluation = self._evaluation(source, episodes) if online and evaluate else None
         evaluations: list[Callback] = [evaluation] if evaluation else []
         if evaluation:
             output.append(EndEvaluation(evaluation))
-        elif source is not None and not online:
+        elif source is not None and not online and evaluate:
             evaluations = [EvalCallback(source)]
         monitor = "eval/return" if evaluation else "eval/loss" if evaluations else "loss"
         return [

@@ -174,8 +174,9 @@ class Trainer:
         """Collect in ``env``; a new collector also needs new callbacks."""
         if self.run.use_env(env, replay):
             given = [callback for callback in self._callbacks.callbacks if not isinstance(callback, EpisodesCallback)]
-            given += default_evaluation(env, self.config.eval_episodes) if self._add_evaluation else []
-            self._add_evaluation = False
+            if self._add_evaluation and self.config.eval_interval:
+                given += default_evaluation(env, self.config.eval_episodes)
+                self._add_evaluation = False
             self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
 
     def _total(self, total_steps: int | None) -> int:

@@ -7,8 +7,20 @@ from collections.abc import Mapping
 from math import inf
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, cast
 
-from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
+from worldloom.config import (
+    BaseConfig,
+    Between,
+    Ge,
+    Lt,
+    OneOf,
+    check,
+    check_unused,
+    config_dataclass,
+    is_integer,
+    nearest,
+)
 from worldloom.errors import ConfigError
+from worldloom.models.disagreement import EXPLORE_FIELDS
 from worldloom.models.pictures import PictureLayout, check_sides, picture_layout
 from worldloom.spaces import ACTION, OBS, attribute_name
 
@@ -176,6 +188,8 @@ class DreamerV3Config(BaseConfig):
     """Family name in ``config.json``."""
 
     def __post_init__(self) -> None:
+        if self.explore == "none":
+            check_unused(self, EXPLORE_FIELDS, "explore='disagreement' (--explore disagreement)")
         check(
             self.obs_shape not in ((), {}),
             "obs_shape is empty; give a shape like (24,) or a mapping of names to shapes.",

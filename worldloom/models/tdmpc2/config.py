@@ -10,8 +10,20 @@ from typing import Annotated, Any, ClassVar, Self, cast
 
 import numpy as np
 
-from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
+from worldloom.config import (
+    BaseConfig,
+    Between,
+    Ge,
+    Lt,
+    OneOf,
+    check,
+    check_unused,
+    config_dataclass,
+    is_integer,
+    nearest,
+)
 from worldloom.errors import ConfigError
+from worldloom.models.disagreement import EXPLORE_FIELDS
 from worldloom.models.pictures import check_sides, picture_layout
 from worldloom.spaces import OBS
 
@@ -178,6 +190,8 @@ class TDMPC2Config(BaseConfig):
     """Always ``tdmpc2``: the family that a ``config.json`` belongs to."""
 
     def __post_init__(self) -> None:
+        if self.explore == "none":
+            check_unused(self, EXPLORE_FIELDS, "explore='disagreement' (--explore disagreement)")
         self._check_observations()
         self._check_tasks()
         check(
