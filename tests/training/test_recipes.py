@@ -55,8 +55,9 @@ def test_given_fields_take_precedence_and_others_are_derived_from_them():
         given = {"batch_size": 8, "sequence_length": 5, "horizon": 6}
         assert recipe("tdmpc2:tiny", env, given).training["train_ratio"] == 2 * 8 * 7
         assert recipe("tdmpc2:tiny", env, {"episode_length": 500}).training["prefill"] == 2_500
+        assert training["prefill_policy"] == "correlated"
         larger = recipe("tdmpc2:5m", env).training
-        assert "train_ratio" not in larger
+        assert not {"train_ratio", "prefill_policy"} & larger.keys()
         assert larger["prefill"] == larger["prefill_updates"] == 1_000
 
 

@@ -39,7 +39,13 @@ _TINY: dict[str, Any] = {
 }
 
 # With one update a step, and 1,000 steps of prefill, two of ten agents unlearned Pendulum-v1 for a while.
-_TINY_CONTINUOUS: dict[str, Any] = {"eval_interval": 2_000, "save_interval": 4_000, "log_interval": 500}
+_TINY_CONTINUOUS: dict[str, Any] = {
+    "eval_interval": 2_000,
+    "save_interval": 4_000,
+    "log_interval": 500,
+    # Actions that change at every step leave a car in its valley, whose agent then learns to do nothing.
+    "prefill_policy": "correlated",
+}
 _TINY_UPDATES = 2
 """Updates of the tiny size for each step in tasks with continuous actions, those of the prefill included."""
 # The reference has no discrete actions; these learn CartPole-v1 with the tiny size.
