@@ -11,7 +11,7 @@ import pytest
 
 from worldloom.envs import make_env
 from worldloom.envs.jax import adapt
-from worldloom.errors import ConfigError
+from worldloom.errors import ConfigError, EnvContractError
 
 
 @jax.tree_util.register_dataclass
@@ -345,3 +345,135 @@ def test_a_terminal_state_of_several_agents_is_one_of_all():
     assert (found[3].is_last[0], found[3].is_terminal[0]) == (True, True)
     _, found = rows(adapt(Agents()), 3)
     assert (found[6].is_last[0], found[6].is_terminal[0]) == (True, False)
+
+
+class Whole(Brax):
+    """Its reset writes integers, and booleans, for what a step makes floats."""
+
+    action_size = 1
+
+    def reset(self, key):
+        return BraxState(jnp.zeros(2), jnp.array(0), jnp.array(False), {"speed": 0}, {"speed": jnp.array(0)})
+
+    def step(self, state, action):
+        speed = state.info["speed"] + 0.25
+        done = (state.obs[0] > 9).astype(jnp.float32)
+        return state._replace(
+            obs=state.obs + speed, reward=0.75 + 0 * speed, done=done, metrics={"speed": speed}, info={"speed": speed}
+        )
+
+
+def test_what_a_reset_writes_as_integers_stays_a_float_in_the_steps():
+    _, found = rows(adapt(Whole(), time_limit=5), [0.0], 4)
+    assert [float(row.reward[0]) for row in found[1:4]] == [0.75] * 3
+    assert [float(row.obs[0, 0]) for row in found[:4]] == [0.0, 0.25, 0.75, 1.5]
+
+    class WholeJumanji(Jumanji):
+        def reset(self, key):
+            state, first = super().reset(key)
+            return (jnp.array(0), state[1]), first
+
+        def step(self, state, action):
+            state, after = super().step(state, action * jnp.array([1, 1]))
+            return (state[0] + 0.5, state[1]), after
+
+    _, found = rows(adapt(WholeJumanji()), 4, 3)  # One choice keeps the place, and so every step adds a half.
+    assert [float(row.reward[0]) for row in found[1:4]] == [0.0, 0.5, 1.0]
+
+    class WholeNavix(Navix):
+        def reset(self, key):
+            first = super().reset(key)
+            return first.replace(state=first.state.replace(position=jnp.array(0)), reward=jnp.array(0))
+
+        def _step(self, step, action):
+            after = super()._step(step, action)
+            return after.replace(state=after.state.replace(position=after.state.position + 0.5))
+
+    _, found = rows(adapt(WholeNavix()), 1, 3)
+    assert [float(row.reward[0]) for row in found[1:4]] == [0.0, 0.5, 1.0]
+
+
+def test_a_step_that_adds_to_the_state_is_refused_with_what_it_adds():
+    class Adds(Brax):
+        def step(self, state, action):
+            after = super().step(state, action)
+            return after._replace(info={**after.info, "late": jnp.zeros(())})
+
+    with pytest.raises(EnvContractError, match=r"Adds.reset and Adds.step return states of another structure.*late"):
+        adapt(Adds())
+
+    class Text(Brax):
+        def reset(self, key):
+            return super().reset(key)._replace(info={"name": "x"})
+
+    with pytest.raises(EnvContractError, match=r"Text.reset returned a str in state.*name"):
+        adapt(Text())
+
+
+class Limited(Jumanji):
+    """As most of jumanji's: the limit is its own attribute, and an end like any other."""
+
+    def __init__(self, time_limit=6):
+        self.time_limit = time_limit
+
+    def step(self, state, action):
+        (position, time), after = super().step(state, action)
+        over = (position >= 3) | (time >= self.time_limit)
+        return (position, time), after._replace(step_type=jnp.where(over, 2, 1), discount=jnp.where(over, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, Wrapped])
+def test_a_time_limit_of_jumanji_is_no_termination(wrap):
+    native = Limited(4)
+    _, found = rows(adapt(wrap(native)), 3)
+    assert [bool(row.is_last[0]) for row in found[:6]] == [False] * 4 + [True, False]
+    assert not found[4].is_terminal[0]
+    _, found = rows(adapt(wrap(native)), 5)
+    assert (found[3].is_last[0], found[3].is_terminal[0]) == (True, True)
+    _, found = rows(adapt(wrap(native), time_limit=5), 3)
+    assert [bool(row.is_last[0]) for row in found[:6]] == [False] * 5 + [True]
+    assert not found[5].is_terminal[0]
+    assert native.time_limit == 4  # The object that was given is as it was.
+
+
+def test_integers_between_bounds_are_rounded_to():
+    class Whole(NewGymnax):
+        def action_space(self, params):
+            return types.SimpleNamespace(shape=(1,), low=-3, high=1, dtype=np.int32)
+
+        def step_env(self, key, state, action, params):
+            assert action.dtype == jnp.int32
+            return super().step_env(key, state, action, params)
+
+    for action, taken in ((-1.0, -3), (-0.8, -3), (-0.7, -2), (0.1, -1), (0.99, 1)):
+        _, found = rows(adapt(Whole()), [action], 1)
+        assert found[1].obs[0, 0] == taken
+
+
+def test_other_forms_of_gymnax_are_taken_or_refused_in_a_sentence():
+    class Six(NewGymnax):
+        def step_env(self, key, state, action, params):
+            obs, state, reward, _, _ = super().step_env(key, state, action, params)
+            ends = self.is_terminal(state, params), self.is_truncated(state, params)
+            return (obs, obs), state, reward, *ends, None
+
+        def reset_env(self, key, params):
+            obs, state = super().reset_env(key, params)
+            return (obs, obs), state
+
+    env, found = rows(adapt(Six()), [1.0])
+    assert env.obs_shape == {"0": (1,), "1": (1,)}
+    assert (found[3].is_last[0], found[3].is_terminal[0]) == (True, True)
+    with pytest.raises(ConfigError, match="adapt takes an environment, not the class NewGymnax"):
+        adapt(NewGymnax)
+    nested = NewGymnax()
+    nested.action_space = lambda params: types.SimpleNamespace(spaces={})
+    with pytest.raises(ConfigError, match="NewGymnax has actions of the space SimpleNamespace; Box and Discrete"):
+        adapt(nested)
+
+
+def test_more_combinations_of_actions_than_can_be_learned_are_refused():
+    many = Jumanji()
+    many.action_spec = types.SimpleNamespace(num_values=np.full(9, 9))
+    with pytest.raises(ConfigError, match=r"9 discrete actions with 387,420,489 combinations \(9 × 9 × .* × …\)"):
+        adapt(many)

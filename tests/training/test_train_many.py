@@ -11,8 +11,8 @@ import pytest
 from jax_worlds import CONFIG, DRIFT, KEYED, trainer_in, variant
 
 from worldloom.envs import make_env
-from worldloom.errors import ConfigError
-from worldloom.training import Trainer, many, train_many
+from worldloom.errors import ConfigError, FileFormatError
+from worldloom.training import RunFolder, Trainer, many, train_many
 from worldloom.training.callbacks import CheckpointCallback
 
 LATENTS = {"latents": True}
@@ -134,6 +134,8 @@ def test_a_summary_says_what_the_settings_reached(members):
         ({"seeds": [True]}, "seeds must be different integers"),
         ({"env": 5}, "give it a spec such as 'jax:Pendulum-v1', or an environment in JAX, not int"),
         ({"env": types.SimpleNamespace(reset=None)}, "not SimpleNamespace. .* lacks step, obs_shape"),
+        ({"seed": 99}, "seeds of train_many are its argument seeds"),
+        ({"loop": "host"}, "train_many trains on the device; loop='host'"),
         ({"env": "CartPole-v1"}, "impossible: the environments are not in JAX"),
     ],
 )
@@ -177,6 +179,20 @@ def test_callbacks_of_every_member_are_called_when_they_are_due(family, tmp_path
     found = train_many("toy", DRIFT, [1, 2], folder=tmp_path, callbacks=own, **options)
     assert seen == {1: [], 2: [10, 20, 30, 40]}
     assert all(member.returns < 1e6 for member in found), "read from the folder of another run"
+
+
+def test_a_folder_that_holds_runs_is_begun_anew_by_nobody(members):
+    folder = members[0].run.path.parent
+    before = sorted(folder.rglob("*"))
+    options = {"num_envs": 2, "model": LATENTS, "config": CONFIG, "folder": folder}
+    vary = {"learning_rate": [1e-2, 3e-3]}
+    with pytest.raises(ConfigError, match=r"holds runs already: learning_rate=0.01-seed6.* resume=True"):
+        train_many("toy", DRIFT, [7, 6], vary, **options)
+    with pytest.raises(ConfigError, match=r"also holds learning_rate=0.003-seed5, .*-seed6, which its summary"):
+        train_many("toy", DRIFT, [5, 6], {"learning_rate": [1e-2]}, resume=True, **options)
+    assert sorted(folder.rglob("*")) == before
+    with pytest.raises(FileFormatError, match=r"no config.json. It holds the runs learning_rate=0.003-seed5, "):
+        RunFolder(folder).settings()
 
 
 def test_members_of_other_ratios_need_a_number_of_updates(family, tmp_path):

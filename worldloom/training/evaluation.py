@@ -71,9 +71,10 @@ def play(
 
     Every environment plays the same number of episodes (the first ones one more if ``episodes`` is not a multiple):
     counting the episodes that finish first would be biased towards short ones. The same arguments give the same
-    episodes. Environments in JAX with a time limit are played in one compiled program, without images: take as many
-    environments as episodes on a GPU, and a tenth as many on a CPU, where an environment that waits for the longest
-    episode costs as much as one that plays. What takes longer than ten seconds logs how far it is.
+    episodes. Environments in JAX with a time limit are played in one compiled program, without images, and up to
+    rounding like those that are stepped from the host: take as many environments as episodes on a GPU, and a tenth as
+    many on a CPU, where an environment that waits for the longest episode costs as much as one that plays. What takes
+    longer than ten seconds logs how far it is.
 
     Args:
       model: a world model with the environment's shapes.

@@ -105,8 +105,9 @@ def train_many(
       **overrides: fields of ``config``.
 
     Raises:
-      ConfigError: the environment is not in JAX; a setting cannot be varied; members are at different updates; they
-        cannot be divided evenly over the devices of ``mesh``, or it divides weights (``fsdp``).
+      ConfigError: the environment is not in JAX; the folder holds runs, and ``resume`` is False or they are no
+        members; a setting cannot be varied; members are at different updates; they cannot be divided evenly over the
+        devices of ``mesh``, or it divides weights (``fsdp``).
       DeviceError: there are fewer devices than in ``mesh``.
       NonFiniteError, KeyboardInterrupt, SystemExit: see ``Trainer.train``; all members end together.
     """
@@ -121,6 +122,14 @@ def train_many(
     plans = [
         (dict(zip(vary, chosen, strict=True)), seed) for chosen in itertools.product(*vary.values()) for seed in seeds
     ]
+    check("seed" not in overrides, "seeds of train_many are its argument seeds, not seed.")
+    check(
+        overrides.get("loop", "auto") != "host" and (config is None or config.loop != "host"),
+        "train_many trains on the device; loop='host' is for Trainer.train, one seed after the other.",
+    )
+    names = [_member_name(_texts(chosen, vary), seed) for chosen, seed in plans]
+    if callbacks is None:
+        _check_folder(path, names, resume=resume)
     devices = _devices(len(plans), config or TrainingConfig(), overrides)
     worlds = [make_env(env, num_envs, seed=seed, **(env_options or {})) for _, seed in plans]
     runs, folders, runners = [], [], []
@@ -134,7 +143,7 @@ def train_many(
         run.use_env(world)
         reason = why_on_host(run)
         check(reason is None, f"train_many trains on the device, which is impossible: {reason}.")
-        own = RunFolder(path / _member_name(_texts(chosen, vary), seed))
+        own = RunFolder(path / names[index])
         given: Sequence[Any] = callbacks(index) if callbacks else own.callbacks(world, progress=index == 0)
         runner = CallbackRunner([EpisodesCallback(run.collector), *(as_callback(each) for each in given)])
         runs.append(run)
@@ -295,6 +304,21 @@ class _VariedUpdate(NamedTuple):
         update = self.model_class.algorithm.make_update(self.config, training, model_class=self.model_class)
         parts = self.loss_terms, self.skip_nonfinite, self.keeps_latents, self.unrolled
         return CompiledUpdate(update, *parts, latent_dtype=self.training.latent_dtype)
+
+
+def _check_folder(path: Path, names: Sequence[str], *, resume: bool) -> None:
+    """Raise ``ConfigError`` if the folder holds runs that would be begun anew, or left out of its summary."""
+    held = [each for each in names if RunFolder(path / each).exists]
+    check(
+        resume or not held,
+        f"{path} holds runs already: {', '.join(held)}. Continue them with resume=True, or choose another folder.",
+    )
+    others = sorted(each.name for each in path.glob("*seed*") if RunFolder(each).exists and each.name not in names)
+    check(
+        not others,
+        f"{path} also holds {', '.join(others)}, which its summary would no longer name: train them too, or choose "
+        "another folder.",
+    )
 
 
 def _new_model(name: str, fields: Mapping[str, Any], seed: int, device: str) -> Any:

@@ -104,7 +104,9 @@ class RunFolder:
         Raises ``FileFormatError`` if the file is missing, damaged or of another format.
         """
         if not self.exists:
-            raise FileFormatError(f"{self.path} is not the folder of a run: it has no config.json.")
+            members = sorted(each.parent.name for each in self.path.glob("*seed*/config.json"))
+            hint = f" It holds the runs {', '.join(members[:8])}{', …' if len(members) > 8 else ''}." if members else ""
+            raise FileFormatError(f"{self.path} is not the folder of a run: it has no config.json.{hint}")
         settings = read_json_object(self.path / "config.json")
         if settings.get("format") != _FORMAT:
             raise FileFormatError(f"{self.path / 'config.json'} is not a run's config of format {_FORMAT}.")

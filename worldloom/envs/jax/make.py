@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from worldloom.config import check, nearest
-from worldloom.envs.jax import adapters
+from worldloom.envs.jax import packages
 from worldloom.envs.jax.backend import JaxBackend, is_hashable
 from worldloom.envs.jax.catch import Catch
 from worldloom.envs.jax.classic import Acrobot, CartPole, MountainCarContinuous, Pendulum
@@ -27,12 +27,12 @@ OWN: dict[str, Callable[..., Any]] = {
 """The environments of this package, named like Gymnasium's where they equal one."""
 
 _ADAPTERS: dict[str, Callable[..., JaxEnv]] = {
-    "gymnax": adapters.make_gymnax,
-    "craftax": adapters.make_craftax,
-    "brax": adapters.make_brax,
-    "playground": adapters.make_playground,
-    "navix": adapters.make_navix,
-    "jumanji": adapters.make_jumanji,
+    "gymnax": packages.make_gymnax,
+    "craftax": packages.make_craftax,
+    "brax": packages.make_brax,
+    "playground": packages.make_playground,
+    "navix": packages.make_navix,
+    "jumanji": packages.make_jumanji,
 }
 
 

@@ -97,8 +97,9 @@ def _check_attributes(env: Any, name: str) -> Any:
         raise ConfigError(f"{name}.action_type must be 'continuous' or 'discrete', not {env.action_type!r}.")
     for field in ("action_dim", "time_limit"):
         value = getattr(env, field)
-        if not (is_integer(value) and value >= 1) and not (field == "time_limit" and value is None):
-            raise ConfigError(f"{name}.{field} must be an integer ≥ 1, not {value!r}.")
+        if not (is_integer(value) and 1 <= value < 2**31) and not (field == "time_limit" and value is None):
+            below = " and below 2^31" if is_integer(value) and value >= 1 else ""
+            raise ConfigError(f"{name}.{field} must be an integer ≥ 1{below}, not {value!r}.")
     for method, arguments in (("reset", "(key)"), ("step", "(key, state, action)")):
         function = getattr(env, method)
         if not callable(function):
@@ -160,7 +161,7 @@ def _reset(env: JaxEnv, key: jax.Array) -> tuple[Any, Any]:
     name, begun = type(env).__name__, env.reset(key)
     if not isinstance(begun, tuple) or len(begun) != 2:
         raise EnvContractError(f"{name}.reset returned {_kind(begun)}; a tuple (state, obs) is needed.")
-    _check_arrays(f"{name}.reset", state=begun[0], obs=begun[1])
+    check_arrays(f"{name}.reset", state=begun[0], obs=begun[1])
     return begun[0], begun[1]
 
 
@@ -177,7 +178,7 @@ def step(env: JaxEnv, key: jax.Array, state: Any, action: jax.Array) -> tuple[An
         )
     state, obs, *values, info = answer
     name = f"{type(env).__name__}.step"
-    _check_arrays(name, state=state, obs=obs, **dict(zip(("reward", "terminated", "truncated"), values, strict=True)))
+    check_arrays(name, state=state, obs=obs, **dict(zip(("reward", "terminated", "truncated"), values, strict=True)))
     if info is not None and not isinstance(info, Mapping):
         raise EnvContractError(f"{name} returned info = {_kind(info)}; a dict of numbers by name is needed, or None.")
     # A structure in place of a number is left to whoever checks the answer.
@@ -195,7 +196,7 @@ def numbers(info: Mapping[Any, Any]) -> dict[str, jax.Array]:
     return found
 
 
-def _check_arrays(source: str, **trees: Any) -> None:
+def check_arrays(source: str, **trees: Any) -> None:
     """Raise ``EnvContractError`` for leaves of trees that are no arrays or numbers."""
     for what, tree in trees.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
