@@ -39,13 +39,10 @@ _TINY: dict[str, Any] = {
 }
 
 # With one update a step, and 1,000 steps of prefill, two of ten agents unlearned Pendulum-v1 for a while.
-_TINY_CONTINUOUS: dict[str, Any] = {
-    "eval_interval": 2_000,
-    "save_interval": 4_000,
-    "log_interval": 500,
-    # Actions that change at every step leave a car in its valley, whose agent then learns to do nothing.
-    "prefill_policy": "correlated",
-}
+_TINY_CONTINUOUS: dict[str, Any] = {"eval_interval": 2_000, "save_interval": 4_000, "log_interval": 500}
+_TINY_PREFILL_POLICY = "correlated"
+"""Actions that change at every step leave a car in its valley and a pendulum hanging: in MountainCarContinuous-v0 and
+Acrobot-v1 these agents would learn that nothing can be done."""
 _TINY_UPDATES = 2
 """Updates of the tiny size for each step in tasks with continuous actions, those of the prefill included."""
 # The reference has no discrete actions; these learn CartPole-v1 with the tiny size.
@@ -86,6 +83,8 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
         model |= _DISCRETE_MODEL
         training |= _DISCRETE_TRAINING
         reasons |= dict.fromkeys((*_DISCRETE_MODEL, *_DISCRETE_TRAINING), "discrete actions")
+    if size == "tiny":
+        training["prefill_policy"] = _TINY_PREFILL_POLICY
     tiny_continuous = size == "tiny" and env.action_type == "continuous"
     if tiny_continuous:
         training |= _TINY_CONTINUOUS
