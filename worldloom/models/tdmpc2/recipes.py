@@ -41,8 +41,8 @@ _TINY: dict[str, Any] = {
 # With one update a step, and 1,000 steps of prefill, two of ten agents unlearned Pendulum-v1 for a while.
 _TINY_CONTINUOUS: dict[str, Any] = {"eval_interval": 2_000, "save_interval": 4_000, "log_interval": 500}
 _TINY_PREFILL_POLICY = "correlated"
-"""Actions that change at every step leave a car in its valley and a pendulum hanging: in MountainCarContinuous-v0 and
-Acrobot-v1 these agents would learn that nothing can be done."""
+"""Of the tiny size where episodes may terminate, at a goal say: actions that change at every step leave a car in its
+valley and two links hanging, and the agent learns that nothing can be done (MountainCarContinuous-v0, Acrobot-v1)."""
 _TINY_UPDATES = 2
 """Updates of the tiny size for each step in tasks with continuous actions, those of the prefill included."""
 # The reference has no discrete actions; these learn CartPole-v1 with the tiny size.
@@ -83,8 +83,6 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
         model |= _DISCRETE_MODEL
         training |= _DISCRETE_TRAINING
         reasons |= dict.fromkeys((*_DISCRETE_MODEL, *_DISCRETE_TRAINING), "discrete actions")
-    if size == "tiny":
-        training["prefill_policy"] = _TINY_PREFILL_POLICY
     tiny_continuous = size == "tiny" and env.action_type == "continuous"
     if tiny_continuous:
         training |= _TINY_CONTINUOUS
@@ -94,6 +92,9 @@ def recipe(size: str, env: Any, given: Mapping[str, Any]) -> Recipe:
             training["train_ratio"] = float(_TINY_UPDATES * batch * max(length, horizon + 1))
             reasons["train_ratio"] = "two updates a step"
     endless = never_terminates(env)
+    if size == "tiny" and not endless:
+        training["prefill_policy"] = _TINY_PREFILL_POLICY
+        reasons["prefill_policy"] = "reaches where episodes end"
     model["episodic"] = not endless
     reasons["episodic"] = "only time limits end its episodes" if endless else "its episodes may terminate"
     if reference_latent := _reference_latent(env.obs_shape):
