@@ -248,6 +248,13 @@ def run(planned, store, workers, args, every=None):
     return left_out
 
 
+def named(text):
+    """A path, which an empty text is not: it would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder")
+    return Path(text)
+
+
 def minutes(text):
     """A number of minutes, of which the start of a worker alone may take one."""
     value = float(text)
@@ -258,7 +265,7 @@ def minutes(text):
 
 def check_folders(parser, args):
     """End the program with a sentence if a folder that is given cannot be used, before the device is."""
-    if args.out is None or not args.out.name:
+    if args.out is None:
         parser.error("--out DIR is needed: the folder of the figures, which may exist already")
     if args.peers is not None and not args.peers.is_dir():
         parser.error(f"--peers {args.peers} is no folder; it holds checkouts of the reference programs")
@@ -292,7 +299,7 @@ def report(status, planned, most):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the figures and runs")
+    parser.add_argument("--out", type=named, metavar="DIR", help="folder of the figures and runs")
     parser.add_argument("--peers", type=Path, metavar="DIR", help=accelerator_peers.__doc__.partition("\n\n")[2])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
     which = parser.add_mutually_exclusive_group()

@@ -131,7 +131,9 @@ def wrong(figure):
     if figure.get("equal") is False or figure.get("equal_within_a_process") is False:
         return "what should be equal bit for bit is not"
     if figure.get("in_band") is False:
-        return f"the goal was reached at {figure['reached_at_env_steps']} steps, on CPUs at {figure['reached_on_cpu']}"
+        reached = figure["reached_at_env_steps"]
+        when = "never" if reached is None else f"at {reached:,} steps"
+        return f"the goal was reached {when}, on CPUs at {figure['reached_on_cpu']}"
     return None
 
 

@@ -192,13 +192,11 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check_unused(config: Any, names: Iterable[str], needs: str) -> None:
-    """Raise :class:`ConfigError` unless the fields ``names``, which nothing reads without ``needs``, are as usual."""
+def check_unused(cls: Any, names: Iterable[str], given: Mapping[str, Any], needs: str) -> None:
+    """Raise :class:`ConfigError` if a field of ``names`` is given another value than usual: it needs ``needs``."""
     for name in names:
-        value = getattr(config, name)
-        check(
-            value == type(config).__dataclass_fields__[name].default, f"{name}={value!r} has no effect without {needs}."
-        )
+        usual = cls.__dataclass_fields__[name].default
+        check(given.get(name, usual) == usual, f"{name}={given.get(name)!r} has no effect without {needs}.")
 
 
 MAX_INTEGER = 2**63 - 1

@@ -115,6 +115,13 @@ def test_changes_are_refused_by_resume_and_listed_by_resume_continue(run_command
     assert "Continuing from step 10" in err
     assert "batch_size 4 → 8; 1 → 2 environments; all environments begin new episodes" in err
     assert json.loads(Path("run/config.json").read_text())["training"]["batch_size"] == 8
+    # Steps under another action repeat: the end counts those that were taken before.
+    again = ("train", "--run", "run", "--resume", "continue", "--steps", 52, "--action-repeat", 4)
+    code, out, err = run_command(*again)
+    assert code == 0, err
+    assert "goes on until 52 environment steps" in out
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert 44 <= max(line["env_steps"] for line in lines if "env_steps" in line) <= 52
 
 
 def test_what_ends_before_the_first_update_prints_no_recipe_and_leaves_no_folder(run_command):

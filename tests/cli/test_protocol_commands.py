@@ -278,7 +278,7 @@ def test_protocols_are_listed_with_all_their_settings(run_command):
         ),
         (
             ["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--env-option", "noops"],
-            "Pendulum-v1 has no option 'noops'; its options are g, render_mode",
+            "Pendulum-v1 has no option 'noops'; its options are g",
         ),
         (
             ["train", "--model", "tdmpc2:tiny", "--env", "Pendulum-v1", "--env-option", "num_envs=3"],

@@ -52,6 +52,33 @@ def test_a_run_folder_is_evaluated_when_its_config_says(tmp_path, changes, expec
         assert found[0] == (0, 0)
 
 
+def test_without_evaluations_no_environments_are_made_for_them(tmp_path, monkeypatch):
+    config = ONLINE_CONFIG.replace(total_steps=4, eval_interval=0, eval_at_end=False)
+    with make_env(Walk, 1, seed=3) as env:
+        monkeypatch.setattr(type(env), "another", lambda *_, **__: pytest.fail("environments were made"))
+        callbacks = RunFolder(tmp_path).callbacks(env, progress=False, evaluate=False)
+        trainer = Trainer(toy(env), config, callbacks)
+        trainer.train(env)
+        by_default = Trainer(toy(env), config)
+        by_default.train(env)
+    assert evaluations(tmp_path) == []
+    assert not any(isinstance(each, EvalCallback) for each in by_default._callbacks.callbacks)
+
+
+def test_evaluations_may_begin_in_a_later_call():
+    config = ONLINE_CONFIG.replace(eval_interval=0)
+    with make_env(Walk, 1, seed=3) as env:
+        trainer = Trainer(toy(env), config)
+        trainer.train(env, total_steps=2)
+        trainer.config = config.replace(eval_interval=1)
+        trainer.train(env, total_steps=4)
+        found = [each for each in trainer._callbacks.callbacks if isinstance(each, EvalCallback)]
+        assert len(found) == 1
+        assert "eval/return" in trainer._callbacks.measurements
+        trainer.train(env, total_steps=5)
+        assert sum(isinstance(each, EvalCallback) for each in trainer._callbacks.callbacks) == 1
+
+
 def test_an_evaluation_at_the_start_is_not_repeated_by_a_resume(tmp_path):
     config = ONLINE_CONFIG.replace(total_steps=6, eval_interval=0, eval_episodes=1, eval_at_start=True)
     for end in (6, 9):

@@ -143,6 +143,18 @@ def test_the_explorers_loss_is_a_term_of_the_total(family):
         np.testing.assert_allclose(halves[name], whole[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("name", ["tdmpc2:tiny", "dreamerv3:tiny"])
+def test_settings_of_exploration_without_it_are_refused_but_read_from_files(name):
+    given = {"obs_shape": (3,), "action_dim": 1, "device": "cpu"}
+    with pytest.raises(ConfigError, match="explore_weight=3.0 has no effect without explore='disagreement'"):
+        create_world_model(name, **given, explore_weight=3.0)
+    config = create_world_model(name, **given, explore="disagreement", explore_weight=3.0).config
+    # As versions saved it that did not refuse it.
+    saved = config.to_dict() | {"explore": "none"}
+    assert type(config).from_dict(saved).explore_weight == 3.0
+    assert config.replace(explore="none").explore == "none"
+
+
 @pytest.mark.parametrize("wrong", [{"explore": "curiosity"}, {"explore_heads": 1}, {"explore_updates": 0}])
 def test_settings_that_make_no_sense_are_refused(wrong):
     for family in SMALL:

@@ -78,12 +78,19 @@ def budget(plan: Plan) -> str:
         updates = ratio.updates(config.env_steps // repeat)
         last = ratio.decisions(updates) * repeat
         # Steps after the last update would be trained on by none.
-        end = f"{config.env_steps:,}" if last == config.env_steps else f"{last:,} of {config.env_steps:,}"
-        remark = "" if last == config.env_steps else ", the last one within them"
-        return f"{first}ends after {end} environment steps, {updates:,} updates{remark}; {rate}"
+        due = "" if last == config.env_steps else f" (the last is due at {last:,})"
+        return f"{first}ends after {config.env_steps:,} environment steps, {updates:,} updates{due}; {rate}"
     steps = ratio.decisions(max(0, config.total_steps - offline)) * repeat
     end = f"{config.total_steps:,} updates{' in all' if offline else ''}"
     return f"{first}ends after {end}, {steps:,} environment steps (--steps sets another end); {rate}"
+
+
+def goal(plan: Plan) -> str:
+    """The end of a run that goes on from a checkpoint, which knows what it has done, maybe at other settings."""
+    config = plan.config
+    if plan.env is not None and config.env_steps:
+        return f"goes on until {config.env_steps:,} environment steps"
+    return f"goes on until {config.total_steps:,} updates"
 
 
 def remark(plan: Plan) -> str | None:
@@ -93,7 +100,10 @@ def remark(plan: Plan) -> str | None:
         return None
     spec = plan.model.algorithm.replay_spec(config, training)
     ratio = TrainRatio.of(training, spec.rows - bool(spec.latents))
-    total = ratio.updates(training.env_steps // plan.env.action_repeat) if training.env_steps else training.total_steps
+    total = training.total_steps
+    if training.env_steps:
+        offline = training.offline_updates if plan.source else 0
+        total = offline + ratio.updates(training.env_steps // plan.env.action_repeat)
     if config.explore_updates <= total:
         return None
     return (

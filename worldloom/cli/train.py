@@ -21,6 +21,7 @@ from worldloom.cli.plan import (
     as_flag,
     budget,
     env_values,
+    goal,
     headline,
     new_folder,
     protocol_lines,
@@ -94,6 +95,7 @@ SHAPES = ("obs_shape", "action_dim", "action_type", "model_type")
 
 def train(words: Sequence[str]) -> int:
     """Train an agent in an environment, or resume a run."""
+    from worldloom.training.checkpoint import Checkpointer
     from worldloom.training.offline_online import offline_then_online
     from worldloom.training.trainer import Trainer
 
@@ -124,12 +126,13 @@ def train(words: Sequence[str]) -> int:
             evaluate=bool(plan.config.eval_interval or plan.config.eval_at_start or plan.config.eval_at_end),
         )
         trainer = Trainer(plan.model, plan.config, callbacks)
-        if plan.env:
+        goes_on = bool(resume) and bool(Checkpointer(plan.run.checkpoints).steps())
+        if plan.env and not goes_on:
             trainer.check_length(plan.env)
         lines = [
             headline(plan),
             *(f"  {line}" for line in plan.settings),
-            budget(plan),
+            goal(plan) if goes_on else budget(plan),
             *filter(None, [remark(plan)]),
             f"run folder {shown}",
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -15,7 +16,7 @@ from worldloom.envs.backends.base import Backend
 from worldloom.envs.backends.gym_vector import GymVectorBackend
 from worldloom.envs.backends.sync import SyncBackend
 from worldloom.envs.hints import JAX_ENV, about_object, install_line, suggestion
-from worldloom.envs.options import check_options, gym_options
+from worldloom.envs.options import check_gym_options, check_options
 from worldloom.envs.vector import VectorEnv
 from worldloom.envs.wrappers import ActionRepeat, BoundActions, DropKeys, FrameStack, JoinActions, ResizeImages
 from worldloom.errors import ConfigError, MissingDependencyError
@@ -405,12 +406,8 @@ def _check_gym_options(spec: Any, options: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` for options that the constructor does not take; packages that it lacks are said later."""
     check("max_episode_steps" not in options, "max_episode_steps is called time_limit here.")
     check("disable_env_checker" not in options, "disable_env_checker is always on here; leave it out.")
-    if options:
-        try:
-            known, others = gym_options(spec)
-        except (ImportError, AttributeError, gym.error.Error):
-            return
-        check_options(spec.id, known, options, others=others)
+    with contextlib.suppress(ImportError, AttributeError, gym.error.Error):
+        check_gym_options(spec, options)
 
 
 def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym.Env[Any, Any]:

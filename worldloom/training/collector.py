@@ -130,7 +130,7 @@ class Collector:
 
     def decisions_at(self, env_steps: int) -> int:
         """Decision steps that ``env_steps`` environment steps allow."""
-        return (env_steps - self._more_steps) // self.env.action_repeat
+        return max(0, (env_steps - self._more_steps) // self.env.action_repeat)
 
     @property
     def acts_randomly(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -124,7 +125,7 @@ def train_many(
     ]
     check("seed" not in overrides, "seeds of train_many are its argument seeds, not seed.")
     check(
-        overrides.get("loop", "auto") != "host" and (config is None or config.loop != "host"),
+        overrides.get("loop", config.loop if config else "auto") != "host",
         "train_many trains on the device; loop='host' is for Trainer.train, one seed after the other.",
     )
     names = [_member_name(_texts(chosen, vary), seed) for chosen, seed in plans]
@@ -308,17 +309,25 @@ class _VariedUpdate(NamedTuple):
 
 def _check_folder(path: Path, names: Sequence[str], *, resume: bool) -> None:
     """Raise ``ConfigError`` if the folder holds runs that would be begun anew, or left out of its summary."""
-    held = [each for each in names if RunFolder(path / each).exists]
+    held = [each for each in names if Checkpointer(RunFolder(path / each).checkpoints).steps()]
     check(
         resume or not held,
         f"{path} holds runs already: {', '.join(held)}. Continue them with resume=True, or choose another folder.",
     )
-    others = sorted(each.name for each in path.glob("*seed*") if RunFolder(each).exists and each.name not in names)
+    others = sorted(_summarized(path) - {*names})
     check(
         not others,
         f"{path} also holds {', '.join(others)}, which its summary would no longer name: train them too, or choose "
         "another folder.",
     )
+
+
+def _summarized(path: Path) -> set[str]:
+    """The runs in the summary of the folder ``path``; empty if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        groups = json.loads((path / "summary.json").read_text(encoding="utf-8"))["groups"]
+        return {str(name) for group in groups for name in group["runs"]}
+    return set()
 
 
 def _new_model(name: str, fields: Mapping[str, Any], seed: int, device: str) -> Any:

@@ -172,11 +172,13 @@ class Trainer:
 
     def _use_env(self, env: VectorEnv, replay: Any) -> None:
         """Collect in ``env``; a new collector also needs new callbacks."""
-        if self.run.use_env(env, replay):
+        begins = self.run.use_env(env, replay)
+        # Without evaluations no environments are made for them.
+        evaluates = self._add_evaluation and bool(self.config.eval_interval)
+        if begins or evaluates:
             given = [callback for callback in self._callbacks.callbacks if not isinstance(callback, EpisodesCallback)]
-            if self._add_evaluation and self.config.eval_interval:
-                given += default_evaluation(env, self.config.eval_episodes)
-                self._add_evaluation = False
+            given += default_evaluation(env, self.config.eval_episodes) if evaluates else []
+            self._add_evaluation = self._add_evaluation and not evaluates
             self._callbacks = CallbackRunner([EpisodesCallback(self.run.collector), *given])
 
     def _total(self, total_steps: int | None) -> int:

@@ -188,8 +188,6 @@ class DreamerV3Config(BaseConfig):
     """Family name in ``config.json``."""
 
     def __post_init__(self) -> None:
-        if self.explore == "none":
-            check_unused(self, EXPLORE_FIELDS, "explore='disagreement' (--explore disagreement)")
         check(
             self.obs_shape not in ((), {}),
             "obs_shape is empty; give a shape like (24,) or a mapping of names to shapes.",
@@ -313,6 +311,9 @@ class DreamerV3Config(BaseConfig):
 
         Raises ``ConfigError`` for a size that does not exist.
         """
+        if overrides.get("explore", "none") == "none":
+            # Not where configs are read: files of earlier versions may hold other values.
+            check_unused(cls, EXPLORE_FIELDS, overrides, "explore='disagreement' (--explore disagreement)")
         if size not in _PRESETS:
             raise ConfigError(
                 f"There is no DreamerV3 size '{size}'.{nearest(str(size), _PRESETS)} Known: {', '.join(_PRESETS)}."

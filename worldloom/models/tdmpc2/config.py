@@ -190,8 +190,6 @@ class TDMPC2Config(BaseConfig):
     """Always ``tdmpc2``: the family that a ``config.json`` belongs to."""
 
     def __post_init__(self) -> None:
-        if self.explore == "none":
-            check_unused(self, EXPLORE_FIELDS, "explore='disagreement' (--explore disagreement)")
         self._check_observations()
         self._check_tasks()
         check(
@@ -364,6 +362,9 @@ class TDMPC2Config(BaseConfig):
         Raises:
           ConfigError: no such size.
         """
+        if overrides.get("explore", "none") == "none":
+            # Not where configs are read: files of earlier versions may hold other values.
+            check_unused(cls, EXPLORE_FIELDS, overrides, "explore='disagreement' (--explore disagreement)")
         if size not in _PRESETS:
             raise ConfigError(
                 f"There is no TD-MPC2 size '{size}'.{nearest(size, _PRESETS)} Known: {', '.join(_PRESETS)}."
