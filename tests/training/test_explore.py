@@ -146,7 +146,7 @@ def test_the_explorers_loss_is_a_term_of_the_total(family):
 @pytest.mark.parametrize("name", ["tdmpc2:tiny", "dreamerv3:tiny"])
 def test_settings_of_exploration_without_it_are_refused_but_read_from_files(name):
     given = {"obs_shape": (3,), "action_dim": 1, "device": "cpu"}
-    with pytest.raises(ConfigError, match="explore_weight=3.0 has no effect without explore='disagreement'"):
+    with pytest.raises(ConfigError, match=r"explore_weight=3\.0 has no effect without explore='disagreement'"):
         create_world_model(name, **given, explore_weight=3.0)
     config = create_world_model(name, **given, explore="disagreement", explore_weight=3.0).config
     # As versions saved it that did not refuse it.
