@@ -148,7 +148,7 @@ def test_checkpoints_of_earlier_versions_can_be_resumed(tmp_path):
     run.run.use_env(env)
     target = run.run.collector
     counts, _ = target.state_dict()
-    old = {name: value for name, value in counts.items() if name not in ("episodes", "seen", "drawn")}
+    old = {name: value for name, value in counts.items() if name not in ("episodes", "seen", "drawn", "env_steps")}
     target.load_state_dict({**old, "decisions": 7, "ends": [[0, 1.5, 4, True, False]]}, {})
     assert (target.episodes, target.ends[0].end.length, target.ends[0].env_steps) == (1, 4, 7)
     assert target.queue.drawn == len(target.replay) - 1

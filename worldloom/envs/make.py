@@ -398,8 +398,11 @@ def _gym_spec(name: str) -> Any:
 
 
 def _check_suite_options(prefix: str, options: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for options that the suite's module does not list, if it lists any."""
     module = importlib.import_module(SUITES[prefix].adapter.partition(":")[0])
-    check_options(prefix, module.OPTIONS[prefix], options)
+    usual = getattr(module, "OPTIONS", {}).get(prefix)
+    if usual is not None:
+        check_options(prefix, usual, options)
 
 
 def _check_gym_options(spec: Any, options: Mapping[str, Any]) -> None:
