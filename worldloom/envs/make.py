@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -193,6 +192,11 @@ def make_env(
 
 def usual_options(spec: Any) -> dict[str, Any]:
     """The options that a suite takes unless others are given; empty for other environments."""
+    return {name: value for name, value in _suite_options(spec).items() if value is not None}
+
+
+def _suite_options(spec: Any) -> dict[str, Any]:
+    """All options of a suite, with the usual values of those that have one; empty if it does not say."""
     prefix = spec.partition(":")[0] if isinstance(spec, str) else ""
     if prefix not in SUITES:
         return {}
@@ -316,7 +320,8 @@ def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Cal
     if prefix in SUITES and task:
         suite = SUITES[prefix]
         require_package(suite.package)
-        _check_suite_options(prefix, options)
+        if known := _suite_options(spec):
+            check_options(prefix, {name: known[name] for name in known if name not in _COUNTS}, options)
         repeat = suite.action_repeat if changes.action_repeat is None else changes.action_repeat
         # Suites repeat actions and resize images themselves: a wrapper would render frames that nothing uses.
         size = {} if changes.image_size is None else {"image_size": changes.image_size}
@@ -335,7 +340,7 @@ def _builder(spec: Any, changes: _Changes, options: dict[str, Any]) -> tuple[Cal
         # The limit replaces the registered one, so that it can also be longer.
         render_mode = {"render_mode": "rgb_array"} if changes.render else {}
         registered = _gym_spec(spec)
-        _check_gym_options(registered, options)
+        check_gym_options(registered, options)
         base = functools.partial(_gym_make, registered, limit, {**render_mode, **options})
         limit = None
     else:
@@ -395,22 +400,6 @@ def _gym_spec(name: str) -> Any:
         hint = suggestion(name, SUITES) or " 'module:id' imports a module first."
         about = str(error) if str(error).endswith((".", "?")) else f"{error}."
         raise ConfigError(f"{about} {name!r} was given to make_env.{hint}") from error
-
-
-def _check_suite_options(prefix: str, options: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` for options that the suite's module does not list, if it lists any."""
-    module = importlib.import_module(SUITES[prefix].adapter.partition(":")[0])
-    usual = getattr(module, "OPTIONS", {}).get(prefix)
-    if usual is not None:
-        check_options(prefix, usual, options)
-
-
-def _check_gym_options(spec: Any, options: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` for options that the constructor does not take; packages that it lacks are said later."""
-    check("max_episode_steps" not in options, "max_episode_steps is called time_limit here.")
-    check("disable_env_checker" not in options, "disable_env_checker is always on here; leave it out.")
-    with contextlib.suppress(ImportError, AttributeError, gym.error.Error):
-        check_gym_options(spec, options)
 
 
 def _gym_make(spec: Any, time_limit: int | None, options: dict[str, Any]) -> gym.Env[Any, Any]:

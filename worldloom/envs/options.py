@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.error import Error
 
 from worldloom.config import check, is_number, nearest
 from worldloom.errors import ConfigError
@@ -50,12 +51,16 @@ def check_gym_options(spec: EnvSpec, options: Mapping[str, Any]) -> None:
     Of values only a text is refused, where the constructor says that it takes a number or a truth value: a default is
     one of the values that an option may have, and others may be of another kind.
     """
+    check("max_episode_steps" not in options, "max_episode_steps is called time_limit here.")
+    check("disable_env_checker" not in options, "disable_env_checker is always on here; leave it out.")
     entry = spec.entry_point
     if not options or entry is None:
         return
-    creator = load_env_creator(entry) if isinstance(entry, str) else entry
     try:
+        creator = load_env_creator(entry) if isinstance(entry, str) else entry
         parameters = dict(inspect.signature(creator).parameters)
+    except (ImportError, AttributeError, Error):  # What it lacks is said where it is made.
+        return
     except (TypeError, ValueError):  # written in C, say
         return
     named = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}

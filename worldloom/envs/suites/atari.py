@@ -23,11 +23,7 @@ USUAL: dict[str, dict[str, Any]] = {
     "atari": {"image_size": 96, "gray": True, "sticky": True, "noops": 0, "all_actions": True},
     "atari100k": {"image_size": 64, "gray": False, "sticky": False, "noops": 30, "all_actions": False},
 }
-"""Options by suite, unless others are given."""
-OPTIONS = {
-    prefix: {name: value for name, value in usual.items() if name != "image_size"} for prefix, usual in USUAL.items()
-}
-"""Options that ``make_env`` has no argument for, with their usual values."""
+"""All options by suite, with their usual values."""
 
 
 class Atari(gym.Env[np.ndarray, Any]):

@@ -14,9 +14,7 @@ _LENGTH = 10_000
 """Default time limit of the game, in environment steps."""
 
 USUAL: dict[str, dict[str, Any]] = {"crafter": {"image_size": 64}}
-"""Options by suite, unless others are given."""
-OPTIONS: dict[str, dict[str, Any]] = {"crafter": {}}
-"""Options that ``make_env`` has no argument for, with their usual values."""
+"""All options by suite, with their usual values."""
 
 
 class Crafter(gym.Env[np.ndarray, Any]):

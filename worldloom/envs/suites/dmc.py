@@ -21,10 +21,8 @@ _ALIASES = {"cup": "ball_in_cup", "pointmass": "point_mass"}
 _CAMERAS = {"quadruped": 2}
 """Number of the camera that shows the task, by domain; 0 for the others."""
 
-USUAL: dict[str, dict[str, Any]] = {"dmc_vision": {"image_size": 64}}
-"""Options by suite, unless others are given."""
-OPTIONS: dict[str, dict[str, Any]] = {"dmc": {"camera": None}, "dmc_vision": {"camera": None}}
-"""Options that ``make_env`` has no argument for, with their usual values."""
+USUAL: dict[str, dict[str, Any]] = {"dmc": {"camera": None}, "dmc_vision": {"image_size": 64, "camera": None}}
+"""All options by suite, with their usual values; the usual camera depends on the domain."""
 
 _CHOOSE_OPENGL = (
     "Set the environment variable MUJOCO_GL to 'egl' (GPU or Mesa), 'osmesa' or 'glfw' (with a display), whichever "
