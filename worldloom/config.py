@@ -192,13 +192,6 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check_unused(cls: Any, names: Iterable[str], given: Mapping[str, Any], needs: str) -> None:
-    """Raise :class:`ConfigError` if a field of ``names`` is given another value than usual: it needs ``needs``."""
-    for name in names:
-        usual = cls.__dataclass_fields__[name].default
-        check(given.get(name, usual) == usual, f"{name}={given.get(name)!r} has no effect without {needs}.")
-
-
 MAX_INTEGER = 2**63 - 1
 """Integers beyond this, or below its negative, are no setting: no array has such a size."""
 

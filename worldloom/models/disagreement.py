@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from worldloom.config import check
 from worldloom.models.base import Statistic
 from worldloom.nn.ensemble import Ensemble
 from worldloom.nn.normed import NormedMLP
@@ -23,8 +24,19 @@ _SCALE_RATE = 0.01
 """Rate of the running average of the spread."""
 
 
-EXPLORE_FIELDS = ("explore_weight", "explore_updates", "explore_heads")
-"""Fields of a config that only matter with ``explore="disagreement"``."""
+def check_explore_fields(cls: Any, given: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` if a new config of ``cls`` is given fields that matter only with ``explore``, without it.
+
+    Not for configs that are read: files of earlier versions may hold such values.
+    """
+    if given.get("explore", "none") != "none":
+        return
+    for name in ("explore_weight", "explore_updates", "explore_heads"):
+        usual = cls.__dataclass_fields__[name].default
+        check(
+            given.get(name, usual) == usual,
+            f"{name}={given.get(name)!r} has no effect without explore='disagreement' (--explore disagreement).",
+        )
 
 
 class Disagreement(nnx.Module):

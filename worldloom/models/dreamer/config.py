@@ -7,20 +7,9 @@ from collections.abc import Mapping
 from math import inf
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, cast
 
-from worldloom.config import (
-    BaseConfig,
-    Between,
-    Ge,
-    Lt,
-    OneOf,
-    check,
-    check_unused,
-    config_dataclass,
-    is_integer,
-    nearest,
-)
+from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
 from worldloom.errors import ConfigError
-from worldloom.models.disagreement import EXPLORE_FIELDS
+from worldloom.models.disagreement import check_explore_fields
 from worldloom.models.pictures import PictureLayout, check_sides, picture_layout
 from worldloom.spaces import ACTION, OBS, attribute_name
 
@@ -311,9 +300,7 @@ class DreamerV3Config(BaseConfig):
 
         Raises ``ConfigError`` for a size that does not exist.
         """
-        if overrides.get("explore", "none") == "none":
-            # Not where configs are read: files of earlier versions may hold other values.
-            check_unused(cls, EXPLORE_FIELDS, overrides, "explore='disagreement' (--explore disagreement)")
+        check_explore_fields(cls, overrides)
         if size not in _PRESETS:
             raise ConfigError(
                 f"There is no DreamerV3 size '{size}'.{nearest(str(size), _PRESETS)} Known: {', '.join(_PRESETS)}."

@@ -10,20 +10,9 @@ from typing import Annotated, Any, ClassVar, Self, cast
 
 import numpy as np
 
-from worldloom.config import (
-    BaseConfig,
-    Between,
-    Ge,
-    Lt,
-    OneOf,
-    check,
-    check_unused,
-    config_dataclass,
-    is_integer,
-    nearest,
-)
+from worldloom.config import BaseConfig, Between, Ge, Lt, OneOf, check, config_dataclass, is_integer, nearest
 from worldloom.errors import ConfigError
-from worldloom.models.disagreement import EXPLORE_FIELDS
+from worldloom.models.disagreement import check_explore_fields
 from worldloom.models.pictures import check_sides, picture_layout
 from worldloom.spaces import OBS
 
@@ -362,9 +351,7 @@ class TDMPC2Config(BaseConfig):
         Raises:
           ConfigError: no such size.
         """
-        if overrides.get("explore", "none") == "none":
-            # Not where configs are read: files of earlier versions may hold other values.
-            check_unused(cls, EXPLORE_FIELDS, overrides, "explore='disagreement' (--explore disagreement)")
+        check_explore_fields(cls, overrides)
         if size not in _PRESETS:
             raise ConfigError(
                 f"There is no TD-MPC2 size '{size}'.{nearest(size, _PRESETS)} Known: {', '.join(_PRESETS)}."

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from worldloom.config import check
-from worldloom.models.disagreement import EXPLORE_FIELDS
 from worldloom.models.params import flatten, unflatten
 from worldloom.models.tdmpc2.config import TDMPC2Config
 from worldloom.models.tdmpc2.tasks import task_number
@@ -83,7 +82,6 @@ def single_task_weights(
         obs_shape=config.obs_shape if obs_dim == width else (obs_dim,),
         iterations=config.planner_iterations,
         explore="none",
-        **{name: TDMPC2Config.__dataclass_fields__[name].default for name in EXPLORE_FIELDS},
     )
     return single, unflatten(flat)
 
