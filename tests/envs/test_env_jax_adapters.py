@@ -393,6 +393,21 @@ def test_what_a_reset_writes_as_integers_stays_a_float_in_the_steps():
     assert [float(row.reward[0]) for row in found[1:4]] == [0.0, 0.5, 1.0]
 
 
+def test_floats_are_kept_however_many_steps_they_take_to_reach_a_part_of_the_state():
+    class Chain(Brax):
+        """Each of twelve numbers becomes, in a step, the one before it; the first becomes a half."""
+
+        def reset(self, key):
+            return super().reset(key)._replace(info={str(i): jnp.array(0) for i in range(12)})
+
+        def step(self, state, action):
+            info = {str(i): state.info[str(i - 1)] if i else jnp.array(0.5) for i in range(12)}
+            return super().step(state, action)._replace(info=info, reward=info["11"])
+
+    _, found = rows(adapt(Chain(), time_limit=20), [0.0, 0.0], 13)
+    assert [float(row.reward[0]) for row in found[1:14]] == [0.0] * 11 + [0.5] * 2
+
+
 def test_a_step_that_adds_to_the_state_is_refused_with_what_it_adds():
     class Adds(Brax):
         def step(self, state, action):

@@ -40,8 +40,6 @@ from worldloom.envs.jax.wrappers import check_changed, ending_after, take_off
 from worldloom.errors import ConfigError, EnvContractError
 from worldloom.spaces.actions import LARGEST_BOUND
 
-_MOST_PROMOTIONS = 8
-"""Steps within which the dtypes of a state stop changing."""
 _SMALLEST_PICTURE = 32
 """Side in pixels below which an array of three axes is a grid of numbers, not a picture."""
 _UNLIMITED = 2**30
@@ -124,12 +122,16 @@ class _Adapter:
         self.obs_shape = {k: v.shape for k, v in obs.items()} if isinstance(obs, Mapping) else obs.shape
 
     def _begin(self, key: jax.Array) -> Any:
-        """The state of a new episode, as the environment returns it."""
+        """What the environment returns of a new episode."""
         raise NotImplementedError
 
-    def _go_on(self, key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, Any]:
-        """The state after ``action`` as the environment returns it, and what else it returns."""
+    def _go_on(self, key: jax.Array, state: Any, action: jax.Array) -> Any:
+        """What the environment returns after ``action``."""
         raise NotImplementedError
+
+    def _state_of(self, returned: Any) -> Any:
+        """The state in what the environment returns."""
+        return returned
 
     def _settle(self) -> None:
         """Find dtypes that hold a state of ``reset`` and of any ``step``: a 0 may be the first of what are floats.
@@ -138,24 +140,23 @@ class _Adapter:
         """
         key = jax.eval_shape(jax.random.key, 0)
         name, own = type(self.env).__name__, cast(JaxEnv, self)
-        state = jax.eval_shape(lambda key: _arrays(self._begin(key), f"{name}.reset"), key)
-        for _ in range(_MOST_PROMOTIONS):
-            after = jax.eval_shape(
-                lambda *given: _arrays(self._go_on(*given)[0], f"{name}.step"), key, state, example_action(own)
-            )
+        begin = lambda key: _arrays(self._state_of(self._begin(key)), f"{name}.reset")  # noqa: E731
+        go_on = lambda *given: _arrays(self._state_of(self._go_on(*given)), f"{name}.step")  # noqa: E731
+        state, settled = jax.eval_shape(begin, key), False
+        while not settled:  # Dtypes only become wider, and one that does may widen others in the next step.
+            after = jax.eval_shape(go_on, key, state, example_action(own))
             _check_structure(name, state, after)
-            wider = jax.tree.map(
-                lambda old, new: jax.ShapeDtypeStruct(old.shape, _wider(old.dtype, new.dtype)), state, after
-            )
-            if all(jax.tree.leaves(jax.tree.map(lambda old, new: old.dtype == new.dtype, state, wider))):
-                break
-            state = wider
+            wider = jax.tree.map(_holding, state, after)
+            # By leaf: classes of states need not compare by value.
+            state, settled = wider, jax.tree.leaves(wider) == jax.tree.leaves(state)
         self._state = state
 
-    def _settled(self, state: Any) -> Any:
-        """``state`` in the dtypes that hold all states."""
+    def _settled(self, returned: Any) -> Any:
+        """The state in what the environment returns, in the dtypes that hold all states."""
         return jax.tree.map(
-            lambda new, held: jnp.asarray(new, None if _is_key(held) else held.dtype), state, self._state
+            lambda new, held: jnp.asarray(new, None if _is_key(held) else held.dtype),
+            self._state_of(returned),
+            self._state,
         )
 
     def _use_actions(self, shape: tuple[int, ...], low: Any, high: Any, dtype: Any = np.float32) -> None:
@@ -271,8 +272,8 @@ class BraxAdapter(_Adapter):
     def _begin(self, key: jax.Array) -> Any:
         return self.env.reset(key)
 
-    def _go_on(self, key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, Any]:
-        return self.env.step(state, self._native(action)), None
+    def _go_on(self, key: jax.Array, state: Any, action: jax.Array) -> Any:
+        return self.env.step(state, self._native(action))
 
     def reset(self, key: jax.Array) -> tuple[Any, Any]:
         """See :class:`JaxEnv`."""
@@ -281,7 +282,7 @@ class BraxAdapter(_Adapter):
 
     def step(self, key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, ...]:
         """See :class:`JaxEnv`; these environments keep their own keys."""
-        after, _ = self._go_on(key, state, action)
+        after = self._go_on(key, state, action)
         over = jnp.asarray(after.done, jnp.float32) > 0.5
         reward = jnp.asarray(after.reward, jnp.float32)
         return self._settled(after), self._observe(after.obs), reward, over, jnp.zeros_like(over), dict(after.metrics)
@@ -301,8 +302,8 @@ class NavixAdapter(_Adapter):
     def _begin(self, key: jax.Array) -> Any:
         return self.env.reset(key)
 
-    def _go_on(self, key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, Any]:
-        return self.env._step(state.replace(state=state.state.replace(key=key)), action), None
+    def _go_on(self, key: jax.Array, state: Any, action: jax.Array) -> Any:
+        return self.env._step(state.replace(state=state.state.replace(key=key)), action)
 
     def reset(self, key: jax.Array) -> tuple[Any, Any]:
         """See :class:`JaxEnv`."""
@@ -311,7 +312,7 @@ class NavixAdapter(_Adapter):
 
     def step(self, key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, ...]:
         """See :class:`JaxEnv`."""
-        after, _ = self._go_on(key, state, action)
+        after = self._go_on(key, state, action)
         terminated, truncated = after.step_type == 2, after.step_type == 1
         reward = jnp.asarray(after.reward, jnp.float32)
         return self._settled(after), self._observe(after.observation), reward, terminated, truncated, {}
@@ -334,23 +335,26 @@ class JumanjiAdapter(_Adapter):
         self._finish()
 
     def _begin(self, key: jax.Array) -> Any:
-        return self.env.reset(key)[0]
+        return self.env.reset(key)
 
-    def _go_on(self, key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, Any]:
+    def _go_on(self, key: jax.Array, state: Any, action: jax.Array) -> Any:
         return self.env.step(state, self._native(action))
+
+    def _state_of(self, returned: Any) -> Any:
+        return returned[0]
 
     def reset(self, key: jax.Array) -> tuple[Any, Any]:
         """See :class:`JaxEnv`."""
-        state, time_step = self.env.reset(key)
-        return self._settled(state), self._observe(time_step.observation)
+        begun = self._begin(key)
+        return self._settled(begun), self._observe(begun[1].observation)
 
     def step(self, key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, ...]:
         """See :class:`JaxEnv`."""
-        after, time_step = self._go_on(key, state, action)
-        after = self._settled(after)
+        after = self._go_on(key, state, action)
+        time_step = after[1]
         over, ended = time_step.step_type == 2, jnp.all(time_step.discount == 0)
-        reward = jnp.asarray(time_step.reward, jnp.float32).sum()
-        return after, self._observe(time_step.observation), reward, over & ended, over & ~ended, dict(time_step.extras)
+        reward, obs = jnp.asarray(time_step.reward, jnp.float32).sum(), self._observe(time_step.observation)
+        return self._settled(after), obs, reward, over & ended, over & ~ended, dict(time_step.extras)
 
 
 def _flat(value: Any) -> jax.Array:
@@ -382,9 +386,10 @@ def _check_structure(name: str, before: Any, after: Any) -> None:
         raise EnvContractError(f"{name}.reset and {name}.step return states of another structure.{only}")
 
 
-def _wider(one: Any, other: Any) -> Any:
-    """The dtype that holds the values of both; of keys, which promote to nothing, the first."""
-    return one if one == other or jnp.issubdtype(one, jax.dtypes.prng_key) else jnp.promote_types(one, other)
+def _holding(before: Any, after: Any) -> Any:
+    """The shape of ``before``, in a dtype that holds the values of both; keys, which promote to nothing, as before."""
+    same = before.dtype == after.dtype or _is_key(before)
+    return jax.ShapeDtypeStruct(before.shape, before.dtype if same else jnp.promote_types(before.dtype, after.dtype))
 
 
 def _is_key(leaf: Any) -> bool:
