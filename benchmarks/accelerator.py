@@ -236,11 +236,8 @@ def run(planned, store, workers, args, every=None):
         if result:
             try:
                 store.write(part, task.name, seconds, **result)
-            except (
-                ValueError,
-                TypeError,
-                AttributeError,
-            ) as error:  # a number that is none, or what JSON does not know
+            # A number that is none, or what JSON does not know.
+            except (ValueError, TypeError, AttributeError) as error:
                 said = f"failed: {error} in {result}"
                 store.write(part, task.name, seconds, error=said)
         print(f"{name}: {said.splitlines()[0][:300]} ({seconds:.0f} s)", flush=True)
@@ -315,7 +312,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the measurements and their seconds on a card")
     args = parser.parse_args()
     every = [(part, task) for part, tasks in PARTS.items() for task in tasks(args)]
-    planned = [(part, task) for part, task in every if part in args.part]
+    planned = [item for part in args.part for item in every if item[0] == part]
     if args.only or args.first:
         names = {f"{part}/{task.name}" for part, task in planned}
         # Some of the first are not in the parts that were asked for, or have no tiny size.
