@@ -13,7 +13,6 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
 from worldloom.config import nearest
@@ -172,9 +171,10 @@ class FlagParser:
             return text
         if self._flags[name].kind is list:
             found = [parse_assignment(self._flags[name], each) for each in text]
-            for option, values in itertools.groupby(sorted(found, key=itemgetter(0)), itemgetter(0)):
-                if len(several := list(values)) > 1:
-                    words = " and ".join(f"{option}={value}" for _, value in several)
+            options = [option for option, _ in found]
+            for option in options:
+                if options.count(option) > 1:
+                    words = " and ".join(f"{option}={value}" for each, value in found if each == option)
                     raise ConfigError(f"{self._flags[name].options[0]} was given {words}; give one.")
             return dict(found)
         if isinstance(text, list):

@@ -65,13 +65,10 @@ def headline(plan: Plan) -> str:
 
 def budget(plan: Plan) -> str:
     """At how many environment steps and updates the run ends."""
-    algorithm, config = plan.model.algorithm, plan.config
+    config = plan.config
     if plan.env is None:
         return f"ends after {config.total_steps:,} updates (--total-steps sets another end)"
-    spec = algorithm.replay_spec(plan.model.config, config)
-    ratio = TrainRatio.of(config, spec.rows - bool(spec.latents))
-    repeat = plan.env.action_repeat
-    offline = config.offline_updates if plan.source else 0
+    ratio, repeat, offline = _ratio(plan), plan.env.action_repeat, _offline(plan)
     first = f"{offline:,} updates on {plan.source.headline()}, then " if plan.source else ""
     rate = f"{ratio.ratio / ratio.rows:.3g} updates per decision step"
     if config.env_steps:
@@ -83,6 +80,16 @@ def budget(plan: Plan) -> str:
     steps = ratio.decisions(max(0, config.total_steps - offline)) * repeat
     end = f"{config.total_steps:,} updates{' in all' if offline else ''}"
     return f"{first}ends after {end}, {steps:,} environment steps (--steps sets another end); {rate}"
+
+
+def _ratio(plan: Plan) -> TrainRatio:
+    spec = plan.model.algorithm.replay_spec(plan.model.config, plan.config)
+    return TrainRatio.of(plan.config, spec.rows - bool(spec.latents))
+
+
+def _offline(plan: Plan) -> int:
+    """Updates on recorded data before the first step in an environment."""
+    return plan.config.offline_updates if plan.source else 0
 
 
 def goal(plan: Plan) -> str:
@@ -98,12 +105,9 @@ def remark(plan: Plan) -> str | None:
     config, training = plan.model.config, plan.config
     if plan.env is None or getattr(config, "explore", "none") == "none":
         return None
-    spec = plan.model.algorithm.replay_spec(config, training)
-    ratio = TrainRatio.of(training, spec.rows - bool(spec.latents))
     total = training.total_steps
     if training.env_steps:
-        offline = training.offline_updates if plan.source else 0
-        total = offline + ratio.updates(training.env_steps // plan.env.action_repeat)
+        total = _offline(plan) + _ratio(plan).updates(training.env_steps // plan.env.action_repeat)
     if config.explore_updates <= total:
         return None
     return (

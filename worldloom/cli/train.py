@@ -34,6 +34,7 @@ from worldloom.cli.train_data import (
     INIT_FLAGS,
     DataSource,
     check_data_flags,
+    check_family,
     check_resumed_flags,
     init_options,
 )
@@ -257,12 +258,8 @@ def _new_run(given: Mapping[str, Any], name: str | None) -> Plan:
             "worldloom train --model tdmpc2:tiny --env Pendulum-v1 --steps 10000."
         )
     model_given, training_given, env_given = _split_given(given)
-    if experiment and split_name(name)[0].name != experiment.model.partition(":")[0]:
-        family, _, size = experiment.model.partition(":")
-        raise ConfigError(
-            f"The protocol '{experiment.name}' is of another family than the model '{name}': leave out --model for the "
-            f"published {size}, or give another size of {family}."
-        )
+    if experiment:
+        check_family(experiment.name, experiment.protocol.size, name)
     seed = training_given.get("seed", TrainingConfig.seed)
     of = spec or str(given["data"])
     if given.get("resume") and "run" not in given:

@@ -12,6 +12,7 @@ import numpy as np
 
 from worldloom.cli.data import DATA_OPTIONS, open_dataset
 from worldloom.cli.flags import Flag
+from worldloom.config import check
 from worldloom.errors import ConfigError
 from worldloom.models.registry import split_name
 from worldloom.training.protocols import find_protocol
@@ -36,6 +37,16 @@ _WITH_BOTH = ("offline_updates", "mix", "mix_end", "mix_updates")
 _WITH_ENV = (*_ENV_ONLY, "prefill_policy", "replay_capacity", *_WITH_BOTH)
 _WITH_DATA = ("data", "then_env", "held_out", "data_option", "download", *_WITH_BOTH)
 _RECORDED = ("data", "data_option", "held_out")
+
+
+def check_family(protocol: str, size: str, model: str) -> None:
+    """Raise ``ConfigError`` if the preset ``model`` is of another family than the protocol, published for ``size``."""
+    family = protocol.partition("/")[0]
+    check(
+        split_name(model)[0].name == family,
+        f"The protocol '{protocol}' is of another family than the model '{model}': leave out --model for the published "
+        f"{size}, or give another size of {family}.",
+    )
 
 
 class DataSource:
@@ -75,11 +86,7 @@ class DataSource:
             found = find_protocol(protocol)
             if not found.data:
                 raise ConfigError(f"The protocol '{protocol}' is run in an environment, not on recorded data.")
-            if protocol.partition("/")[0] != split_name(name)[0].name:
-                raise ConfigError(
-                    f"The protocol '{protocol}' is of another family than the model '{name}': leave out --model for "
-                    f"the published {found.size}, or give another size of that family."
-                )
+            check_family(protocol, found.size, name)
             fixed = {**found.model_fields, **found.data_fields, **found.training}
             # A model of another size differs in the fields of its preset alone.
             name = f"{protocol.partition('/')[0]}:{found.size}"
